@@ -1,0 +1,215 @@
+"""Every validation and its message: what is wrong, what was got, the way out."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
+
+# Keys that other code writes into groups: torch itself, its schedulers, and people who label their groups.
+_FOREIGN_KEYS = {"params", "param_names", "name", "group_name", "initial_lr", "swa_lr", "max_lr", "min_lr"}
+_FOREIGN_KEYS |= {"base_momentum", "max_momentum"}
+
+
+Check = Callable[[str, Any], None]
+
+
+def _number(low: float, high: float = math.inf, *, open_low: bool = False, hint: str = "") -> Check:
+    """A check for a finite real number in [low, high), or (low, high)."""
+    interval = f"{'>' if open_low else '>='} {low:g}" + (f" and < {high:g}" if high < math.inf else "")
+
+    def check(name: str, value: Any) -> None:
+        real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not real or value < low or (open_low and value == low) or value >= high:
+            raise ValueError(f"{name} must be a number {interval}, got {value!r}{'; ' + hint if hint else ''}")
+
+    return check
+
+
+def _one_of(*choices: str) -> Check:
+    def check(name: str, value: Any) -> None:
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), choices, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
+
+    return check
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def _flag_or_none(name: str, value: Any) -> None:
+    if value is not None:
+        _flag(name, value)
+
+
+def _lr(name: str, value: Any) -> None:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    _number(0)(name, value)
+
+
+def _betas(name: str, value: Any) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{name} must be a pair of numbers, got {value!r}; for example (0.9, 0.999)")
+    for index, beta in enumerate(value):
+        _number(0, 1)(f"{name}[{index}]", beta)
+
+
+def _beta1(name: str, value: Any) -> None:
+    if value is not None:
+        _number(0, 1, hint="None switches the first moment off")(name, value)
+
+
+def _eps(name: str, value: Any) -> None:
+    """One number (Adam), or Adafactor's pair, whose first may be None."""
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise ValueError(f"{name} must be a number or a pair, got {value!r}")
+        for index, part in enumerate(value):
+            if not (index == 0 and part is None):
+                _number(0)(f"{name}[{index}]", part)
+    else:
+        _number(0)(name, value)
+
+
+def _rank(name: str, value: Any) -> None:
+    if value is None:
+        return
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    fraction = isinstance(value, float) and 0 < value <= 1
+    if not (whole or fraction):
+        raise ValueError(
+            f"{name} must be an int >= 1, a fraction in (0, 1] of the shorter side, or None (do not project), "
+            f"got {value!r}"
+        )
+
+
+def _whole(low: int) -> Check:
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ValueError(f"{name} must be an int >= {low}, got {value!r}")
+
+    return check
+
+
+def _decay(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or not -1 <= value < 0:
+        raise ValueError(f"{name} must be a number in [-1, 0), got {value!r}; Adafactor's is -0.8")
+
+
+_CHECKS: dict[str, Check] = {
+    "lr": _lr,
+    "betas": _betas,
+    "beta1": _beta1,
+    "beta2_decay": _decay,
+    "eps": _eps,
+    "d": _number(0, open_low=True),
+    "weight_decay": _number(0),
+    "rank": _rank,
+    "update_proj_gap": _whole(1),
+    "scale": _number(0, open_low=True),
+    "proj_type": _one_of(*PROJ_TYPES),
+    "basis": _one_of("rsvd", "svd"),
+    "moments": _one_of("keep", "rotate", "reset"),
+    "stagger": _flag,
+    "state_dtype": _one_of("float32", "bfloat16"),
+    "bf16_update": _one_of("stochastic", "kahan", "none"),
+    "nonfinite": _one_of("skip", "raise"),
+    "seed": _whole(0),
+    "maximize": _flag,
+    "foreach": _flag_or_none,
+    "skip_embeddings": _flag,
+    "as_matrix": _one_of("auto", "flatten", "batch"),
+    "scale_parameter": _flag,
+    "relative_step": _flag,
+}
+
+
+def known_keys(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuses group keys that no code would read: a misspelt option must not be silently without effect."""
+    for key in group:
+        if key not in defaults and key not in _FOREIGN_KEYS:
+            near = difflib.get_close_matches(key, list(defaults), 1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(sorted(defaults))}"
+            raise ValueError(f"unknown key {key!r} in a param group; {hint}")
+
+
+def hyperparameters(group: Mapping[str, Any]) -> None:
+    """Checks every number and option in a group, so that overrides and later groups are covered as well."""
+    for key, value in group.items():
+        if key in _CHECKS:
+            _CHECKS[key](key, value)
+
+
+def parameter(name: str, p: Tensor) -> None:
+    """Refuses tensors that no rule here can update."""
+    if hasattr(p, "device_mesh"):
+        raise NotImplementedError(
+            f"{name} is a DTensor (FSDP2 or tensor parallel), which this version cannot update; "
+            "use DistributedDataParallel or one process"
+        )
+    if p.is_complex() or not p.is_floating_point():
+        raise ValueError(f"{name} has dtype {p.dtype}; parameters must be real floating-point tensors. Leave it out")
+
+
+def gradient(name: str, grad: Tensor) -> None:
+    if grad.is_sparse or grad.layout != torch.strided:
+        raise RuntimeError(
+            f"the gradient of {name} is sparse ({grad.layout}); low-rank methods need dense gradients. "
+            "Build the embedding with sparse=False, or give it to torch.optim.SparseAdam"
+        )
+
+
+def something_projected(method: str, reasons: Iterable[tuple[str, str]]) -> None:
+    """Called when no parameter is projected: says why, for the first few."""
+    listed = list(reasons)
+    shown = "".join(f"\n  {name}: {reason}" for name, reason in listed[:5])
+    more = f"\n  and {len(listed) - 5} more" if len(listed) > 5 else ""
+    raise ValueError(
+        f"{method} found nothing to project, so it would silently be a full-rank optimizer:{shown}{more}\n"
+        "Lower `rank`, pass matrices (flattened 1-D shards of FSDP1 have lost their shape: use fully_shard or DDP), "
+        "or use the full-rank optimizer itself"
+    )
+
+
+def nothing_lost(method: str, fallbacks: Iterable[tuple[str, str]]) -> None:
+    """`strict=True`: refuses a parameter that was to be projected and cannot be."""
+    for name, reason in fallbacks:
+        raise ValueError(
+            f"{method}(strict=True): {name} cannot be projected ({reason}). Lower its rank, put it into a group with "
+            "rank=None, or drop strict"
+        )
+
+
+def has_state(state_dict: Mapping[str, Any]) -> None:
+    """Refuses a state dict of an optimizer that makes its state later than ours and had not stepped yet."""
+    if not state_dict.get("state"):
+        raise ValueError("the state dict holds no state; nothing was loaded. Which optimizer saved it?")
+
+
+def loaded_state(name: str, got: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
+    """Refuses state that does not fit a parameter, before anything has been changed."""
+    if got.keys() != expected.keys():
+        odd = sorted(got.keys() ^ expected.keys())
+        raise ValueError(
+            f"the state dict does not fit {name}: {', '.join(odd)} on one side only; nothing was loaded. "
+            "Build the optimizer with the class, bf16_update and moments that were saved"
+        )
+    for key, tensor in expected.items():
+        value = got[key]
+        if not isinstance(value, Tensor) or value.shape != tensor.shape:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else value
+            raise ValueError(
+                f"the state dict does not fit {name}: {key} is {shape}, expected {tuple(tensor.shape)}; nothing was "
+                "loaded. Build the model and the optimizer with the shapes, rank and proj_type that were saved"
+            )

@@ -1,0 +1,179 @@
+"""Equal matrices on their way through one step: opened from memory, worked on in float32, written back once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .ops import round_to_bfloat16, stream_of
+from .plan import Plan
+from .recipe import Clock, Recipe, Spec, State
+
+Member = tuple[Tensor, dict[str, Any]]  # a parameter and its group
+
+CHUNK_BYTES = 64 << 20  # of gradients stacked at once: what a step may hold beyond one matrix
+SLICE = 1 << 18  # elements of a plain parameter updated at once on CPU: its six operations then stay in cache
+COMPENSATION = "compensation"  # what bf16_update="kahan" could not write into the weight
+
+
+@dataclass
+class Chunk:
+    """One matrix on CPU; elsewhere as many equal ones as fit the limit, stacked.
+
+    Attributes:
+        plans, params, grads, states: one entry per parameter (per slice of one, if `start` or `partial` say so).
+        start: number of the first element, where this is a slice of a plain parameter.
+    """
+
+    recipe: Recipe
+    group: dict[str, Any]
+    step: int  # the number of this step: 1, 2, ...
+    spec: dict[str, Spec]
+    plans: list[Plan]
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Tensor]]
+    start: int = 0
+    partial: bool = False
+
+    @property
+    def working(self) -> torch.dtype:
+        """The dtype of all arithmetic."""
+        return working_dtype(self.params[0])
+
+    def gradient(self) -> Tensor:
+        """G as `(m, n)` or `(b, m, n)`, to be read only: it may be the memory of `p.grad`."""
+        g = self._open(self.grads, self._oriented)
+        return -g if self.group["maximize"] else g
+
+    def open(self) -> State:
+        """The state tensors of the recipe's parts, writable, `(b, *spec.shape)` for a batch."""
+        return {key: self._open([state[key] for state in self.states], self._batched) for key in self.spec}
+
+    def close(self, st: State, refreshed: bool) -> None:
+        """Writes the opened state back, where the open tensor is not the stored one. Bases only change at refreshes."""
+        for key, spec in self.spec.items():
+            if spec.steady and not refreshed:
+                continue
+            for plan, state, x in zip(self.plans, self.states, self._split(st[key]), strict=True):
+                kept = self._batched(plan, state[key])
+                if kept.data_ptr() == x.data_ptr():
+                    continue
+                if spec.steady:
+                    kept.copy_(x)
+                else:
+                    self.recipe.store.close_(kept, x, plan.key, stream_of(key, self.step), self.start)
+
+    def weights(self) -> Tensor:
+        """W as `(m, n)` or `(b, m, n)`, in the working dtype, with what Kahan's compensation still owes."""
+        w = self._open(self.params, self._oriented)
+        if COMPENSATION in self.states[0]:
+            w.add_(self._open([state[COMPENSATION] for state in self.states], self._oriented))
+        return w
+
+    def write_weights(self, w: Tensor) -> None:
+        """Rounds W to the parameters' dtype, once, as `bf16_update` says."""
+        for plan, p, state, x in zip(self.plans, self.params, self.states, self._split(w), strict=True):
+            if p.data_ptr() == x.data_ptr():
+                continue
+            natural = x if self.partial else plan.natural(x)
+            if COMPENSATION in state:
+                p.copy_(natural)
+                state[COMPENSATION].copy_(natural - p)
+            elif p.dtype == torch.bfloat16 and self.group["bf16_update"] == "stochastic":
+                p.copy_(round_to_bfloat16(natural, plan.key, stream_of("weight", self.step), self.start))
+            else:
+                p.copy_(natural)
+
+    def clock(self) -> Clock:
+        """Steps that the moments have seen, this one included."""
+        if not self.recipe.refresh.restarts or not self.plans[0].projected:
+            return float(self.step)
+        births = torch.cat([state["refreshed_at"].view(-1) for state in self.states])
+        ages = self.step - births.clamp(min=0)
+        if len(ages) == 1:
+            return float(ages)
+        return ages.to(self.params[0].device, self.working).view(-1, 1, 1)
+
+    def slices(self) -> Iterator[Chunk]:
+        """This chunk, cut into pieces that stay in cache, where it is one large plain parameter on CPU."""
+        p, g = self.params[0], self.grads[0]
+        whole = len(self.params) > 1 or not self.recipe.elementwise or p.device.type != "cpu" or p.numel() <= SLICE
+        if whole or not (p.is_contiguous() and g.is_contiguous()):
+            yield self
+            return
+        kept = [key for key in (*self.spec, COMPENSATION) if key in self.states[0]]
+        flat = {key: self.states[0][key].view(-1) for key in kept}
+        for start in range(0, p.numel(), SLICE):
+            piece = slice(start, start + SLICE)
+            state = {key: tensor[piece] for key, tensor in flat.items()}
+            params, grads = [p.view(-1)[piece]], [g.view(-1)[piece]]
+            yield replace(self, params=params, grads=grads, states=[state], start=start, partial=True)
+
+    def matrices(self) -> Iterator[tuple[Plan, dict[str, Tensor], int, int]]:
+        """(plan, state, number within its parameter, number within this chunk) of every matrix."""
+        for index, (plan, state) in enumerate(zip(self.plans, self.states, strict=True)):
+            for inner in range(plan.count):
+                yield plan, state, inner, index * plan.count + inner
+
+    def _open(self, tensors: list[Tensor], view: Any) -> Tensor:
+        views = [view(plan, x).to(self.working) for plan, x in zip(self.plans, tensors, strict=True)]
+        if len(views) == 1:
+            return views[0]
+        return torch.cat([x if self.plans[0].batch else x.unsqueeze(0) for x in views])
+
+    def _split(self, x: Tensor) -> list[Tensor]:
+        if len(self.params) == 1:
+            return [x]
+        return list(torch.split(x, self.plans[0].count) if self.plans[0].batch else x.unbind(0))
+
+    def _oriented(self, plan: Plan, x: Tensor) -> Tensor:
+        return x if self.partial else plan.oriented(x)
+
+    def _batched(self, plan: Plan, x: Tensor) -> Tensor:
+        return x.view(-1, *x.shape[len(plan.batch) :]) if plan.batch and not self.partial else x
+
+
+def form_chunks(
+    members: list[Member], plans: dict[Tensor, Plan], states: Any, recipe_of: Callable[[Plan, dict[str, Any]], Recipe]
+) -> Iterator[Chunk]:
+    """Buckets by everything that must be equal, cut to the byte limit. On CPU a loop beats stacking."""
+    recipes: dict[tuple[int, bool], Recipe] = {}
+    buckets: dict[tuple[Any, ...], list[Member]] = {}
+    for p, group in members:
+        plan, grad = plans[p], cast(Tensor, p.grad)
+        kind = id(group), plan.projected
+        if kind not in recipes:
+            recipes[kind] = recipe_of(plan, group)
+        stack = p.device.type != "cpu" if group["foreach"] is None else group["foreach"]
+        alone = None if stack and (plan.projected or recipes[kind].elementwise) else id(p)
+        equal = plan.matrix, plan.batch, plan.side, plan.rank, p.dtype, grad.dtype, p.device
+        buckets.setdefault((kind, int(states[p]["step"]) + 1, alone, *equal), []).append((p, group))
+    for (kind, step, *_), bucket in buckets.items():
+        p, group = bucket[0]
+        spec = recipes[kind].spec(plans[p].matrix, plans[p].rank or 0)
+        limit = max(1, CHUNK_BYTES // (4 * max(1, p.numel())))
+        for start in range(0, len(bucket), limit):
+            ps = [p for p, _ in bucket[start : start + limit]]
+            data, grads = [p.detach() for p in ps], [cast(Tensor, p.grad).detach() for p in ps]
+            yield Chunk(recipes[kind], group, step, spec, [plans[p] for p in ps], data, grads, [states[p] for p in ps])
+
+
+def gradient_norms(params: list[Tensor]) -> list[float]:
+    """Norms of the gradients, one synchronisation per device; infinite also where only a second moment would be."""
+    norms: dict[int, float] = {}
+    grads = [cast(Tensor, p.grad) for p in params]
+    for device in {grad.device for grad in grads}:
+        here = [i for i, grad in enumerate(grads) if grad.device == device]
+        values = [torch.linalg.vector_norm(grads[i], dtype=working_dtype(grads[i])).double() for i in here]
+        norms.update(zip(here, torch.stack(values).tolist(), strict=True))
+    return [norms[i] for i in range(len(grads))]
+
+
+def working_dtype(p: Tensor) -> torch.dtype:
+    """float32, or float64 for float64 parameters."""
+    return torch.promote_types(p.dtype, torch.float32)

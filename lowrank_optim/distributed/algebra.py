@@ -1,0 +1,48 @@
+"""The few operations that parts need of a gradient, so that no part ever sees a layout or a collective.
+
+Everything a low-rank method asks of `G` is linear in it, or a sum of its squares. `Algebra` is the plain version for a
+matrix that this process holds whole. A version for shards answers the same calls by adding thin partial results over
+ranks, and then every part works on it unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+
+class Algebra:
+    """Whole matrices: every operation is a matmul or a reduction. All work on the last two dimensions."""
+
+    def project(self, basis: Tensor, g: Tensor) -> Tensor:
+        """`P^T G`: (m, k), (m, n) -> (k, n)."""
+        return basis.mT @ g
+
+    def sketch(self, g: Tensor, thin: Tensor) -> Tensor:
+        """`G Q`: (m, n), (n, k) -> (m, k)."""
+        return g @ thin
+
+    def leading(self, g: Tensor, rank: int) -> Tensor:
+        """The leading left singular vectors, (m, n) -> (m, rank), signs fixed."""
+        return ops.leading_left_vectors(g, rank)
+
+    def energy(self, g: Tensor) -> Tensor:
+        """`||G||_F^2` in at least float32: (m, n) -> ()."""
+        return g.float().square().sum(dim=(-2, -1))
+
+    def size(self, x: Tensor) -> Tensor:
+        """The root mean square of each matrix (of the vector, if x is one), dimensions kept."""
+        matrix = (-2, -1) if x.dim() > 1 else (-1,)
+        count = math.prod(x.shape[dim] for dim in matrix)
+        return torch.linalg.vector_norm(x, dim=matrix, keepdim=True) / count**0.5
+
+    def mean(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+        """The mean over whole rows, columns or both of a matrix in coordinate space, dimensions kept."""
+        return x.mean(dim=dim, keepdim=True)
+
+
+WHOLE = Algebra()

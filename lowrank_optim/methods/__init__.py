@@ -1,0 +1,1 @@
+"""One paper per file. Every class here is a leaf: a plain signature and a recipe."""

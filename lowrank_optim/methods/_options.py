@@ -1,0 +1,26 @@
+"""The options that all methods share, described once."""
+
+OPTIONS = """
+    Options that every method has:
+        maximize: ascend instead.
+        foreach: stack equal matrices and update them together; None does so on accelerators and loops on CPU.
+        state_dtype: "float32" or "bfloat16" (rounded stochastically), for moments and bases.
+        bf16_update: how bfloat16 weights are rounded, after float32 arithmetic: "stochastic" (unbiased), "kahan" (keeps
+            what was lost, 2 bytes per weight; also for float16), "none" (to nearest: small updates vanish).
+        nonfinite: "skip" leaves a parameter with a NaN or infinite gradient out of the step, counts it and warns once;
+            "raise" stops before anything is updated.
+        strict: True refuses parameters that were to be projected and cannot be, instead of reporting them.
+        seed: of all random numbers. They are functions of (seed, parameter name, count): nothing touches torch's
+            generators, and every rank and device draws the same.
+
+    Keys that only groups have:
+        skip_embeddings: leave matrices alone whose names look like an embedding or a head. Default True, but False in
+            a group that sets its own `rank`.
+        as_matrix: "flatten" reads a parameter of more than two dimensions as (first, rest), "batch" as a stack of
+            matrices; "auto" stacks three dimensions unless the last is below 16, a 1-D convolution's kernel.
+
+    Errors:
+        ValueError: an option or group key that is out of range, misspelt or unknown; nothing to project.
+        FloatingPointError: a non-finite gradient under `nonfinite="raise"`.
+        RuntimeError: a sparse gradient.
+"""

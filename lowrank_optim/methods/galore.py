@@ -1,0 +1,103 @@
+"""GaLore: Gradient Low-Rank Projection. Zhao et al., ICML 2024, https://arxiv.org/abs/2403.03507"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from ..optimizer import LowRankOptimizer
+from ..parts import EMA, RMS, SVD, BFloat16, Constant, Drop, Every, Float32, Staggered, SubspaceIteration, TwoSided
+from ..recipe import Basis, Recipe
+from ._options import OPTIONS
+
+
+class GaLoreAdamW(LowRankOptimizer):
+    r"""AdamW on the coordinates of each gradient in a subspace that is refitted every so often.
+
+    With G turned so that its projected side m comes first:
+
+        every update_proj_gap steps:  P (m, r) <- leading left singular vectors of G
+        R = P^T G                                                                             (r, n)
+        M <- beta1 M + (1 - beta1) R        V <- beta2 V + (1 - beta2) R^2                    (r, n)
+        D = M / (1 - beta1^t) / (sqrt(V / (1 - beta2^t)) + eps)
+        W <- (1 - lr weight_decay) W - lr scale P D
+
+    Memory: `m r + 2 n r` elements per matrix, against `2 m n` of AdamW, and some counters. `report()` shows the bytes.
+
+    Args:
+        params: parameters, `model.named_parameters()` (then embeddings and heads are recognised), or groups, for
+            example from `lowrank_optim.param_groups(model)`.
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW, for all parameters.
+        rank: of P; an int, or a fraction of the shorter side. "auto": 0.25, but where some groups name a rank, the
+            others are not projected, as in the original package. None in a group: not projected.
+        update_proj_gap: steps between refreshes of P.
+        scale: multiplies the projected updates only, so it is the lr of the matrices relative to the rest.
+        proj_type: the side that is projected. "std": the shorter; "reverse_std": the longer; "left": rows; "right":
+            columns; "full": both.
+        basis: "rsvd", randomized subspace iteration that starts from the previous basis, or "svd", exact.
+        moments: what a refresh does to M and V: "keep" them as they are (the paper), "rotate" them into the new basis,
+            or "reset" them and their clock.
+        stagger: spread the refreshes of different matrices over the steps; False: all at once.
+
+    Example::
+
+        opt = lowrank_optim.GaLoreAdamW(model.named_parameters(), lr=1e-3, rank=0.25)
+        loss.backward()
+        opt.step()
+
+    Differences from the paper and from its authors' code: eps is added after bias correction and defaults to 1e-8 (the
+    code: before, 1e-6); weight decay comes before the update (the code: after); signs of singular vectors are fixed;
+    scale defaults to 1 (the code: 0.25 in all recipes); refreshes are staggered and randomized by default; the basis
+    is a compact copy (the code keeps all of U or V alive). `tests/reference/galore.py` is the algorithm as a loop.
+    """
+
+    __doc__ = (__doc__ or "") + OPTIONS
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        rank: int | float | str | None = "auto",
+        update_proj_gap: int = 200,
+        scale: float = 1.0,
+        proj_type: str = "std",
+        basis: str = "rsvd",
+        moments: str = "keep",
+        stagger: bool = True,
+        state_dtype: str = "float32",
+        bf16_update: str = "stochastic",
+        nonfinite: str = "skip",
+        strict: bool = False,
+        seed: int = 0,
+    ) -> None:
+        defaults = dict(
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, foreach=foreach, rank=rank,
+            update_proj_gap=update_proj_gap, scale=scale, proj_type=proj_type, basis=basis, moments=moments,
+            stagger=stagger, state_dtype=state_dtype, bf16_update=bf16_update, nonfinite=nonfinite, seed=seed,
+        )  # fmt: skip
+        super().__init__(params, defaults, strict=strict)
+
+    def recipe(self, group: dict[str, Any]) -> Recipe:
+        beta1, beta2 = group["betas"]
+        return Recipe(momentum=EMA(beta1), scaling=RMS(beta2, group["eps"]), step_size=Constant(), **subspace(group))
+
+
+def subspace(group: dict[str, Any]) -> dict[str, Any]:
+    """The slots in which all forms of GaLore agree."""
+    basis: Basis = SVD() if group["basis"] == "svd" else SubspaceIteration()
+    schedule = Staggered if group["stagger"] else Every
+    return {
+        "basis": TwoSided(basis) if group["proj_type"] == "full" else basis,
+        "refresh": schedule(group["update_proj_gap"], group["moments"]),
+        "residual": Drop(),
+        "store": BFloat16() if group["state_dtype"] == "bfloat16" else Float32(),
+        "scale": group["scale"],
+    }

@@ -1,0 +1,97 @@
+"""GaLore with Adafactor's factored second moment. Zhao et al. 2024 on Shazeer and Stern 2018."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..optimizer import LowRankOptimizer
+from ..parts import EMA, Factored, NoMomentum, Relative
+from ..recipe import Recipe
+from ._options import OPTIONS
+from .galore import subspace
+
+
+class GaLoreAdafactor(LowRankOptimizer):
+    r"""Adafactor on the coordinates of each gradient in a subspace that is refitted every so often.
+
+    With `R = P^T G (r, n)` and P as in `GaLoreAdamW`:
+
+        row <- b row + (1 - b) mean_j R^2     col <- b col + (1 - b) mean_i R^2,    b = 1 - t^beta2_decay
+        D = R / max(sqrt(row col / mean(row)), eps[0])
+        D <- D / max(1, rms(D) / d)
+        E <- beta1 E + (1 - beta1) D                                     only with beta1; then D <- E
+        a = min(lr, 1 / sqrt(t))                                         lr, without relative_step
+        a <- a max(eps[1], rms(W))                                       only with scale_parameter
+        W <- (1 - lr weight_decay) W - a scale P D
+
+    Memory: `m r + r + n` elements per matrix, `n r` more with beta1. Parameters that are not projected get Adafactor in
+    full space, equal to torch.optim.Adafactor at these defaults.
+
+    Args:
+        params: see `GaLoreAdamW`.
+        lr, beta2_decay, eps, d, weight_decay: as in torch.optim.Adafactor; eps[0]=None is the dtype's epsilon.
+        beta1: of the average of updates; None keeps none. The paper's Adafactor rows use one.
+        scale_parameter, relative_step: see the maths; the benchmark of the paper switches both off.
+        rank, update_proj_gap, scale, proj_type, basis, moments, stagger: see `GaLoreAdamW`.
+
+    Example::
+
+        opt = lowrank_optim.GaLoreAdafactor(model.named_parameters(), lr=1e-2, rank=128, beta1=0.9)
+
+    Differences from the paper and from its authors' code: torch's formula and defaults (the code: Hugging Face's, with
+    `eps[0]` added to the squared gradient); the average with beta1 is of updates before lr (the code: after it, so
+    that a changing lr acts late). The rest as in `GaLoreAdamW`. `tests/reference/galore.py` is the algorithm as a loop.
+    """
+
+    __doc__ = (__doc__ or "") + OPTIONS
+    rule = "Adafactor"
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+        lr: float | Tensor = 1e-2,
+        beta2_decay: float = -0.8,
+        eps: tuple[float | None, float] = (None, 1e-3),
+        d: float = 1.0,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        beta1: float | None = None,
+        scale_parameter: bool = True,
+        relative_step: bool = True,
+        rank: int | float | str | None = "auto",
+        update_proj_gap: int = 200,
+        scale: float = 1.0,
+        proj_type: str = "std",
+        basis: str = "rsvd",
+        moments: str = "keep",
+        stagger: bool = True,
+        state_dtype: str = "float32",
+        bf16_update: str = "stochastic",
+        nonfinite: str = "skip",
+        strict: bool = False,
+        seed: int = 0,
+    ) -> None:
+        defaults = dict(
+            lr=lr, beta2_decay=beta2_decay, eps=eps, d=d, weight_decay=weight_decay, maximize=maximize, foreach=foreach,
+            beta1=beta1, scale_parameter=scale_parameter, relative_step=relative_step, rank=rank,
+            update_proj_gap=update_proj_gap, scale=scale, proj_type=proj_type, basis=basis, moments=moments,
+            stagger=stagger, state_dtype=state_dtype, bf16_update=bf16_update, nonfinite=nonfinite, seed=seed,
+        )  # fmt: skip
+        super().__init__(params, defaults, strict=strict)
+
+    def recipe(self, group: dict[str, Any]) -> Recipe:
+        floor, beta1 = group["eps"][0], group["beta1"]
+        floor = torch.finfo(torch.float32).eps if floor is None else floor
+        return Recipe(
+            momentum=NoMomentum() if beta1 is None else EMA(beta1, debias=False),
+            momentum_of="update",
+            scaling=Factored(group["beta2_decay"], floor, group["d"]),
+            step_size=Relative(group["eps"][1] if group["scale_parameter"] else None, group["relative_step"]),
+            **subspace(group),
+        )

@@ -1,0 +1,17 @@
+"""The numeric kernels: plain torch, and the truth that a native kernel has to match."""
+
+from .linalg import fix_signs, leading_left_vectors, orthonormalize, subspace_iteration
+from .philox import key_of, normal, random_bits16, stream_of
+from .rounding import round_to_bfloat16
+
+__all__ = [
+    "fix_signs",
+    "key_of",
+    "leading_left_vectors",
+    "normal",
+    "orthonormalize",
+    "random_bits16",
+    "round_to_bfloat16",
+    "stream_of",
+    "subspace_iteration",
+]

@@ -1,0 +1,91 @@
+"""Counter-based random numbers (Philox4x32-10): element i of a stream is a pure function of (key, stream, i).
+
+Nothing here has state, so the global generator is never touched, a resumed run needs nothing saved, and any device or
+shard can draw just the elements it holds and get the numbers that one process would have drawn.
+
+Reference: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import zlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_BLOCK = 1 << 16  # counters generated at once: bounds the int64 temporaries to a few MiB, which also stay in cache
+
+Stream = tuple[int, int]
+_Block = tuple[Tensor, list[Tensor], int]  # a piece of the result, the words for it, how many of their elements to skip
+
+
+def key_of(seed: int, name: str) -> int:
+    """The 64-bit key of a parameter. A hash of the name, which all ranks and runs share; Python's `hash` is salted."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
+
+
+def stream_of(purpose: str, time: int) -> Stream:
+    """One independent stream per purpose ("sketch", "weight", ...) and time (a step or a refresh count)."""
+    return zlib.crc32(purpose.encode()), time
+
+
+def philox(counter: Tensor, key: int, stream: Stream) -> list[Tensor]:
+    """Four int64 tensors of 32-bit words, one word quadruple per counter."""
+    c0, c1 = counter & _MASK, (counter >> 32) & _MASK
+    c2, c3 = (torch.full_like(counter, word & _MASK) for word in stream)
+    k0, k1 = key & _MASK, (key >> 32) & _MASK
+    for _ in range(_ROUNDS):
+        # int64 products wrap modulo 2**64, which leaves both 32-bit halves right once the upper one is masked.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c2 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, ((p0 >> 32) & _MASK) ^ c3 ^ k1
+        c1, c3 = p1 & _MASK, p0 & _MASK
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return [c0, c1, c2, c3]
+
+
+def normal(shape: tuple[int, ...], key: int, stream: Stream, device: torch.device | str = "cpu") -> Tensor:
+    """Standard normal numbers, float32.
+
+    Box-Muller runs in float64 and is rounded once, so devices whose float32 logarithms differ by an ulp still agree.
+    """
+
+    def from_words(words: list[Tensor]) -> Tensor:
+        u0, u1, u2, u3 = ((word.double() + 0.5) * 2.0**-32 for word in words)
+        pairs = []
+        for radius, angle in ((u0, u1), (u2, u3)):
+            length = torch.sqrt(-2.0 * torch.log(radius))
+            pairs += [length * torch.cos(2 * math.pi * angle), length * torch.sin(2 * math.pi * angle)]
+        return torch.stack(pairs, dim=-1)
+
+    out = torch.empty(math.prod(shape), dtype=torch.float32, device=device)
+    for target, words, skip in _blocks(out, 4, 0, key, stream):
+        target.copy_(from_words(words).flatten()[skip : skip + target.numel()])
+    return out.view(shape)
+
+
+def random_bits16(count: int, key: int, stream: Stream, start: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    """Uniform 16-bit integers as int32, elements `start` to `start + count` of the stream."""
+    out = torch.empty(count, dtype=torch.int32, device=device)
+    for target, words, skip in _blocks(out, 8, start, key, stream):
+        halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+        target.copy_(halves.flatten()[skip : skip + target.numel()])
+    return out
+
+
+def _blocks(out: Tensor, lanes: int, start: int, key: int, stream: Stream) -> Iterator[_Block]:
+    """Cuts `out` into pieces of at most `_BLOCK` counters."""
+    position = 0
+    while position < out.numel():
+        first, skip = divmod(start + position, lanes)
+        size = min(out.numel() - position, _BLOCK * lanes - skip)
+        last = -(-(start + position + size) // lanes)
+        counter = torch.arange(first, last, dtype=torch.int64, device=out.device)
+        yield out[position : position + size], philox(counter, key, stream), skip
+        position += size

@@ -1,0 +1,292 @@
+"""The engine: one loop that every gradient-projection method runs. It never asks which part it holds."""
+
+from __future__ import annotations
+
+import abc
+import math
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import checks, ops
+from .chunk import COMPENSATION, Chunk, Member, form_chunks, gradient_norms, working_dtype
+from .distributed.algebra import WHOLE, Algebra
+from .parts import Identity
+from .plan import Plan, decide
+from .recipe import Clock, Recipe, State
+from .report import Report, report
+
+_DEFAULT_RANK = 0.25
+_GROUP_ONLY = {"skip_embeddings": True, "as_matrix": "auto"}  # hyper-parameters that only groups set
+
+
+class LowRankOptimizer(Optimizer, abc.ABC):
+    """Base of all methods: subclasses give a plain signature and `recipe`, nothing else.
+
+    One optimizer serves the whole model: matrices are projected; vectors, embeddings, heads and matrices too small for
+    their rank get the same rule in full space. `report()` says which, and why.
+    """
+
+    rule = "AdamW"  # what the method is in full space
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], *, strict: bool = False) -> None:
+        params = list(params)
+        if defaults["rank"] == "auto":
+            # Groups written for the original package name a rank where they want projection and nowhere else.
+            named = any(isinstance(group, dict) and group.get("rank") is not None for group in params)
+            defaults["rank"] = None if named else _DEFAULT_RANK
+        defaults = {**_GROUP_ONLY, **defaults}
+        checks.hyperparameters(defaults)
+        self._plans: dict[Tensor, Plan] = {}
+        super().__init__(params, defaults)
+        plain = [plan for plan in self._plans.values() if not plan.projected]
+        if len(plain) == len(self._plans):
+            checks.something_projected(type(self).__name__, ((plan.name, plan.reason) for plan in plain))
+        if strict:
+            lost = ((plan.name, plan.reason) for plan in plain if plan.fallback)
+            checks.nothing_lost(f"{type(self).__name__}", lost)
+
+    @abc.abstractmethod
+    def recipe(self, group: dict[str, Any]) -> Recipe:
+        """The method: its parts, with the numbers of this group. Called once per group and step."""
+
+    # -- groups and state ----------------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch.optim; checks every option and creates the group's state, or leaves the optimizer as it was."""
+        checks.known_keys(param_group, self.defaults)
+        if param_group.get("rank") is not None:
+            param_group.setdefault("skip_embeddings", False)  # who names a rank for a group means all of it
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            checks.hyperparameters(group)
+            plans = self._decide(group)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._plans.update(plans)
+        for p in plans:
+            # Parameters without memory (meta) or without gradients (frozen) get theirs with their first gradient.
+            if p.requires_grad and not p.is_meta:
+                self.state[p] = self._fresh_state(p, group)
+
+    def _decide(self, group: dict[str, Any]) -> dict[Tensor, Plan]:
+        plans: dict[Tensor, Plan] = {}
+        taken = sum(plan.projected for plan in self._plans.values())
+        names = group.get("param_names", [""] * len(group["params"]))
+        for name, p in zip(names, group["params"], strict=True):
+            index = len(self._plans) + len(plans)
+            plan = decide(name, index, taken, p.shape, group)
+            checks.parameter(plan.name, p)
+            plans[p] = plan
+            taken += plan.projected
+        return plans
+
+    def _fresh_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """All state of one parameter, before its first step."""
+        plan = self._plans[p]
+        recipe = self._recipe_of(plan, group)
+        state = {"step": torch.tensor(0.0), "skipped": torch.tensor(0)}
+        for key, spec in recipe.spec(plan.matrix, plan.rank or 0).items():
+            dtype = recipe.store.dtype(working_dtype(p))
+            state[key] = torch.zeros(plan.batch + spec.shape, dtype=dtype, device=p.device)
+        if plan.projected:
+            state["refreshes"] = torch.zeros(plan.batch, dtype=torch.int64)
+            state["refreshed_at"] = torch.full(plan.batch, -1)
+        if group["bf16_update"] == "kahan" and p.dtype in (torch.bfloat16, torch.float16):
+            state[COMPENSATION] = torch.zeros_like(p)
+        return state
+
+    def _recipe_of(self, plan: Plan, group: dict[str, Any]) -> Recipe:
+        recipe = self.recipe(group)
+        return recipe if plan.projected else recipe.plain(Identity())
+
+    def _members(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        for group in self.param_groups:
+            for p in group["params"]:
+                yield p, group
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Updates every parameter that has a gradient. Reads one norm per gradient first, in one synchronisation."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update([(p, group) for p, group in self._members() if p.grad is not None])
+        return loss
+
+    def _update(self, members: list[Member]) -> None:
+        """One step for some parameters: all of a step's work, so it can also be done for one parameter at a time."""
+        for p, group in members:
+            checks.gradient(self._plans[p].name, cast(Tensor, p.grad))
+            self._follow(p, group)
+        norms = gradient_norms([p for p, _ in members])
+        if not any(norms) and self._untouched():
+            return  # a dry run on zero gradients, as checkpoint helpers and DeepSpeed make: the state exists, no more
+        finite = [member for member, norm in zip(members, norms, strict=True) if math.isfinite(norm)]
+        if len(finite) < len(members):
+            self._skip([member for member, norm in zip(members, norms, strict=True) if not math.isfinite(norm)])
+        for chunk in form_chunks(finite, self._plans, self.state, self._recipe_of):
+            for piece in chunk.slices():
+                self._update_chunk(piece)
+        for p, _ in finite:
+            self.state[p]["step"] += 1
+
+    def _update_chunk(self, chunk: Chunk) -> None:
+        recipe, group, algebra = chunk.recipe, chunk.group, WHOLE
+        g, st = chunk.gradient(), chunk.open()
+        refreshed = self._refresh(chunk, algebra, g, st)
+        t = chunk.clock()
+        g = recipe.residual.before(g, st)
+        r = recipe.basis.down(algebra, g, st)
+        d, gain = recipe.direction(algebra, st, r, t)
+        rest = recipe.residual.after(algebra, g, r, d, recipe.basis, st)
+        w = chunk.weights()
+        lr = float(group["lr"])
+        alpha: Clock = recipe.step_size(algebra, lr, w, chunk.step) * recipe.scale * gain
+        if isinstance(alpha, Tensor):
+            d, alpha = d * alpha, 1.0
+        decay = 1 - lr * group["weight_decay"]
+        recipe.basis.add_up_(w, d, st, alpha=-alpha, beta=decay)
+        if rest is not None:
+            w.add_(rest, alpha=-lr * recipe.scale)
+        chunk.write_weights(w)
+        chunk.close(st, refreshed)
+
+    def _refresh(self, chunk: Chunk, algebra: Algebra, g: Tensor, st: State) -> bool:
+        """Refits the bases that are due, matrix by matrix. One with a zero gradient keeps its own and stays due."""
+        if not chunk.plans[0].projected:
+            return False
+        done = False
+        for plan, state, inner, outer in chunk.matrices():
+            count, last = state["refreshes"].view(-1), state["refreshed_at"].view(-1)
+            if not chunk.recipe.refresh.due(chunk.step - 1, int(last[inner]), plan.offset):
+                continue
+            matrix = g if g.dim() == 2 else g[outer]
+            energy = float(algebra.energy(matrix))
+            if energy == 0 or not math.isfinite(energy):
+                continue
+            view = dict(st) if g.dim() == 2 else {key: tensor[outer] for key, tensor in st.items()}
+            self._refit(chunk, algebra, plan, int(count[inner]), matrix, view, inner)
+            count[inner] += 1
+            last[inner] = chunk.step - 1
+            done = True
+        return done
+
+    def _refit(self, chunk: Chunk, algebra: Algebra, plan: Plan, count: int, g: Tensor, st: State, expert: int) -> None:
+        """One matrix: a new basis, and the moments brought along. `st` are views that write through."""
+        recipe = chunk.recipe
+
+        def draw(shape: tuple[int, ...]) -> Tensor:
+            stream = ops.stream_of(f"sketch {expert}", count)
+            return ops.normal(shape, plan.key, stream, g.device).to(g.dtype)
+
+        keys = recipe.basis.spec(plan.matrix, cast(int, plan.rank))
+        old = {key: st[key] for key in keys} if count else None
+        kept = recipe.store.dtype(chunk.working)
+        fitted = recipe.basis.fit(algebra, g, old, cast(int, plan.rank), draw)
+        new = {key: tensor.to(kept).to(chunk.working) for key, tensor in fitted.items()}
+        if old is not None:
+            turn = recipe.basis.turn(algebra, old, new)
+            recipe.refresh.carry_(algebra, recipe, st, turn, float(chunk.step - 1))
+        for key, tensor in new.items():
+            st[key].copy_(tensor)
+
+    def _untouched(self) -> bool:
+        return all(not state["step"] and not state["skipped"] for state in self.state.values())
+
+    def _follow(self, p: Tensor, group: dict[str, Any]) -> None:
+        """State lives where its parameter lives, also if the model was moved or materialised after construction."""
+        state = self.state[p]
+        if not state:
+            self.state[p] = self._fresh_state(p, group)
+            return
+        for key, tensor in state.items():
+            if tensor.dim() and tensor.device != p.device and key not in ("refreshes", "refreshed_at"):
+                state[key] = tensor.to(p.device)
+
+    def _skip(self, members: list[Member]) -> None:
+        """Parameters with a non-finite gradient: counted, and warned about the first time, or an error."""
+        names = ", ".join(self._plans[p].name for p, _ in members[:3]) + (", ..." if len(members) > 3 else "")
+        if any(group["nonfinite"] == "raise" for _, group in members):
+            raise FloatingPointError(
+                f"non-finite gradient in {names}; nothing was updated. Lower the learning rate, clip gradients, "
+                'or use nonfinite="skip" to leave such parameters out of the step'
+            )
+        if not any(int(state["skipped"]) for state in self.state.values() if state):
+            warnings.warn(
+                f"non-finite gradient in {names}: left out of this step, as will be any later one without a further "
+                "warning. report() counts them",
+                stacklevel=6,
+            )
+        for p, _ in members:
+            self.state[p]["skipped"] += 1
+
+    # -- what a user sees ----------------------------------------------------------------------------------------------
+
+    def report(self) -> Report:
+        """One row per parameter: shape, method, rank, side, state bytes, or why it is not projected. `print` it."""
+        return report(self)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch.optim, except that every tensor keeps the dtype it was saved with and nothing is half-loaded.
+
+        torch would cast all state to the parameter's dtype, which loses bits for bfloat16 parameters.
+        """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        hooks = self._optimizer_load_state_dict_pre_hooks
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run
+        checks.has_state(state_dict)
+        before = self.param_groups, self._plans
+        self._incoming: dict[str, Any] | None = state_dict
+        try:
+            super().load_state_dict({**state_dict, "state": {}})
+        except Exception:
+            self.param_groups, self._plans = before
+            raise
+        finally:
+            self._incoming = None
+            self._optimizer_load_state_dict_pre_hooks = hooks
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores what is derived; called by pickle, by deepcopy, and by torch's loader in the middle of its work."""
+        incoming = self.__dict__.get("_incoming")
+        kept = self.state if incoming is not None else None
+        super().__setstate__({**state, "state": kept} if kept is not None else state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        self._plans = {}
+        for group in self.param_groups:
+            self._plans.update(self._decide(group))
+        if incoming is not None:
+            self._take_state(incoming)
+
+    def _take_state(self, state_dict: dict[str, Any]) -> None:
+        """All or nothing. A parameter without saved state was frozen when the state was saved, and starts afresh."""
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        loaded = {}
+        for key, (p, group) in zip(saved, self._members(), strict=True):
+            fresh, state = self._fresh_state(p, group), state_dict["state"].get(key)
+            if state is None:
+                loaded[p] = fresh
+                continue
+            checks.loaded_state(self._plans[p].name, state, fresh)
+            # copies: the saved dict may belong to a live optimizer, whose counters must not move with ours
+            loaded[p] = {name: state[name].detach().to(like.device, copy=True) for name, like in fresh.items()}
+        self.state.update(loaded)

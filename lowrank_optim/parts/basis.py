@@ -1,0 +1,143 @@
+"""Which subspace? Full space, exact singular vectors, or randomized subspace iteration; on one side or both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..distributed.algebra import Algebra
+from ..ops import subspace_iteration
+from ..recipe import Basis, Draw, Shape, Spec, State, Turn
+
+
+@dataclass(frozen=True)
+class Identity(Basis):
+    """Full space: R is G. What every parameter that is not projected uses; never refreshed, stores nothing."""
+
+    elementwise: ClassVar[bool] = True
+
+    def spec(self, shape: Shape, rank: int) -> dict[str, Spec]:
+        return {}
+
+    def coordinates(self, shape: Shape, rank: int) -> Shape:
+        return shape
+
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw) -> dict[str, Tensor]:
+        return {}
+
+    def turn(self, algebra: Algebra, old: State, new: State) -> Turn:
+        raise NotImplementedError("the identity basis never turns")
+
+    def down(self, algebra: Algebra, g: Tensor, st: State) -> Tensor:
+        return g.clone()
+
+    def add_up_(self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float) -> None:
+        if beta != 1:
+            w.mul_(beta)
+        w.add_(d, alpha=alpha)
+
+
+class _OneSided(Basis):
+    """`R = P^T G` with an orthonormal P (m, r)."""
+
+    def spec(self, shape: Shape, rank: int) -> dict[str, Spec]:
+        return {"basis": Spec((shape[0], rank), steady=True)}
+
+    def coordinates(self, shape: Shape, rank: int) -> Shape:
+        return rank, shape[1]
+
+    def turn(self, algebra: Algebra, old: State, new: State) -> Turn:
+        return Turn(algebra.project(new["basis"], old["basis"]))
+
+    def down(self, algebra: Algebra, g: Tensor, st: State) -> Tensor:
+        return algebra.project(st["basis"], g)
+
+    def add_up_(self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float) -> None:
+        _add_matmul_(w, st["basis"], d, alpha, beta)
+
+
+@dataclass(frozen=True)
+class SVD(_OneSided):
+    """The leading left singular vectors, exactly, with fixed signs (GaLore).
+
+    Falls back to the Gram matrix's eigenvectors where the SVD does not converge (`ops.leading_left_vectors`).
+    """
+
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw) -> dict[str, Tensor]:
+        return {"basis": algebra.leading(g, rank)}
+
+    def fit_workspace(self, m: int, n: int, rank: int) -> int:
+        short = min(m, n)
+        return m * n + (m + n) * short + short
+
+
+@dataclass(frozen=True)
+class SubspaceIteration(_OneSided):
+    """Randomized subspace iteration: some products with G instead of a factorisation of it (GaLore 2, GaLore+).
+
+    Cold, it starts from a Gaussian sketch `G Omega`; warm, from the previous basis and `oversample` fresh Gaussian
+    columns, which let directions enter that the old subspace does not see.
+    """
+
+    oversample: int = 8
+    cold_rounds: int = 2
+    warm_rounds: int = 1
+
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw) -> dict[str, Tensor]:
+        m, n = g.shape
+        width = self._width(m, n, rank)
+        if old is None:
+            start, rounds = algebra.sketch(g, draw((n, width))), self.cold_rounds
+        else:
+            # unit columns on average, like the old basis, so that neither part drowns the other in rounding
+            fresh = draw((m, width - rank)) / m**0.5
+            start, rounds = torch.cat([old["basis"], fresh], dim=-1), self.warm_rounds
+        return {"basis": subspace_iteration(algebra, g, start, rank, rounds)}
+
+    def fit_workspace(self, m: int, n: int, rank: int) -> int:
+        width = self._width(m, n, rank)
+        return 2 * (m + n) * width + 2 * max(m, n) * width  # sketches, and one float64 copy while orthonormalising
+
+    def _width(self, m: int, n: int, rank: int) -> int:
+        return min(rank + self.oversample, m, n)
+
+
+@dataclass(frozen=True)
+class TwoSided(Basis):
+    """`R = P^T G Q (r, r)`: GaLore's `proj_type="full"`. `inner` fits each side."""
+
+    inner: Basis
+
+    def spec(self, shape: Shape, rank: int) -> dict[str, Spec]:
+        m, n = shape
+        return {"basis": Spec((m, rank), steady=True), "basis_right": Spec((n, rank), steady=True)}
+
+    def coordinates(self, shape: Shape, rank: int) -> Shape:
+        return rank, rank
+
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw) -> dict[str, Tensor]:
+        left = self.inner.fit(algebra, g, old, rank, draw)["basis"]
+        # With P singular vectors, P^T G = S V^T holds the right ones: an r x n problem instead of a second m x n one.
+        right = algebra.leading(algebra.project(left, g).mT, rank)
+        return {"basis": left, "basis_right": right}
+
+    def turn(self, algebra: Algebra, old: State, new: State) -> Turn:
+        left = algebra.project(new["basis"], old["basis"])
+        return Turn(left, algebra.project(new["basis_right"], old["basis_right"]))
+
+    def down(self, algebra: Algebra, g: Tensor, st: State) -> Tensor:
+        return algebra.project(st["basis"], g) @ st["basis_right"]
+
+    def add_up_(self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float) -> None:
+        _add_matmul_(w, st["basis"], d @ st["basis_right"].mT, alpha, beta)
+
+    def fit_workspace(self, m: int, n: int, rank: int) -> int:
+        return max(self.inner.fit_workspace(m, n, rank), 2 * rank * n + rank * rank)
+
+
+def _add_matmul_(w: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> None:
+    """`W <- beta W + alpha A B`, for a matrix or a stack, in place and in one pass over W."""
+    (w.addmm_ if w.dim() == 2 else w.baddbmm_)(a, b, beta=beta, alpha=alpha)

@@ -1,0 +1,35 @@
+"""How does lr become the length of the step?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..distributed.algebra import Algebra
+from ..recipe import Clock
+
+
+@dataclass(frozen=True)
+class Constant:
+    """lr itself."""
+
+    def __call__(self, algebra: Algebra, lr: float, w: Tensor, step: int) -> Clock:
+        return lr
+
+
+@dataclass(frozen=True)
+class Relative:
+    """Adafactor's length.
+
+    Args:
+        floor: if not None, lr is multiplied by the root mean square of W, taken as at least `floor`.
+        decay: if True, lr is at most `1 / sqrt(step)` before that.
+    """
+
+    floor: float | None
+    decay: bool
+
+    def __call__(self, algebra: Algebra, lr: float, w: Tensor, step: int) -> Clock:
+        length = min(lr, step**-0.5) if self.decay else lr
+        return length if self.floor is None else algebra.size(w).clamp_(min=self.floor).mul_(length)

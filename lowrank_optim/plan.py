@@ -1,0 +1,137 @@
+"""What happens to one parameter, and why: decided once, from its shape, its name and its group alone.
+
+Nothing about wrappers, world sizes or devices enters, so a sharded run makes the same decisions as one process.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops import key_of
+
+# Whole components of a parameter's name that say what it is; `head` does not match `heads` or `multihead_attn`.
+_EMBEDDING_NAMES = {"wte", "wpe", "shared", "relative_attention_bias"}
+_HEAD_NAMES = {"lm_head", "head", "classifier", "score", "output_projection", "output_layer", "cls"}
+_SMALLEST_KERNEL_RUN = 16  # a 3-D parameter whose last side is shorter is a 1-D convolution, not a stack of experts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one parameter is updated.
+
+    Attributes:
+        name: from the model, or `param 7` where parameters came without names.
+        shape: of the parameter.
+        batch: leading dimensions that count matrices; `(experts,)` for a stack of experts.
+        matrix: `(m, n)` with the projected side first, or `(n,)` for a vector.
+        side: "left" (rows are projected), "right" (columns), "full" (both), "-" (not projected).
+        rank: of the basis; None where not projected.
+        reason: why not projected, or "".
+        fallback: the group asked for a projection that this parameter cannot have (`strict=True` refuses it).
+        key: of its random numbers.
+        offset: its place in a staggered schedule, in [0, 2**32).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    batch: tuple[int, ...]
+    matrix: tuple[int, ...]
+    side: str
+    rank: int | None
+    reason: str
+    fallback: bool
+    key: int
+    offset: int
+
+    @property
+    def projected(self) -> bool:
+        return self.rank is not None
+
+    @property
+    def count(self) -> int:
+        """Number of matrices."""
+        return math.prod(self.batch)
+
+    def oriented(self, x: Tensor) -> Tensor:
+        """A tensor like the parameter as `(*batch, m, n)`: a view where strides allow, else a copy."""
+        natural = self.matrix[::-1] if self.side == "right" else self.matrix
+        x = x.reshape(*self.batch, *natural)
+        return x.mT if self.side == "right" else x
+
+    def natural(self, x: Tensor) -> Tensor:
+        """The inverse of `oriented`."""
+        return (x.mT if self.side == "right" else x).reshape(self.shape)
+
+
+def decide(name: str, index: int, place: int, shape: torch.Size, group: dict[str, Any]) -> Plan:
+    """The plan of parameter number `index`, which would be the `place`-th projected one."""
+    batch, rows, columns = as_matrices(shape, group["as_matrix"])
+    reason, fallback = _why_plain(name, shape, rows, columns, group)
+    common: dict[str, Any] = {
+        "name": name or f"param {index}",
+        "shape": tuple(shape),
+        "reason": reason,
+        "fallback": fallback,
+    }
+    common["key"] = key_of(group["seed"], name or str(index))
+    if reason:
+        # A vector keeps its one dimension; there is no projected side, so nothing is turned.
+        matrix = (rows, columns) if len(shape) > 1 else (columns,)
+        return Plan(**common, batch=batch, matrix=matrix, side="-", rank=None, offset=0)
+    side = resolve_side(group["proj_type"], rows, columns)
+    matrix = (columns, rows) if side == "right" else (rows, columns)
+    rank = resolve_rank(group["rank"], rows, columns)
+    return Plan(**common, batch=batch, matrix=matrix, side=side, rank=rank, offset=place * 0x9E3779B9 & 0xFFFFFFFF)
+
+
+def as_matrices(shape: torch.Size | tuple[int, ...], rule: str) -> tuple[tuple[int, ...], int, int]:
+    """(batch, rows, columns). `"flatten"`: (out, everything else), as for convolutions; `"batch"`: the last two are
+    the matrix, as for stacks of experts; `"auto"`: batch for three dimensions, unless the last is a kernel's."""
+    if len(shape) < 2:
+        return (), 1, math.prod(shape)
+    if rule == "auto":
+        rule = "batch" if len(shape) == 3 and shape[-1] >= _SMALLEST_KERNEL_RUN else "flatten"
+    if rule == "batch":
+        return tuple(shape[:-2]), shape[-2], shape[-1]
+    return (), shape[0], math.prod(shape[1:])
+
+
+def resolve_side(proj_type: str, rows: int, columns: int) -> str:
+    """The side a basis is for. `std` projects the shorter one; a square matrix counts as tall."""
+    if proj_type in ("left", "right", "full"):
+        return proj_type
+    tall = rows >= columns
+    return "right" if tall == (proj_type == "std") else "left"
+
+
+def resolve_rank(rank: int | float, rows: int, columns: int) -> int:
+    """A whole rank; a float is a fraction of the shorter side, at least 1."""
+    return max(1, round(rank * min(rows, columns))) if isinstance(rank, float) else rank
+
+
+def names_say(name: str) -> str:
+    """ "embedding", "head" or "", judged by the components of a parameter's dotted name."""
+    parts = name.lower().split(".")
+    if any(part in _EMBEDDING_NAMES or "embed" in part for part in parts):
+        return "embedding"
+    return "head" if any(part in _HEAD_NAMES for part in parts) else ""
+
+
+def _why_plain(name: str, shape: torch.Size, rows: int, columns: int, group: dict[str, Any]) -> tuple[str, bool]:
+    """(reason, fallback); ("", False) for a parameter that can be projected."""
+    if group["rank"] is None:
+        return "its group has no rank", False
+    if len(shape) < 2 or math.prod(shape) == max(shape):
+        explicit = not group["skip_embeddings"]
+        return "a vector or scalar", explicit
+    if group["skip_embeddings"] and names_say(name):
+        return f"{names_say(name)}, by its name", False
+    rank = resolve_rank(group["rank"], rows, columns)
+    if rank >= min(rows, columns):
+        return f"rank {rank} >= min{(rows, columns)}", True
+    return "", False

@@ -1,0 +1,112 @@
+"""What an optimizer does to each parameter, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from .optimizer import LowRankOptimizer
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    method: str
+    rank: int | None
+    side: str
+    state_bytes: int
+    full_bytes: int
+    skipped: int
+    reason: str
+
+
+class Report(list[Row]):
+    """A list of rows whose `str` is a table with a summary below it."""
+
+    def __str__(self) -> str:
+        head = ("parameter", "shape", "method", "rank", "side", "state", "why not projected")
+        cells = [head, *(_cells(row) for row in self)]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+        right = {3, 5}
+        lines = []
+        for row in cells:
+            padded = [cell.rjust(widths[i]) if i in right else cell.ljust(widths[i]) for i, cell in enumerate(row)]
+            lines.append("  ".join(padded).rstrip())
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join([*lines, self.summary])
+
+    @property
+    def summary(self) -> str:
+        """One line: how much is projected, and the state beside full-rank moments."""
+        state, full = sum(row.state_bytes for row in self), sum(row.full_bytes for row in self)
+        projected = sum(row.rank is not None for row in self)
+        skipped = sum(row.skipped for row in self)
+        line = f"{projected} of {len(self)} parameters projected; state {human(state)}"
+        line += f", {state / max(full, 1):.2f} of the {human(full)} of two float32 moments"
+        return line + (f"; {skipped} non-finite gradients skipped" if skipped else "")
+
+
+def report(optimizer: LowRankOptimizer) -> Report:
+    return Report(_rows(optimizer))
+
+
+def _rows(optimizer: LowRankOptimizer) -> Iterator[Row]:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            plan, state = optimizer._plans[p], optimizer.state[p]
+            yield Row(
+                name=plan.name,
+                shape=plan.shape,
+                method=type(optimizer).__name__ if plan.projected else optimizer.rule,
+                rank=plan.rank,
+                side=plan.side,
+                state_bytes=sum(tensor.nbytes for tensor in state.values()),
+                full_bytes=2 * 4 * p.numel(),
+                skipped=int(state["skipped"]) if state else 0,
+                reason=plan.reason + (" (fallback)" if plan.fallback else ""),
+            )
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    shape = "x".join(map(str, row.shape)) or "scalar"
+    rank = "-" if row.rank is None else str(row.rank)
+    return row.name, shape, row.method, rank, row.side, human(row.state_bytes), row.reason
+
+
+def human(count: float) -> str:
+    """A byte count for people: 1.5 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Persistent bytes of any optimizer: every storage that its state keeps alive, counted once and whole."""
+    storages: dict[int, int] = {}
+
+    def visit(value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+        elif isinstance(value, dict):
+            for item in value.values():
+                visit(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                visit(item)
+        elif hasattr(value, "__dict__"):
+            visit(vars(value))  # projector objects of other packages
+
+    for state in optimizer.state.values():
+        visit(state)
+    return sum(storages.values())
