@@ -120,7 +120,7 @@ class Chunk:
             for inner in range(plan.count):
                 yield plan, state, inner, index * plan.count + inner
 
-    def _open(self, tensors: list[Tensor], view: Any) -> Tensor:
+    def _open(self, tensors: list[Tensor], view: Callable[[Plan, Tensor], Tensor]) -> Tensor:
         views = [view(plan, x).to(self.working) for plan, x in zip(self.plans, tensors, strict=True)]
         if len(views) == 1:
             return views[0]

@@ -72,13 +72,8 @@ def decide(name: str, index: int, place: int, shape: torch.Size, group: dict[str
     """The plan of parameter number `index`, which would be the `place`-th projected one."""
     batch, rows, columns = as_matrices(shape, group["as_matrix"])
     reason, fallback = _why_plain(name, shape, rows, columns, group)
-    common: dict[str, Any] = {
-        "name": name or f"param {index}",
-        "shape": tuple(shape),
-        "reason": reason,
-        "fallback": fallback,
-    }
-    common["key"] = key_of(group["seed"], name or str(index))
+    common: dict[str, Any] = {"reason": reason, "fallback": fallback, "shape": tuple(shape)}
+    common |= {"name": name or f"param {index}", "key": key_of(group["seed"], name or str(index))}
     if reason:
         # A vector keeps its one dimension; there is no projected side, so nothing is turned.
         matrix = (rows, columns) if len(shape) > 1 else (columns,)

@@ -20,7 +20,7 @@ class Algebra:
 
     def project(self, basis: Tensor, g: Tensor) -> Tensor:
         """`P^T G`: (m, k), (m, n) -> (k, n)."""
-        return basis.mT @ g
+        return torch.matmul(basis.mT, g)
 
     def sketch(self, g: Tensor, thin: Tensor) -> Tensor:
         """`G Q`: (m, n), (n, k) -> (m, k)."""

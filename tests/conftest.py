@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests import the table and the references by name
+
+torch.set_num_threads(1)  # on matrices this small a second thread only costs time
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Every test starts from the same numbers, and must not depend on what ran before it."""
+    torch.manual_seed(0)

@@ -1,0 +1,117 @@
+"""Engine == the paper's loop, over shapes, sides, bases and what refreshes do to the moments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import SHAPES, every_case, gradients
+from reference import galore
+
+from lowrank_optim import ops
+from lowrank_optim.plan import resolve_side
+
+STEPS = 20
+# float64 shows that the algorithms are the same; float32 that the engine loses nothing but rounding.
+TOLERANCE = {torch.float32: dict(rtol=0, atol=1e-6), torch.float64: dict(rtol=0, atol=1e-12)}
+every_dtype = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["fp32", "fp64"])
+STAGGER = 0  # the first matrix of an optimizer has offset 0: refreshes before steps 0, 7, 14
+
+
+def problem(shape, dtype):
+    """A weight of the size that layers are initialised with, and gradients."""
+    return 0.2 * torch.randn(shape, dtype=dtype), gradients(shape, STEPS, dtype)
+
+
+def well_posed(case, proj_type):
+    """With both sides projected, R at a refresh is diagonal, and off its diagonal Adam scales rounding noise to size 1.
+    That is GaLore's own ill-conditioning; an eps above the noise keeps it out of the comparison."""
+    return {"eps": 0.1} if proj_type == "full" and case.name == "galore_adamw" else {}
+
+
+def engine(case, weight, grads, **overrides):
+    """A second, vector parameter lets a matrix that cannot be projected stand beside one that can."""
+    p, other = torch.nn.Parameter(weight.clone()), torch.nn.Parameter(torch.zeros(8, 8, dtype=weight.dtype))
+    optimizer = case.build([("w", p), ("other", other)], **overrides)
+    for grad in grads:
+        p.grad = grad.clone()
+        optimizer.step()
+    return p.detach(), optimizer
+
+
+def expected(case, weight, grads, rank, side, fit, **overrides):
+    options = {**case.reference_kwargs, **overrides}
+    return case.reference(weight, grads, {0, 7, 14}, rank=rank, side=side, fit=fit, **options)
+
+
+@every_case
+@every_dtype
+@pytest.mark.parametrize("stagger", [False, True])
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right", "full"])
+@pytest.mark.parametrize(("shape", "rank"), [s for s in SHAPES if s[1] < min(s[0])])
+def test_engine_equals_the_papers_loop(case, dtype, shape, rank, proj_type, stagger):
+    weight, grads = problem(shape, dtype)
+    options = well_posed(case, proj_type)
+    got, _ = engine(case, weight, grads, rank=rank, proj_type=proj_type, basis="svd", stagger=stagger, **options)
+    want = expected(case, weight, grads, rank, resolve_side(proj_type, *shape), galore.exact, **options)
+    torch.testing.assert_close(got, want, **TOLERANCE[dtype])
+
+
+@every_case
+@every_dtype
+@pytest.mark.parametrize(("shape", "rank"), [s for s in SHAPES if s[1] < min(s[0])])
+def test_randomized_basis_equals_its_loop(case, dtype, shape, rank):
+    weight, grads = problem(shape, dtype)
+
+    def normal(shape, count):
+        return ops.normal(shape, ops.key_of(5, "w"), ops.stream_of("sketch 0", count)).to(dtype)
+
+    got, _ = engine(case, weight, grads, rank=rank, basis="rsvd", seed=5)
+    want = expected(case, weight, grads, rank, resolve_side("std", *shape), galore.randomized(normal))
+    torch.testing.assert_close(got, want, **TOLERANCE[dtype])
+
+
+@every_case
+@every_dtype
+@pytest.mark.parametrize("moments", ["rotate", "reset"])
+@pytest.mark.parametrize("proj_type", ["std", "full"])
+@pytest.mark.parametrize(("shape", "rank"), SHAPES[:3])
+def test_moments_at_a_refresh(case, dtype, shape, rank, proj_type, moments):
+    if case.name != "galore_adamw":
+        pytest.skip("the loop of GaLoreAdafactor keeps its moments; rotation is tested as a law in test_parts.py")
+    weight, grads = problem(shape, dtype)
+    options, side = well_posed(case, proj_type), resolve_side(proj_type, *shape)
+    got, _ = engine(case, weight, grads, rank=rank, proj_type=proj_type, basis="svd", moments=moments, **options)
+    want = expected(case, weight, grads, rank, side, galore.exact, moments=moments, **options)
+    kept = expected(case, weight, grads, rank, side, galore.exact, **options)
+    torch.testing.assert_close(got, want, **TOLERANCE[dtype])
+    assert (got - kept).abs().max() > 1e-3, "the option must make a difference here, or the test shows nothing"
+
+
+@every_case
+@every_dtype
+@pytest.mark.parametrize("shape_rank", [s for s in SHAPES if s[1] >= min(s[0])])
+def test_a_rank_that_saves_nothing_is_the_rule_in_full_space(case, dtype, shape_rank):
+    shape, rank = shape_rank
+    weight, grads = problem(shape, dtype)
+    got, optimizer = engine(case, weight, grads, rank=rank if max(shape) > 8 or rank < 8 else 7)
+    make, options = case.full
+    p = torch.nn.Parameter(weight.clone())
+    full = make([p], **options)
+    for grad in grads:
+        p.grad = grad.clone()
+        full.step()
+    torch.testing.assert_close(got, p.detach(), **TOLERANCE[dtype])
+    assert not optimizer.report()[0].rank
+
+
+@every_dtype
+def test_beta1_of_adafactor(dtype):
+    from cases import CASES
+
+    case = next(case for case in CASES if case.name == "galore_adafactor")
+    for options in (dict(parameter=False, relative=False), dict(parameter=True, relative=False)):
+        weight, grads = problem((24, 10), dtype)
+        names = dict(scale_parameter=options["parameter"], relative_step=options["relative"])
+        got, _ = engine(case, weight, grads, rank=4, basis="svd", beta1=0.6, lr=0.01, **names)
+        want = expected(case, weight, grads, 4, "right", galore.exact, beta1=0.6, lr=0.01, **options)
+        torch.testing.assert_close(got, want, **TOLERANCE[dtype])
