@@ -35,7 +35,7 @@ def _number(low: float, high: float = math.inf, *, open_low: bool = False, hint:
 def _one_of(*choices: str) -> Check:
     def check(name: str, value: Any) -> None:
         if value not in choices:
-            near = difflib.get_close_matches(str(value), choices, 1)
+            near = difflib.get_close_matches(str(value), choices, 1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
 

@@ -164,13 +164,14 @@ def form_chunks(
 
 
 def gradient_norms(params: list[Tensor]) -> list[float]:
-    """Norms of the gradients, one synchronisation per device; infinite also where only a second moment would be."""
+    """Norms of the gradients, one synchronisation per device; infinite also where only their squares would be."""
     norms: dict[int, float] = {}
     grads = [cast(Tensor, p.grad) for p in params]
     for device in {grad.device for grad in grads}:
         here = [i for i, grad in enumerate(grads) if grad.device == device]
-        values = [torch.linalg.vector_norm(grads[i], dtype=working_dtype(grads[i])).double() for i in here]
-        norms.update(zip(here, torch.stack(values).tolist(), strict=True))
+        values = [torch.linalg.vector_norm(grads[i], dtype=working_dtype(grads[i])) for i in here]
+        safe = [torch.where(norm.square().isfinite(), norm, torch.inf).double() for norm in values]
+        norms.update(zip(here, torch.stack(safe).tolist(), strict=True))
     return [norms[i] for i in range(len(grads))]
 
 

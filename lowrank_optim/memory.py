@@ -13,11 +13,13 @@ from torch.optim import Optimizer
 
 from .chunk import SLICE, working_dtype
 from .groups import param_groups
+from .ops.philox import WORKSPACE
 from .optimizer import LowRankOptimizer
 from .plan import Plan
 from .recipe import Recipe
 from .report import human, state_bytes
 
+Groups = list[dict[str, Any]]
 Shapes = Mapping[str, tuple[int, ...]] | Iterable[tuple[int, ...]]
 
 
@@ -29,7 +31,8 @@ class MemoryEstimate:
         weights, gradients: of the parameters that are trained.
         states: moments and counters; exact.
         bases: exact.
-        step_workspace: the most that a step without a refresh holds for one matrix.
+        step_workspace: the most that a step without a refresh holds for one matrix. Where equal matrices are stacked
+            (on accelerators, or with `foreach=True`), the stack takes up to 64 MiB per operand instead.
         refresh_workspace: the most that refitting one basis holds (LAPACK's own buffers not counted).
     """
 
@@ -56,7 +59,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    model_or_shapes: nn.Module | Shapes,
+    source: nn.Module | Groups | Shapes,
     optimizer: type[Optimizer],
     *,
     dtype: torch.dtype | None = None,
@@ -65,7 +68,8 @@ def estimate_memory(
     """What training with `optimizer(..., **options)` will hold.
 
     Args:
-        model_or_shapes: a model (also on the meta device; grouped by `param_groups`), or shapes, by name or bare.
+        source: a model (also on the meta device; grouped by `param_groups`), groups that `param_groups` made, or
+            shapes, by name or bare.
         optimizer: a class of this package, or of torch.optim (then workspaces are not known and 0).
         dtype: of weights and gradients; default: the model's own, float32 for shapes.
         options: keyword arguments of the optimizer.
@@ -77,7 +81,7 @@ def estimate_memory(
         print(lowrank_optim.estimate_memory(model, lowrank_optim.GaLoreAdamW, rank=1024, dtype=torch.bfloat16))
     """
     low_rank = issubclass(optimizer, LowRankOptimizer)
-    groups = _meta_groups(model_or_shapes, dtype, low_rank)
+    groups = _meta_groups(source, dtype, low_rank)
     params = [p for group in groups for _, p in group["params"]]
     weights = sum(p.nbytes for p in params)
     instance = optimizer(groups, **options)
@@ -94,33 +98,35 @@ def estimate_memory(
             else:
                 states += tensor.nbytes
         working = working_dtype(p).itemsize
-        step = max(step, _step_elements(p, plan, recipe) * working)
+        step = max(step, _step_bytes(p, plan, recipe, group))
         if plan.projected:
             m, n = plan.matrix
             refresh = max(refresh, recipe.basis.fit_workspace(m, n, plan.rank or 0) * working)
     return MemoryEstimate(weights, weights, states, bases, step, refresh)
 
 
-def _step_elements(p: Tensor, plan: Plan, recipe: Recipe) -> int:
-    """Coordinates and one scratch of their size; for 16-bit weights also G, W and rounding noise in 32 bits."""
-    size = p.numel()
+def _step_bytes(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) -> int:
+    """R and the scratch of its size; for 16-bit weights also G, W, the noise and the rounded W."""
+    size, working = p.numel(), working_dtype(p)
     if recipe.elementwise:
-        size = min(size, SLICE)
-        coordinates = size
+        size = coordinates = min(size, SLICE)
     else:
         coordinates = plan.count * math.prod(recipe.basis.coordinates(plan.matrix, plan.rank or 0))
-    copies = 4 * size if working_dtype(p) != p.dtype else 0
-    return 2 * coordinates + copies
+    coordinates *= 1 + recipe.scaling.scratch
+    if p.dtype == working:
+        return coordinates * working.itemsize
+    noise = WORKSPACE if group["bf16_update"] == "stochastic" and p.dtype == torch.bfloat16 else 0
+    return (coordinates + 4 * size) * working.itemsize + noise
 
 
-def _meta_groups(source: nn.Module | Shapes, dtype: torch.dtype | None, low_rank: bool) -> list[dict[str, Any]]:
+def _meta_groups(source: Any, dtype: torch.dtype | None, low_rank: bool) -> list[dict[str, Any]]:
     if isinstance(source, nn.Module):
-        groups = param_groups(source, verbose=False)
-    else:
+        source = param_groups(source, verbose=False)
+    source = source if isinstance(source, Mapping) else list(source)
+    if not (isinstance(source, list) and source and isinstance(source[0], dict)):
         named = source.items() if isinstance(source, Mapping) else ((f"{i}", s) for i, s in enumerate(source))
-        groups = [{"params": [(name, torch.empty(shape, device="meta")) for name, shape in named]}]
-    for group in groups:
-        group["params"] = [(name, _meta(p, dtype)) for name, p in group["params"]]
+        source = [{"params": [(name, torch.empty(shape, device="meta")) for name, shape in named]}]
+    groups = [{**group, "params": [(name, _meta(p, dtype)) for name, p in group["params"]]} for group in source]
     return groups if low_rank else [{"params": group["params"]} for group in groups]
 
 

@@ -132,7 +132,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             checks.gradient(self._plans[p].name, cast(Tensor, p.grad))
             self._follow(p, group)
         norms = gradient_norms([p for p, _ in members])
-        if not any(norms) and self._untouched():
+        if not any(norms) and self._untouched() and not any(bool(cast(Tensor, p.grad).any()) for p, _ in members):
             return  # a dry run on zero gradients, as checkpoint helpers and DeepSpeed make: the state exists, no more
         finite = [member for member, norm in zip(members, norms, strict=True) if math.isfinite(norm)]
         if len(finite) < len(members):

@@ -151,6 +151,7 @@ class Scaling(abc.ABC):
     """Second moment: what the numerator is divided by."""
 
     elementwise: ClassVar[bool] = True
+    scratch: ClassVar[int] = 0  # tensors of the size of R that a call holds beside it, for `estimate_memory`
 
     @abc.abstractmethod
     def spec(self, shape: Shape) -> dict[str, Spec]: ...

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # tests import the table and the references by name
+_HERE = Path(__file__).parent
+sys.path[:0] = [str(_HERE), str(_HERE.parent)]  # tests import the table, the references and the benchmarks by name
 
 torch.set_num_threads(1)  # on matrices this small a second thread only costs time
 

@@ -38,7 +38,8 @@ class Algebra:
         """The root mean square of each matrix (of the vector, if x is one), dimensions kept."""
         matrix = (-2, -1) if x.dim() > 1 else (-1,)
         count = math.prod(x.shape[dim] for dim in matrix)
-        return torch.linalg.vector_norm(x, dim=matrix, keepdim=True) / count**0.5
+        norm: Tensor = torch.linalg.vector_norm(x, dim=matrix, keepdim=True)
+        return norm / math.sqrt(count)
 
     def mean(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         """The mean over whole rows, columns or both of a matrix in coordinate space, dimensions kept."""

@@ -20,7 +20,8 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_BLOCK = 1 << 16  # counters generated at once: bounds the int64 temporaries to a few MiB, which also stay in cache
+_BLOCK = 1 << 14  # counters generated at once, so that the int64 temporaries stay in cache
+WORKSPACE = 2 << 20  # bytes of temporaries that this takes
 
 Stream = tuple[int, int]
 _Block = tuple[Tensor, list[Tensor], int]  # a piece of the result, the words for it, how many of their elements to skip
@@ -74,8 +75,11 @@ def random_bits16(count: int, key: int, stream: Stream, start: int = 0, device: 
     """Uniform 16-bit integers as int32, elements `start` to `start + count` of the stream."""
     out = torch.empty(count, dtype=torch.int32, device=device)
     for target, words, skip in _blocks(out, 8, start, key, stream):
-        halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-        target.copy_(halves.flatten()[skip : skip + target.numel()])
+        lanes = out.new_empty(len(words[0]), 8)
+        for i, word in enumerate(words):
+            lanes[:, 2 * i].copy_(word & 0xFFFF)
+            lanes[:, 2 * i + 1].copy_(word >> 16)
+        target.copy_(lanes.flatten()[skip : skip + target.numel()])
     return out
 
 

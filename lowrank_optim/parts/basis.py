@@ -99,7 +99,8 @@ class SubspaceIteration(_OneSided):
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         width = self._width(m, n, rank)
-        return 2 * (m + n) * width + 2 * max(m, n) * width  # sketches, and one float64 copy while orthonormalising
+        sketches, in_float64 = 2 * (m + n) * width, 4 * max(m, n) * width + 8 * width**2
+        return sketches + in_float64
 
     def _width(self, m: int, n: int, rank: int) -> int:
         return min(rank + self.oversample, m, n)

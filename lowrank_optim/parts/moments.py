@@ -104,6 +104,7 @@ class Factored(Scaling):
     eps: float
     clip: float
     elementwise: ClassVar[bool] = False
+    scratch: ClassVar[int] = 2
 
     def spec(self, shape: Shape) -> dict[str, Spec]:
         if len(shape) == 1:

@@ -1,0 +1,189 @@
+"""param_groups on the kinds of model that people train."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Net
+from torch import nn
+
+import lowrank_optim
+from lowrank_optim import GaLoreAdamW, param_groups
+from lowrank_optim.plan import names_say
+
+
+def kinds(model, **options):
+    """{name: "matrix" | "plain" | "vector"}."""
+    result = {}
+    for group in param_groups(model, verbose=False, **options):
+        plain = "rank" in group and group["rank"] is None
+        for name, p in group["params"]:
+            assert name not in result
+            result[name] = ("vector" if p.dim() < 2 or p.numel() == max(p.shape) else "plain") if plain else "matrix"
+    return result
+
+
+class ViT(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, 32, 4, 4)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 17, 32))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 32))
+        self.block = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        self.head = nn.Linear(32, 20)
+
+    def forward(self, images):
+        x = self.patch_embed(images).flatten(2).mT
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        return self.head(self.block(x)[:, 0])
+
+
+def test_vit():
+    got = kinds(ViT())
+    assert got["patch_embed.weight"] == "matrix", "a convolution, whatever it is called"
+    assert got["block.self_attn.in_proj_weight"] == got["block.linear1.weight"] == "matrix"
+    assert got["pos_embed"] == got["head.weight"] == "plain"
+    assert got["cls_token"] == got["head.bias"] == got["block.norm1.weight"] == "vector"
+    model = ViT()
+    optimizer = GaLoreAdamW(param_groups(model, rank=4, verbose=False), lr=1e-2)
+    rows = {row.name: row for row in optimizer.report()}
+    assert (rows["patch_embed.weight"].rank, rows["patch_embed.weight"].side) == (4, "left")
+    assert optimizer.state[model.patch_embed.weight]["exp_avg"].shape == (4, 48)
+    images, labels = torch.randn(8, 3, 16, 16), torch.randint(0, 20, (8,))
+    losses = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+
+
+def llama(**options):
+    transformers = pytest.importorskip("transformers", reason="LLaMA models come from transformers (extra: examples)")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, **options
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_llama(tie):
+    model = llama(tie_word_embeddings=tie)
+    got = kinds(model)
+    matrices = {name for name, kind in got.items() if kind == "matrix"}
+    assert len(matrices) == 2 * 7
+    assert all("_proj" in name for name in matrices)
+    assert got["model.embed_tokens.weight"] == "plain"
+    assert ("lm_head.weight" in got) is not tie
+    assert sum(kind == "vector" for kind in got.values()) == 5
+    optimizer = GaLoreAdamW(param_groups(model, rank=8), lr=1e-2)
+    tokens = torch.randint(0, 64, (4, 12))
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    assert sum(row.rank == 8 for row in optimizer.report()) == 14
+
+
+def test_mixture_of_experts():
+    transformers = pytest.importorskip("transformers", reason="Mixtral comes from transformers (extra: examples)")
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    optimizer = GaLoreAdamW(param_groups(model, rank=8), lr=1e-2)
+    rows = {row.name: row for row in optimizer.report()}
+    stacks = [name for name, p in model.named_parameters() if p.dim() == 3]
+    assert stacks, "transformers 5 keeps experts as bare 3-D parameters"
+    assert all(rows[name].rank == 8 for name in stacks)
+    assert rows[next(name for name in rows if "gate.weight" in name)].rank is None, "a router has too few rows"
+    tokens = torch.randint(0, 64, (2, 6))
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_options():
+    got = kinds(Net(), min_dim=4)
+    assert got["conv.weight"] == got["experts"] == got["square.weight"] == "matrix"
+    assert got["embed.weight"] == "plain"
+    assert kinds(Net(), min_dim=4, exclude=["^square", "experts"])["square.weight"] == "plain"
+    assert kinds(Net(), min_dim=4, include=["embed"])["embed.weight"] == "matrix"
+    assert kinds(Net(), include=["square"])["square.weight"] == "matrix", "include also wins over min_dim"
+    groups = param_groups(Net(), rank=3, min_dim=4, scale=0.5, verbose=False)
+    assert all(group["scale"] == 0.5 and group["rank"] == 3 for group in groups if group.get("rank"))
+    assert [group["weight_decay"] for group in groups if "weight_decay" in group] == [0.0]
+    assert not any("weight_decay" in group for group in param_groups(Net(), decay_vectors=True, verbose=False))
+    optimizer = GaLoreAdamW(param_groups(Net(), min_dim=4, verbose=False), rank=0.5)
+    assert {row.rank for row in optimizer.report()} == {None, 6}, "without a rank the optimizer's own counts"
+
+
+def test_frozen_parameters_are_left_out():
+    model = Net()
+    model.square.requires_grad_(False)
+    assert "square.weight" not in kinds(model)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameters that require gradients"):
+        param_groups(model)
+
+
+def test_one_summary_line(capsys):
+    param_groups(Net(), min_dim=4)
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    assert "5 (0.00M) matrices to project, 1 (0.00M) other matrices" in printed
+
+
+def test_patterns_must_match():
+    with pytest.raises(ValueError, match=r"exclude pattern 'sqare' matches no parameter; the first is 'experts'"):
+        param_groups(Net(), exclude=["sqare"])
+    with pytest.raises(ValueError, match=r"include must be a list of regular expressions, got the string 'up'"):
+        param_groups(Net(), include="up")
+
+
+def test_meta_models_can_be_grouped():
+    with torch.device("meta"):
+        assert kinds(ViT()) == kinds(ViT())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("model.embed_tokens.weight", "embedding"),
+        ("transformer.wte.weight", "embedding"),
+        ("lm_head.weight", "head"),
+        ("classifier.weight", "head"),
+        ("layers.0.attn.heads.weight", ""),
+        ("multihead_attn.out_proj.weight", ""),
+        ("overhead.weight", ""),
+        ("", ""),
+    ],
+)
+def test_names(name, kind):
+    assert names_say(name) == kind
+
+
+def test_import_is_light():
+    """`import lowrank_optim` needs torch and numpy alone and adds next to nothing to the time that torch takes."""
+    import subprocess
+    import sys
+
+    code = (
+        "import time, sys, torch\n"
+        "before = set(sys.modules); start = time.perf_counter()\n"
+        "import lowrank_optim\n"
+        "took = time.perf_counter() - start\n"
+        "new = {m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
+        "print(took, new - {'lowrank_optim', 'torch'})"
+    )
+    took, others = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split(maxsplit=1)
+    assert others.strip() == "set()"
+    assert float(took) < 1.0, "the promise is 0.1 s; a loaded machine may need more, a heavy import needs far more"
+    assert all(hasattr(lowrank_optim, name) for name in lowrank_optim.__all__)

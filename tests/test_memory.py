@@ -1,0 +1,158 @@
+"""Bytes: what is kept equals the formula, what a step adds is bounded, and both are known beforehand."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from cases import CASES, Net, every_case, train
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import lowrank_optim
+from lowrank_optim import estimate_memory, param_groups, state_bytes
+
+COUNTERS = 4 + 8  # step (float32) and skipped (int64); a projected matrix has two more, refreshes and refreshed_at
+
+
+class Peak(TorchDispatchMode):
+    """Most bytes of tensors alive at once that were made inside, temporaries of LAPACK and BLAS aside."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known | self.seen:
+                storage = tensor.untyped_storage()
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+                tensor._kept_storage = storage  # the storage object must live as long as the tensor does
+        return result
+
+    def _free(self, key, size):
+        self.seen.discard(key)
+        self.now -= size
+
+
+@every_case
+@pytest.mark.parametrize(
+    ("shape", "rank"), [((24, 10), 4), ((9, 22), 3), ((12, 12), 5), ((3, 20, 18), 2), ((16, 4, 3, 3), 7)]
+)
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std"])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_persistent_bytes_equal_the_formula(case, shape, rank, proj_type, state_dtype):
+    p = nn.Parameter(torch.randn(shape))
+    optimizer = case.build([p], rank=rank, proj_type=proj_type, state_dtype=state_dtype)
+    rows, columns = shape[-2:] if len(shape) == 3 else (shape[0], p[0].numel())
+    count = shape[0] if len(shape) == 3 else 1
+    short, long = sorted((rows, columns))
+    m, n = (short, long) if proj_type == "std" else (long, short)
+    want = count * (case.elements(m, n, rank) * (4 if state_dtype == "float32" else 2) + 16) + COUNTERS
+    for _ in range(3):
+        p.grad = torch.randn(shape)
+        optimizer.step()
+    assert state_bytes(optimizer) == optimizer.report()[0].state_bytes == want
+    names = dict(rank=rank, proj_type=proj_type, state_dtype=state_dtype)
+    assert estimate_memory([shape], case.make, **{**case.kwargs, **names}).optimizer == want
+
+
+@pytest.mark.parametrize(
+    ("hidden", "mlp", "layers", "rank", "galore", "rest"),
+    [  # elements that the spec computes for the paper's models: projected matrices, and everything else in AdamW
+        (512, 1376, 8, 128, 16.32e6, 65.55e6),
+        (768, 2048, 12, 256, 73.14e6, 98.34e6),
+        (1024, 2736, 24, 256, 195.23e6, 131.17e6),
+        (2048, 5461, 24, 512, 780.12e6, 262.34e6),
+        (4096, 11008, 32, 1024, 4177.53e6, 524.82e6),
+    ],
+    ids=["60m", "130m", "350m", "1b", "7b"],
+)
+def test_the_papers_models(hidden, mlp, layers, rank, galore, rest):
+    block = [(hidden, hidden)] * 4 + [(mlp, hidden)] * 2 + [(hidden, mlp)]
+    matrices = estimate_memory(block * layers, lowrank_optim.GaLoreAdamW, rank=rank)
+    counters = 7 * layers * (COUNTERS + 16)
+    assert (matrices.optimizer - counters) / 4 == pytest.approx(galore, rel=1e-3)
+    others = {"embed_tokens": (32000, hidden), "lm_head": (32000, hidden)}
+    others |= {f"norm{i}": (hidden,) for i in range(2 * layers + 1)}
+    both = estimate_memory({"q": (hidden, hidden), **others}, lowrank_optim.GaLoreAdamW, rank=rank)
+    one = estimate_memory({"q": (hidden, hidden)}, lowrank_optim.GaLoreAdamW, rank=rank)
+    assert (both.optimizer - one.optimizer - COUNTERS * len(others)) / 4 == pytest.approx(rest, rel=1e-3)
+
+
+@every_case
+def test_the_estimate_of_a_model_is_what_training_keeps(case):
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.device("meta"):
+            groups = param_groups(Net(), min_dim=4, verbose=False)
+        planned = estimate_memory(groups, case.make, dtype=dtype, bf16_update="kahan", **case.kwargs)
+        model = Net().to(dtype)
+        optimizer = case.build(param_groups(model, min_dim=4, verbose=False), bf16_update="kahan")
+        train(model, optimizer, 3)
+        assert planned.optimizer == state_bytes(optimizer)
+        assert planned.weights == planned.gradients == sum(p.nbytes for p in model.parameters())
+        assert planned.total > planned.weights + planned.gradients + planned.optimizer
+        assert "bases" in str(planned)
+
+
+def test_the_estimate_of_torchs_optimizers():
+    model = Net()
+    adamw = torch.optim.AdamW(model.parameters())
+    train(model, adamw, 1)
+    assert estimate_memory(model, torch.optim.AdamW).optimizer == state_bytes(adamw)
+    assert estimate_memory(model, torch.optim.SGD, lr=1e-3).optimizer == 0
+
+
+def step_peak(case, params, refresh, **options):
+    optimizer = case.build(params, update_proj_gap=1 if refresh else 1000, **options)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    with Peak() as peak:
+        optimizer.step()
+    return peak.most
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("basis", ["svd", "rsvd"])
+def test_a_steps_extra_memory_is_what_was_estimated(case, dtype, basis):
+    shape, rank = (384, 256), 32
+    params = [nn.Parameter(torch.randn(shape, dtype=dtype)) for _ in range(8)]
+    planned = estimate_memory([shape] * 8, case.make, dtype=dtype, **{**case.kwargs, "rank": rank, "basis": basis})
+    steady = step_peak(case, params, refresh=False, rank=rank, basis=basis)
+    assert 0.4 * planned.step_workspace < steady <= planned.step_workspace + 4096
+    assert steady < 8 * shape[0] * shape[1] * 4, "never a copy of all gradients"
+    refresh = step_peak(case, params, refresh=True, rank=rank, basis=basis)
+    working_copies = 2 * 384 * 256 * 4 if dtype == torch.bfloat16 else 0
+    assert refresh <= planned.refresh_workspace + planned.step_workspace + working_copies
+
+
+@every_case
+def test_stacks_stay_within_the_chunk(case, monkeypatch):
+    monkeypatch.setattr("lowrank_optim.chunk.CHUNK_BYTES", 2 * 64 * 48 * 4)
+    params = [nn.Parameter(torch.randn(64, 48)) for _ in range(20)]
+    most = step_peak(case, params, refresh=False, rank=4, foreach=True)
+    assert most < 3.2 * 2 * 64 * 48 * 4, "gradients, weights and squares of two matrices, not of twenty"
+
+
+def test_a_resumed_basis_is_compact_too():
+    model = Net()
+    optimizer = lowrank_optim.GaLoreAdamW(model.named_parameters(), basis="svd")
+    train(model, optimizer, 2)
+    before = state_bytes(optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert state_bytes(optimizer) == before
+
+
+def test_cases_have_formulas():
+    assert all(case.elements(8, 9, 2) > 0 for case in CASES)

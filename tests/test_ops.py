@@ -1,0 +1,141 @@
+"""The numeric kernels: known answers, statistics, and orthonormal bases of nasty matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowrank_optim import ops
+from lowrank_optim.distributed.algebra import WHOLE
+from lowrank_optim.ops.philox import philox
+
+KEY, STREAM = ops.key_of(3, "layer.weight"), ops.stream_of("test", 1)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "stream", "words"),
+    [  # known answers of the authors' Random123 library for philox4x32-10
+        (0, 0, (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (-1, (1 << 64) - 1, (0xFFFFFFFF, 0xFFFFFFFF), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    ],
+)
+def test_philox_known_answers(counter, key, stream, words):
+    assert tuple(int(word) for word in philox(torch.tensor([counter]), key, stream)) == words
+
+
+def test_any_part_of_a_stream_is_the_same_numbers():
+    whole = ops.random_bits16(5_000, KEY, STREAM)
+    for start, count in ((0, 1), (7, 9), (8, 16), (4_990, 10), (123, 4_000)):
+        assert torch.equal(ops.random_bits16(count, KEY, STREAM, start), whole[start : start + count])
+    assert torch.equal(ops.normal((3, 50), KEY, STREAM), ops.normal((600_000,), KEY, STREAM)[:150].view(3, 50))
+
+
+def test_normal_numbers_are_normal():
+    x = ops.normal((1_000_000,), KEY, STREAM)
+    assert x.dtype == torch.float32
+    assert x.isfinite().all()
+    moments = [float((x**k).mean()) for k in (1, 2, 3, 4)]
+    assert moments == pytest.approx([0, 1, 0, 3], abs=0.02)
+    assert abs(float((x[1:] * x[:-1]).mean())) < 0.005, "neighbours must be uncorrelated"
+    assert float(x.abs().max()) > 4.5
+
+
+def test_streams_differ():
+    draws = [
+        ops.normal((1000,), ops.key_of(seed, name), ops.stream_of(purpose, time))
+        for seed, name, purpose, time in [(0, "a", "p", 0), (1, "a", "p", 0), (0, "b", "p", 0), (0, "a", "q", 0), (0, "a", "p", 1)]
+    ]  # fmt: skip
+    correlation = torch.corrcoef(torch.stack(draws)).fill_diagonal_(0)
+    assert correlation.abs().max() < 0.15
+
+
+def test_rounding_is_unbiased_and_exact_where_it_can_be():
+    x = torch.tensor([1.0, 1.001, -3.1415926, 1e-30, 0.0, float("inf"), 65504.0])
+    draws = torch.stack([ops.round_to_bfloat16(x, KEY, ops.stream_of("w", i)).double() for i in range(4000)])
+    below, above = draws.min(0).values, draws.max(0).values
+    assert torch.equal(draws[:, [0, 4, 5]], x[[0, 4, 5]].double().expand(4000, 3)), "bfloat16 numbers stay"
+    mean = draws[:, [1, 2, 3, 6]].mean(0)
+    step = (above - below)[[1, 2, 3, 6]]
+    assert ((mean - x[[1, 2, 3, 6]].double()).abs() < 4 * 0.5 * step / 4000**0.5).all()
+    assert (below <= x.double()).all()
+    assert (above >= x.double()).all()
+
+
+def test_rounding_does_not_depend_on_the_slice():
+    x = torch.randn(1000)
+    whole = ops.round_to_bfloat16(x, KEY, STREAM)
+    assert torch.equal(ops.round_to_bfloat16(x[300:700], KEY, STREAM, 300), whole[300:700])
+
+
+def _spectrum(m, n, values):
+    left, right = torch.linalg.qr(torch.randn(m, n))[0], torch.linalg.qr(torch.randn(n, n))[0]
+    return left * values @ right
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.arange(1, 65) ** -0.5,
+        torch.arange(1, 65) ** -1.0,
+        torch.arange(1, 65) ** -2.0,
+        torch.exp(-torch.arange(64) / 3),
+        torch.cat([torch.ones(1), torch.zeros(63)]),
+        torch.cat([torch.ones(20), torch.zeros(44)]),
+        torch.full((64,), 1e-18),
+        torch.full((64,), 1e18),
+    ],
+    ids=["k^-0.5", "k^-1", "k^-2", "exp", "rank 1", "rank 20", "tiny", "huge"],
+)
+def test_orthonormalize(values):
+    y = _spectrum(200, 64, values)
+    q = ops.orthonormalize(y)
+    assert (q.mT @ q - torch.eye(64)).abs().max() < 3e-6
+    residual = torch.linalg.matrix_norm(y - q @ (q.mT @ y)) / torch.linalg.matrix_norm(y)
+    assert residual < 3e-6, "the columns must span y"
+
+
+@pytest.mark.parametrize("columns", [[0, 0, 1, 2], [3, 3, 3, 3]], ids=["repeated", "all equal"])
+def test_orthonormalize_completes_what_is_missing(columns):
+    y = torch.randn(9, 4)[:, columns].contiguous()
+    y[:, -1] = 0
+    q = ops.orthonormalize(y)
+    assert (q.mT @ q - torch.eye(4)).abs().max() < 1e-5
+    assert q.is_contiguous()
+
+
+def test_signs_do_not_depend_on_the_sign_of_the_gradient():
+    g = torch.randn(12, 30)
+    assert torch.allclose(ops.leading_left_vectors(g, 5), ops.leading_left_vectors(-g, 5), atol=1e-5)
+    basis = ops.leading_left_vectors(g, 5)
+    assert (basis.gather(0, basis.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+def test_svd_that_does_not_converge_falls_back(monkeypatch):
+    g = torch.randn(12, 30, dtype=torch.float64)
+    want = ops.leading_left_vectors(g, 4)
+
+    def fail(*args, **kwargs):
+        raise torch.linalg.LinAlgError("linalg.svd: The algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "svd", fail)
+    assert torch.allclose(ops.leading_left_vectors(g, 4), want, atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(96, 160), (160, 96), (64, 64)])
+@pytest.mark.parametrize(("rounds", "least"), [(1, 0.93), (2, 0.985), (4, 0.998)])
+def test_subspace_iteration_captures_the_energy(shape, rounds, least):
+    m, n = shape
+    k = min(m, n)
+    g = (
+        _spectrum(m, k, torch.arange(1, k + 1) ** -0.5)
+        if m >= n
+        else _spectrum(n, k, torch.arange(1, k + 1) ** -0.5).mT
+    )
+    exact = ops.leading_left_vectors(g, 16)
+    start = g @ ops.normal((n, 24), KEY, STREAM)
+    basis = ops.subspace_iteration(WHOLE, g, start, 16, rounds)
+    energy = (basis.mT @ g).square().sum() / (exact.mT @ g).square().sum()
+    assert least < energy <= 1 + 1e-5
+    assert (basis.mT @ basis - torch.eye(16)).abs().max() < 1e-5
+    captured = (basis.mT @ g).norm(dim=1)
+    assert (captured[:-1] >= 0.97 * captured[1:]).all(), "columns are ordered by what they capture"
