@@ -1,0 +1,1 @@
+"""The parts of `examples/pretrain.py`: one file, one question."""

@@ -1,0 +1,34 @@
+"""One JSON line per step, cut back to the checkpoint when a run is resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class Log:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, **values: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def truncate(self, step: int) -> None:
+        """Drop what a killed run logged after its last checkpoint, half a line included."""
+        kept = [json.dumps(row) + "\n" for row in read(self.path) if row["step"] <= step]
+        part = self.path.with_name(f".{self.path.name}.part")
+        part.write_text("".join(kept))
+        os.replace(part, self.path)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # cut off by a kill
+            break
+    return rows

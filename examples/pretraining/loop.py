@@ -1,0 +1,219 @@
+"""The training loop of one run: step, validate, save, stop when asked, continue bit for bit."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import checkpoint, memory, model, optimizers
+from .corpus import Corpus
+from .data import training_data, validation_batches
+from .errors import PretrainError
+from .interrupt import Interrupt
+from .job import Job
+from .log import Log
+
+FLOOR = 0.1  # the cosine ends at this share of the peak lr
+
+
+@dataclass
+class Clock:
+    """Seconds spent so far, over all parts of an interrupted run."""
+
+    training: float = 0.0
+    optimizer: float = 0.0
+    validation: float = 0.0
+
+
+@dataclass
+class History:
+    losses: list[float] = field(default_factory=list)  # one per step
+    validation: list[tuple[int, float]] = field(default_factory=list)  # (steps done, loss)
+
+
+def lr_factor(step: int, steps: int, warmup: int) -> float:
+    """Linear from 1/warmup to 1 over `warmup` steps, then a cosine that reaches FLOOR in the last step."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+    return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def token_losses(network: torch.nn.Module, windows: Tensor) -> Tensor:
+    """Sum of the cross-entropies of all targets in `windows` (count, sequence + 1), in float32."""
+    logits = network(input_ids=windows[:, :-1]).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten(), reduction="sum")
+
+
+class Run:
+    """One job in one folder. `train` goes on from wherever the run stands."""
+
+    def __init__(self, job: Job, folder: Path, interrupt: Interrupt) -> None:
+        self.job, self.folder, self.interrupt = job, folder, interrupt
+        self.corpus = Corpus.open(Path(job.corpus))
+        self.model = model.build(job)
+        self.initial_weights = model.fingerprint(self.model)
+        self.optimizer = optimizers.build(self.model, job)
+        warmup = int(job.warmup * job.steps)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: lr_factor(step, job.steps, warmup)
+        )
+        self.data = training_data(self.corpus, job.sequence, job.seed)
+        self.log = Log(folder / "log.jsonl")
+        self.step, self.clock, self.history, self.earlier_peak = 0, Clock(), History(), 0
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    @property
+    def peak(self) -> int:
+        return max(self.earlier_peak, memory.peak_bytes(self.job.device))
+
+    def train(self) -> bool:
+        """True when the run is complete, False when it was interrupted; saved in both cases."""
+        self.log.truncate(self.step)
+        bar = self._bar()
+        with bar:
+            while True:
+                if self._validation_due():
+                    self._validate(bar)
+                finished = self.step == self.job.steps and not self._validation_due()
+                if finished or self.interrupt.requested:
+                    self.save()
+                    return finished
+                if self.step and self.step % self.job.save_every == 0 and self.step < self.job.steps:
+                    self.save()
+                self._train_step(bar)
+
+    def _bar(self) -> tqdm[Any]:
+        shape = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        # A log file wants a line now and then, a terminal wants a live bar.
+        pause = 0.2 if sys.stderr.isatty() else 10.0
+        label = self.job.label
+        return tqdm(total=self.job.steps, initial=self.step, desc=label, bar_format=shape, mininterval=pause)
+
+    def _train_step(self, bar: tqdm[Any]) -> None:
+        start = self._now()
+        loss = self._backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.job.clip or math.inf).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise PretrainError(
+                f"{self.job.label} diverged at step {self.step + 1}: loss {loss}, gradient norm {norm}; the last "
+                "checkpoint is untouched. Try a lower lr, more warm-up or a smaller --clip"
+            )
+        lr = self.scheduler.get_last_lr()[0]
+        before = self._now()
+        self.optimizer.step()
+        after = self._now()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.clock.training += after - start
+        self.clock.optimizer += after - before
+        self.history.losses.append(loss)
+        self.log.write(step=self.step, loss=loss, lr=lr, gradient_norm=norm, seconds=after - start)
+        speed = self.job.batch * self.job.sequence / (after - start)
+        bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s", refresh=False)
+        bar.update()
+
+    def _backward(self) -> float:
+        """Mean loss over the batch; gradients are those of the mean, summed up over micro-batches."""
+        job, total = self.job, 0.0
+        first, tokens = self.step * job.batch, job.batch * job.sequence
+        for offset in range(0, job.batch, job.micro_batch):
+            windows = self.data.windows(first + offset, min(job.micro_batch, job.batch - offset)).to(job.device)
+            loss = token_losses(self.model, windows) / tokens
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def _now(self) -> float:
+        if self.job.device.startswith("cuda"):
+            torch.cuda.synchronize(self.job.device)
+        return time.perf_counter()
+
+    def _validation_due(self) -> bool:
+        last = self.history.validation[-1][0] if self.history.validation else 0
+        return self.step > last and (self.step % self.job.eval_every == 0 or self.step == self.job.steps)
+
+    def _validate(self, bar: tqdm[Any]) -> None:
+        """Given up when a stop is asked for: it is made up for after the resume."""
+        start = self._now()
+        loss = validation_loss(self.model, self.corpus, self.job, self.interrupt)
+        if loss is None:
+            return
+        self.clock.validation += self._now() - start
+        self.history.validation.append((self.step, loss))
+        bar.write(f"{self.job.label}: step {self.step}, validation loss {loss:.4f}", file=sys.stderr)
+
+    def save(self) -> None:
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise PretrainError(
+                f"{self.job.label} has non-finite weights at step {self.step}; the last checkpoint is untouched. "
+                "Try a lower lr or more warm-up"
+            )
+        cuda = self.job.device.startswith("cuda")
+        content = {
+            "job": self.job.to_dict(),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "data": self.data.state_dict(),
+            "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if cuda else []},
+            "history": asdict(self.history),
+            "clock": asdict(self.clock),
+            "peak": self.peak,
+            "numerics": self._numerics(),
+        }
+        checkpoint.save(content, self.path)
+
+    def load(self) -> None:
+        content = checkpoint.load(self.path)
+        self.job.check_continues(Job.from_dict(content["job"]))
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scheduler.load_state_dict(content["scheduler"])
+        self.data.load_state_dict(content["data"])
+        torch.set_rng_state(content["random"]["cpu"])
+        if content["random"]["cuda"] and self.job.device.startswith("cuda"):
+            torch.cuda.set_rng_state_all(content["random"]["cuda"])
+        self.step, self.earlier_peak = content["step"], content["peak"]
+        self.history, self.clock = History(**content["history"]), Clock(**content["clock"])
+        if content["numerics"] != self._numerics():
+            print(
+                f"note: {self.job.label} was saved under {content['numerics']} and continues under {self._numerics()}; "
+                "it will not be equal to an undisturbed run bit for bit",
+                file=sys.stderr,
+            )
+
+    def _numerics(self) -> dict[str, Any]:
+        """What decides the last bits of a sum besides the job."""
+        return {
+            "torch": str(torch.__version__),
+            "device": self.job.device.split(":")[0],
+            "threads": torch.get_num_threads(),
+        }
+
+
+@torch.no_grad()
+def validation_loss(network: torch.nn.Module, corpus: Corpus, job: Job, interrupt: Interrupt) -> float | None:
+    """Sum of the losses of all validation tokens over their number: every token weighs the same."""
+    network.eval()
+    total, count = 0.0, 0
+    for windows in validation_batches(corpus.tokens("validation"), job.sequence, job.micro_batch):
+        if interrupt.requested:
+            break
+        total += token_losses(network, windows.to(job.device)).item()
+        count += windows[:, 1:].numel()
+    network.train()
+    return None if interrupt.requested else total / count

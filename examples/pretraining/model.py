@@ -1,0 +1,41 @@
+"""LLaMA from a job, the same weights for every optimizer."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from .job import Job
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build(job: Job) -> torch.nn.Module:
+    """Drawn on the CPU in float32 from the seed alone, then moved: the device does not change the initial weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=job.hidden,
+        intermediate_size=job.mlp,
+        num_hidden_layers=job.layers,
+        num_attention_heads=job.heads,
+        num_key_value_heads=job.heads,
+        vocab_size=job.vocab,
+        max_position_embeddings=job.sequence,
+        tie_word_embeddings=False,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(job.seed)
+    model = LlamaForCausalLM(config)
+    return torch.nn.Module.to(model, device=job.device, dtype=DTYPES[job.dtype])
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A hash of the first values of every parameter: enough to see that two runs began alike."""
+    total = hashlib.sha256()
+    for parameter in model.parameters():
+        total.update(parameter.detach().flatten()[:1024].float().cpu().numpy().tobytes())
+    return total.hexdigest()[:16]

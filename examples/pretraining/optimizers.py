@@ -1,0 +1,165 @@
+"""From a name and keywords on the command line to an optimizer over the groups of `lowrank_optim.param_groups`."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import lowrank_optim
+
+from .errors import PretrainError
+from .job import Job
+from .presets import Preset
+
+OURS = "lr", "matrix_lr_scale"  # keywords of this program; all others go to the optimizer
+UNSUITED = {"LBFGS": "it needs a closure", "SparseAdam": "it needs sparse gradients", "Muon": "it takes matrices only"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One optimizer of the command line, `text` as it was typed."""
+
+    text: str
+    optimizer: type[torch.optim.Optimizer]
+    keywords: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        _, *settings = split(self.text, ":")
+        return " ".join([self.optimizer.__name__, *settings])
+
+
+def parse_choice(text: str, settings: list[str] | None = None) -> Choice:
+    """`galore:rank=0.5:scale=1`, or a name alone with `settings` from --set."""
+    name, *rest = split(text, ":")
+    settings = [*rest, *(settings or [])]
+    optimizer = find(name)
+    keywords = dict(_parse_setting(setting) for setting in settings)
+    _check_keywords(optimizer, keywords)
+    return Choice(":".join([name, *settings]), optimizer, keywords)
+
+
+def split(text: str, mark: str) -> list[str]:
+    """Parts between marks that stand outside brackets, so that `betas=(0.9,0.95)` stays whole."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == mark and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
+
+
+def _parse_setting(setting: str) -> tuple[str, Any]:
+    key, equals, value = setting.partition("=")
+    if not equals or not key.isidentifier():
+        raise PretrainError(f"an optimizer keyword is written key=value, got {setting!r}")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def _classes(module: Any) -> dict[str, type[torch.optim.Optimizer]]:
+    found = {name: getattr(module, name) for name in getattr(module, "__all__", None) or dir(module)}
+    bases = {"Optimizer", "LowRankOptimizer"}
+    return {
+        name: value
+        for name, value in found.items()
+        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and name not in bases
+    }
+
+
+def find(name: str) -> type[torch.optim.Optimizer]:
+    """The class called `name`, or `name` + AdamW, or the only one that starts with it; ours before torch's."""
+    wanted = _plain(name)
+    families = [_classes(lowrank_optim), _classes(torch.optim)]
+    tests = [
+        lambda known: known == wanted,
+        lambda known: known == wanted + "adamw",
+        lambda known: bool(wanted) and known.startswith(wanted),
+    ]
+    for matches in tests:
+        for family in families:
+            hits = [value for known, value in family.items() if matches(_plain(known))]
+            if len(hits) == 1:
+                return _suited(hits[0])
+    everything = {_plain(known): known for family in reversed(families) for known in family}
+    near = [everything[n] for n in everything if wanted and n.startswith(wanted)]
+    near = near or [everything[n] for n in difflib.get_close_matches(wanted, everything, n=4, cutoff=0.4)]
+    hint = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(sorted(everything.values()))}"
+    raise PretrainError(f"unknown optimizer {name!r}; {hint}")
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
+
+
+def _suited(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    name = optimizer.__name__
+    if not is_low_rank(optimizer) and name in UNSUITED:
+        raise PretrainError(f"torch.optim.{name} cannot train a whole model here: {UNSUITED[name]}; choose another")
+    return optimizer
+
+
+def is_low_rank(optimizer: type[torch.optim.Optimizer]) -> bool:
+    return optimizer in _classes(lowrank_optim).values()
+
+
+def accepted(optimizer: type[torch.optim.Optimizer]) -> list[str]:
+    return [name for name in inspect.signature(optimizer).parameters if name not in ("params", "lr")]
+
+
+def _check_keywords(optimizer: type[torch.optim.Optimizer], keywords: dict[str, Any]) -> None:
+    valid = [*OURS, *accepted(optimizer)]
+    for key in keywords:
+        if key not in valid:
+            raise PretrainError(f"{optimizer.__name__} has no keyword {key!r}; valid are {', '.join(valid)}")
+    if "matrix_lr_scale" in keywords and is_low_rank(optimizer):
+        name = optimizer.__name__
+        raise PretrainError(f"matrix_lr_scale is for torch optimizers, got it for {name}; use its scale instead")
+
+
+def settings(choice: Choice, preset: Preset, lr: float | None, dtype: str) -> dict[str, Any]:
+    """The job's `lr`, `matrix_lr_scale` and `keywords`: typed ones over --lr over the preset's over the class's own."""
+    name, valid = choice.optimizer.__name__, accepted(choice.optimizer)
+    keywords: dict[str, Any] = {"weight_decay": 0.0} if "weight_decay" in valid else {}
+    if dtype == "bf16" and is_low_rank(choice.optimizer) and "bf16_update" in valid:
+        keywords["bf16_update"] = "stochastic"  # else small updates are rounded away
+    keywords["lr"] = inspect.signature(choice.optimizer).parameters["lr"].default
+    keywords |= preset.optimizers.get(name, {})
+    keywords |= {"lr": lr} if lr is not None else {}
+    keywords |= choice.keywords
+    rate, scale = keywords.pop("lr"), keywords.pop("matrix_lr_scale", 1.0)
+    for key, value in (("lr", rate), ("matrix_lr_scale", scale)):
+        if not isinstance(value, int | float) or value <= 0:
+            raise PretrainError(f"{key} of {name} must be a number above 0, got {value!r}; set it with {key}=...")
+    return {"lr": float(rate), "matrix_lr_scale": float(scale), "keywords": keywords}
+
+
+def build(model: torch.nn.Module, job: Job) -> torch.optim.Optimizer:
+    optimizer = find(job.optimizer)
+    groups = lowrank_optim.param_groups(model, verbose=False)
+    if not is_low_rank(optimizer):
+        groups = [_plain_group(group, job, accepted(optimizer)) for group in groups]
+    try:
+        return optimizer(groups, **{"lr": job.lr, **job.keywords})
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PretrainError(f"{job.label} does not accept its arguments: {error}") from error
+
+
+def _plain_group(group: dict[str, Any], job: Job, valid: list[str]) -> dict[str, Any]:
+    """The same parameters with the same weight decay, without the keys that only low-rank optimizers know."""
+    kept = {key: value for key, value in group.items() if key == "params" or key in valid}
+    # Low-rank updates of matrices are scaled by `scale`; a fair AdamW gets its own lr for the same matrices.
+    return {**kept, "lr": job.lr * (job.matrix_lr_scale if is_matrix_group(group) else 1.0)}
+
+
+def is_matrix_group(group: dict[str, Any]) -> bool:
+    return group.get("rank", 1) is not None

@@ -1,0 +1,57 @@
+"""Model sizes and recipes: `nano` for a laptop or a test machine, the others of the GaLore paper (2403.03507)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One LLaMA size with its training recipe; `optimizers` maps a class name to its default lr and keywords."""
+
+    hidden: int
+    mlp: int
+    layers: int
+    heads: int
+    steps: int
+    vocab: int = 32000
+    sequence: int = 256
+    batch: int = 512  # sequences per update
+    micro_batch: int = 64  # sequences per forward pass; more of them are accumulated
+    eval_every: int = 1000
+    save_every: int = 1000
+    val_tokens: int = 2**20
+    optimizers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def _optimizers(rank: float, update_proj_gap: int = 200) -> dict[str, dict[str, Any]]:
+    return {
+        "AdamW": {"lr": 1e-3},
+        "GaLoreAdamW": {"lr": 1e-2, "rank": rank, "update_proj_gap": update_proj_gap, "scale": 0.25},
+        "GaLoreAdafactor": {"lr": 1e-2, "rank": rank, "update_proj_gap": update_proj_gap, "scale": 0.25},
+    }
+
+
+PRESETS = {
+    "nano": Preset(
+        hidden=192,
+        mlp=512,
+        layers=4,
+        heads=4,
+        steps=400,
+        vocab=2048,
+        sequence=128,
+        batch=8,
+        micro_batch=8,
+        eval_every=100,
+        save_every=100,
+        val_tokens=2**15,
+        optimizers=_optimizers(rank=0.25, update_proj_gap=50),
+    ),
+    "60m": Preset(512, 1376, 8, 8, 10_000, optimizers=_optimizers(128)),
+    "130m": Preset(768, 2048, 12, 12, 20_000, optimizers=_optimizers(256)),
+    "350m": Preset(1024, 2736, 24, 16, 60_000, micro_batch=32, optimizers=_optimizers(256)),
+    "1b": Preset(2048, 5461, 24, 32, 100_000, micro_batch=16, optimizers=_optimizers(512)),
+    "7b": Preset(4096, 11008, 32, 32, 150_000, micro_batch=8, optimizers=_optimizers(1024)),
+}
