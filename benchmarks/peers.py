@@ -21,7 +21,7 @@ def galore_torch() -> Any:
 
 def _stand_in(path: str, **names: Any) -> None:
     parts = path.split(".")
-    if importlib.util.find_spec(parts[0]) is not None:
+    if parts[0] in sys.modules or importlib.util.find_spec(parts[0]) is not None:
         return
     for depth in range(1, len(parts) + 1):
         module = types.ModuleType(".".join(parts[:depth]))

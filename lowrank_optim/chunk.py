@@ -16,7 +16,7 @@ from .recipe import Clock, Recipe, Spec, State
 Member = tuple[Tensor, dict[str, Any]]  # a parameter and its group
 
 CHUNK_BYTES = 64 << 20  # of gradients stacked at once: what a step may hold beyond one matrix
-SLICE = 1 << 18  # elements of a plain parameter updated at once on CPU: its six operations then stay in cache
+SLICE = 1 << 20  # elements of a plain parameter updated at once on CPU, where copies and noise then stay in cache
 COMPENSATION = "compensation"  # what bf16_update="kahan" could not write into the weight
 
 
@@ -37,13 +37,9 @@ class Chunk:
     params: list[Tensor]
     grads: list[Tensor]
     states: list[dict[str, Tensor]]
+    working: torch.dtype  # of all arithmetic
     start: int = 0
     partial: bool = False
-
-    @property
-    def working(self) -> torch.dtype:
-        """The dtype of all arithmetic."""
-        return working_dtype(self.params[0])
 
     def gradient(self) -> Tensor:
         """G as `(m, n)` or `(b, m, n)`, to be read only: it may be the memory of `p.grad`."""
@@ -139,10 +135,16 @@ class Chunk:
 
 
 def form_chunks(
-    members: list[Member], plans: dict[Tensor, Plan], states: Any, recipe_of: Callable[[Plan, dict[str, Any]], Recipe]
+    members: list[Member],
+    plans: dict[Tensor, Plan],
+    states: Any,
+    recipe_of: Callable[[Plan, dict[str, Any]], Recipe],
+    recipes: dict[tuple[int, bool], Recipe],
 ) -> Iterator[Chunk]:
-    """Buckets by everything that must be equal, cut to the byte limit. On CPU a loop beats stacking."""
-    recipes: dict[tuple[int, bool], Recipe] = {}
+    """Buckets by everything that must be equal, cut to the byte limit. On CPU a loop beats stacking.
+
+    `recipes` remembers what `recipe_of` said for a group during one step.
+    """
     buckets: dict[tuple[Any, ...], list[Member]] = {}
     for p, group in members:
         plan, grad = plans[p], cast(Tensor, p.grad)
@@ -160,19 +162,23 @@ def form_chunks(
         for start in range(0, len(bucket), limit):
             ps = [p for p, _ in bucket[start : start + limit]]
             data, grads = [p.detach() for p in ps], [cast(Tensor, p.grad).detach() for p in ps]
-            yield Chunk(recipes[kind], group, step, spec, [plans[p] for p in ps], data, grads, [states[p] for p in ps])
+            its_plans, its_states = [plans[p] for p in ps], [states[p] for p in ps]
+            yield Chunk(recipes[kind], group, step, spec, its_plans, data, grads, its_states, working_dtype(p))
 
 
 def gradient_norms(params: list[Tensor]) -> list[float]:
     """Norms of the gradients, one synchronisation per device; infinite also where only their squares would be."""
-    norms: dict[int, float] = {}
     grads = [cast(Tensor, p.grad) for p in params]
-    for device in {grad.device for grad in grads}:
-        here = [i for i, grad in enumerate(grads) if grad.device == device]
-        values = [torch.linalg.vector_norm(grads[i], dtype=working_dtype(grads[i])) for i in here]
-        safe = [torch.where(norm.square().isfinite(), norm, torch.inf).double() for norm in values]
-        norms.update(zip(here, torch.stack(safe).tolist(), strict=True))
-    return [norms[i] for i in range(len(grads))]
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, grad in enumerate(grads):
+        kinds.setdefault((grad.device, grad.dtype), []).append(i)
+    norms = [0.0] * len(grads)
+    for same in kinds.values():
+        values = torch._foreach_norm([grads[i] for i in same], 2, dtype=working_dtype(grads[same[0]]))
+        stacked = torch.stack(list(values))
+        for i, norm in zip(same, torch.where(stacked.square().isfinite(), stacked, torch.inf).tolist(), strict=True):
+            norms[i] = norm
+    return norms
 
 
 def working_dtype(p: Tensor) -> torch.dtype:

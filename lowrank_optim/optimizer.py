@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from . import checks, ops
 from .chunk import COMPENSATION, Chunk, Member, form_chunks, gradient_norms, working_dtype
 from .distributed.algebra import WHOLE, Algebra
-from .parts import Identity
+from .parts import Identity, fused
 from .plan import Plan, decide
 from .recipe import Clock, Recipe, State
 from .report import Report, report
@@ -131,38 +131,51 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         for p, group in members:
             checks.gradient(self._plans[p].name, cast(Tensor, p.grad))
             self._follow(p, group)
-        norms = gradient_norms([p for p, _ in members])
-        if not any(norms) and self._untouched() and not any(bool(cast(Tensor, p.grad).any()) for p, _ in members):
+        if self._untouched() and not any(bool(cast(Tensor, p.grad).any()) for p, _ in members):
             return  # a dry run on zero gradients, as checkpoint helpers and DeepSpeed make: the state exists, no more
-        finite = [member for member, norm in zip(members, norms, strict=True) if math.isfinite(norm)]
-        if len(finite) < len(members):
-            self._skip([member for member, norm in zip(members, norms, strict=True) if not math.isfinite(norm)])
-        for chunk in form_chunks(finite, self._plans, self.state, self._recipe_of):
-            for piece in chunk.slices():
-                self._update_chunk(piece)
-        for p, _ in finite:
-            self.state[p]["step"] += 1
+        recipes: dict[tuple[int, bool], Recipe] = {}
+        for batch in [[member] for member in members] if _one_by_one(members) else [members]:
+            finite = self._finite(batch)
+            for chunk in form_chunks(finite, self._plans, self.state, self._recipe_of, recipes):
+                for piece in chunk.slices():
+                    self._update_chunk(piece)
+            for p, _ in finite:
+                self.state[p]["step"] += 1
+
+    def _finite(self, members: list[Member]) -> list[Member]:
+        """The members whose gradients are finite; the others are counted, or refused before anything is updated."""
+        norms = gradient_norms([p for p, _ in members])
+        bad = [member for member, norm in zip(members, norms, strict=True) if not math.isfinite(norm)]
+        if bad:
+            self._skip(bad)
+        return [member for member, norm in zip(members, norms, strict=True) if math.isfinite(norm)]
 
     def _update_chunk(self, chunk: Chunk) -> None:
         recipe, group, algebra = chunk.recipe, chunk.group, WHOLE
         g, st = chunk.gradient(), chunk.open()
         refreshed = self._refresh(chunk, algebra, g, st)
         t = chunk.clock()
+        lr, w = float(group["lr"]), chunk.weights()
+        if not fused.step_(recipe, w, g, st, lr, group["weight_decay"], t):
+            self._update_by_parts(chunk, algebra, w, g, st, lr, t)
+        chunk.write_weights(w)
+        chunk.close(st, refreshed)
+
+    def _update_by_parts(
+        self, chunk: Chunk, algebra: Algebra, w: Tensor, g: Tensor, st: State, lr: float, t: Clock
+    ) -> None:
+        """The lines of `recipe.py`, one by one."""
+        recipe = chunk.recipe
         g = recipe.residual.before(g, st)
         r = recipe.basis.down(algebra, g, st)
-        d, gain = recipe.direction(algebra, st, r, t)
+        d, gain = fused.direction(recipe, st, r, t) or recipe.direction(algebra, st, r, t)
         rest = recipe.residual.after(algebra, g, r, d, recipe.basis, st)
-        w = chunk.weights()
-        lr = float(group["lr"])
         alpha: Clock = recipe.step_size(algebra, lr, w, chunk.step) * recipe.scale * gain
         if isinstance(alpha, Tensor):
             d, alpha = d * alpha, 1.0
-        decay = 1 - lr * group["weight_decay"]
-        recipe.basis.add_up_(w, d, st, alpha=-alpha, beta=decay)
+        recipe.basis.add_up_(w, d, st, alpha=-alpha, beta=1 - lr * chunk.group["weight_decay"])
         if rest is not None:
             w.add_(rest, alpha=-lr * recipe.scale)
-        chunk.write_weights(w)
-        chunk.close(st, refreshed)
 
     def _refresh(self, chunk: Chunk, algebra: Algebra, g: Tensor, st: State) -> bool:
         """Refits the bases that are due, matrix by matrix. One with a zero gradient keeps its own and stays due."""
@@ -204,7 +217,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             st[key].copy_(tensor)
 
     def _untouched(self) -> bool:
-        return all(not state["step"] and not state["skipped"] for state in self.state.values())
+        return not any(state["step"] or state["skipped"] for state in self.state.values())
 
     def _follow(self, p: Tensor, group: dict[str, Any]) -> None:
         """State lives where its parameter lives, also if the model was moved or materialised after construction."""
@@ -228,7 +241,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             warnings.warn(
                 f"non-finite gradient in {names}: left out of this step, as will be any later one without a further "
                 "warning. report() counts them",
-                stacklevel=6,
+                stacklevel=7,
             )
         for p, _ in members:
             self.state[p]["skipped"] += 1
@@ -290,3 +303,11 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             # copies: the saved dict may belong to a live optimizer, whose counters must not move with ours
             loaded[p] = {name: state[name].detach().to(like.device, copy=True) for name, like in fresh.items()}
         self.state.update(loaded)
+
+
+def _one_by_one(members: list[Member]) -> bool:
+    """On CPU a gradient is still in cache from its norm when it is projected at once. Where gradients are stacked, on
+    accelerators (one synchronisation), and where a bad one must stop all, the norms of all come first."""
+    return all(
+        p.device.type == "cpu" and not group["foreach"] and group["nonfinite"] == "skip" for p, group in members
+    )

@@ -69,6 +69,7 @@ class RMS(Scaling):
 
     beta: float
     eps: float
+    scratch: ClassVar[int] = 1
 
     def spec(self, shape: Shape) -> dict[str, Spec]:
         return {"exp_avg_sq": Spec(shape)}

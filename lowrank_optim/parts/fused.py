@@ -1,0 +1,61 @@
+"""Combinations of parts for which one kernel exists. Same numbers to rounding, fewer passes over memory.
+
+A table from the types of parts to a function, so that neither the engine nor the parts know of it. Each function says
+by its result whether it could do the work; where it could not, the parts do it one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..recipe import Clock, Recipe, State
+from .basis import Identity
+from .moments import EMA, RMS
+from .residual import Drop
+from .step_size import Constant
+
+_MIXED = (torch.float32, torch.float64)
+
+
+def direction(recipe: Recipe, st: State, r: Tensor, t: Clock) -> tuple[Tensor, Clock] | None:
+    """(D, gain) in one kernel, or None."""
+    kernel = _DIRECTIONS.get((type(recipe.momentum), type(recipe.scaling)))
+    return kernel(recipe, st, r, t) if kernel and recipe.momentum_of == "gradient" else None
+
+
+def step_(recipe: Recipe, w: Tensor, g: Tensor, st: State, lr: float, weight_decay: float, t: Clock) -> bool:
+    """The whole update of w in one kernel, or False and nothing is changed."""
+    parts = (recipe.basis, recipe.momentum, recipe.scaling, recipe.residual, recipe.step_size)
+    kernel = _STEPS.get(tuple(map(type, parts)))
+    return kernel is not None and kernel(recipe, w, g, st, lr, weight_decay, t)
+
+
+def _adam_direction(recipe: Any, st: State, r: Tensor, t: Clock) -> tuple[Tensor, Clock] | None:
+    """AdamW with lr 1 on a tensor of zeros moves it by minus the direction."""
+    d = torch.zeros_like(r)
+    return (d, -1.0) if _adamw_(recipe, d, r, st, 1.0, 0.0, t) else None
+
+
+def _adamw_(recipe: Any, w: Tensor, g: Tensor, st: State, lr: float, weight_decay: float, t: Clock) -> bool:
+    """torch's fused AdamW. It walks tensors flat, whatever their strides, so all must be laid out alike."""
+    m, v = st["exp_avg"], st["exp_avg_sq"]
+    alike = all(x.is_contiguous() and x.dtype == w.dtype for x in (w, g, m, v)) and w.dtype in _MIXED
+    if not alike or isinstance(t, Tensor) or not recipe.momentum.debias:
+        return False
+    step = torch.tensor(t, device=w.device)
+    torch._fused_adamw_(
+        [w], [g], [m], [v], [], [step],
+        lr=lr, beta1=recipe.momentum.beta, beta2=recipe.scaling.beta, weight_decay=weight_decay, eps=recipe.scaling.eps,
+        amsgrad=False, maximize=False,
+    )  # fmt: skip
+    return True
+
+
+_Direction = Callable[[Recipe, State, Tensor, Clock], "tuple[Tensor, Clock] | None"]
+_Step = Callable[[Recipe, Tensor, Tensor, State, float, float, Clock], bool]
+_DIRECTIONS: dict[tuple[type, ...], _Direction] = {(EMA, RMS): _adam_direction}
+_STEPS: dict[tuple[type, ...], _Step] = {(Identity, EMA, RMS, Drop, Constant): _adamw_}
