@@ -20,6 +20,7 @@ import lowrank_optim
 from benchmarks import peers, record
 
 GAP = 200
+NEVER = 10**9
 MODELS = {  # hidden, mlp, layers, vocabulary, rank
     "60m": (512, 1376, 8, 32000, 128),
     "h1024": (1024, 2736, 2, 256, 256),
@@ -55,26 +56,24 @@ class Contestant:
         return time.perf_counter() - wall, time.process_time() - cpu
 
     def refresh(self) -> tuple[float, float]:
-        """One step in which all bases are due."""
-        for group in self.optimizer.param_groups:
-            if "update_proj_gap" in group:
-                group["update_proj_gap"] = 1
-        for state in self.optimizer.state.values():
-            if "projector" in state:
-                state["projector"].update_proj_gap = 1
+        """One step in which all bases are due, for those that have any."""
+        self._set_gap(1)
         took = self.step()
+        self._set_gap(NEVER)
+        return took
+
+    def _set_gap(self, gap: int) -> None:
         for group in self.optimizer.param_groups:
             if "update_proj_gap" in group:
-                group["update_proj_gap"] = 10**9
+                group["update_proj_gap"] = gap
         for state in self.optimizer.state.values():
-            if "projector" in state:
-                state["projector"].update_proj_gap = 10**9
-        return took
+            if "projector" in state:  # galore-torch copies the number into an object
+                state["projector"].update_proj_gap = gap
 
 
 def contestants(model: str, grads: dict[str, torch.Tensor]) -> Iterable[Contestant]:
     rank = MODELS[model][-1]
-    low = {"rank": rank, "update_proj_gap": 10**9, "scale": 0.25, "proj_type": "std"}
+    low = {"rank": rank, "update_proj_gap": NEVER, "scale": 0.25, "proj_type": "std"}
 
     def split(params: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
         matrices = [p for key, p in params.items() if "_proj" in key]
@@ -105,7 +104,7 @@ def measure(model: str, rounds: int, refreshes: int) -> list[dict[str, Any]]:
     for contestant in field:
         contestant.step()  # the first step makes state and, where there is one, the first basis
     steady = [[contestant.step() for contestant in field] for _ in range(rounds)]
-    refresh = [[c.refresh() if "ore" in c.name and "each" not in c.name else c.step() for c in field] for _ in range(refreshes)]  # fmt: skip
+    refresh = [[contestant.refresh() for contestant in field] for _ in range(refreshes)]
     parameters = sum(grad.nbytes for grad in grads.values())
     rows = []
     for i, contestant in enumerate(field):

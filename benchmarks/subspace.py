@@ -81,9 +81,8 @@ def main() -> None:
         results.append(result)
         print(f"{m}x{n}, rank {rank}, singular values {result['spectrum']}")
         for name, row in result["methods"].items():
-            print(
-                f"  {name:<22}{row['speedup_over_svd']:>8.1f}x as fast as svd{row['energy_over_best']:>9.4f} of its energy"
-            )
+            speed, energy = row["speedup_over_svd"], row["energy_over_best"]
+            print(f"  {name:<22}{speed:>8.1f}x as fast as svd{energy:>9.4f} of its energy")
     record.write(f"subspace_{arguments.threads}threads", {"results": results})
 
 

@@ -308,6 +308,4 @@ class LowRankOptimizer(Optimizer, abc.ABC):
 def _one_by_one(members: list[Member]) -> bool:
     """On CPU a gradient is still in cache from its norm when it is projected at once. Where gradients are stacked, on
     accelerators (one synchronisation), and where a bad one must stop all, the norms of all come first."""
-    return all(
-        p.device.type == "cpu" and not group["foreach"] and group["nonfinite"] == "skip" for p, group in members
-    )
+    return all(p.device.type == "cpu" and not group["foreach"] and group["nonfinite"] == "skip" for p, group in members)

@@ -75,8 +75,8 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 class Net(nn.Module):
-    """Every kind of parameter in one small model: embedding, tall, wide, square, convolution, experts, norm, bias, head,
-    a scalar, and a weight that is tied."""
+    """Every kind of parameter in one small model: embedding, tall, wide, square, convolution, experts, norm,
+    bias, a scalar, and a head that is tied."""
 
     def __init__(self) -> None:
         super().__init__()

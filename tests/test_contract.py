@@ -200,7 +200,7 @@ def test_groups_written_for_the_original_package(case):
 
 @every_case
 def test_learning_rate_schedulers(case):
-    p, q, optimizer = pair(case)
+    p, _, optimizer = pair(case)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=6, cycle_momentum=False)
     rates = []
     for g in gradients((12, 20), 5):
@@ -218,7 +218,7 @@ def test_lr_as_a_tensor(case):
     results = []
     for lr in (0.02, torch.tensor(0.02, dtype=torch.float64)):
         torch.manual_seed(3)
-        p, q, optimizer = pair(case, lr=lr)
+        p, _, optimizer = pair(case, lr=lr)
         for g in gradients((12, 20), 3):
             p.grad = g
             optimizer.step()
@@ -338,7 +338,7 @@ def test_no_basis_from_a_zero_gradient(case):
 
 @every_case
 def test_a_zero_gradient_when_a_refresh_is_due_keeps_the_basis(case):
-    p, q, optimizer = pair(case, stagger=False, update_proj_gap=2)
+    p, _, optimizer = pair(case, stagger=False, update_proj_gap=2)
     for g in gradients((12, 20), 2):
         p.grad = g
         optimizer.step()
@@ -537,7 +537,7 @@ def test_tied_weights_are_updated_once(case):
     names = [row.name for row in case.build(model.named_parameters()).report()]
     assert "embed.weight" in names
     assert "lm_head.weight" not in names
-    with pytest.raises(ValueError, match="duplicate|more than one parameter group"):
+    with pytest.raises(ValueError, match=r"duplicate|more than one parameter group"):
         case.build([{"params": [model.embed.weight]}, {"params": [model.lm_head.weight], "rank": 3}])
 
 

@@ -43,7 +43,9 @@ def test_normal_numbers_are_normal():
 def test_streams_differ():
     draws = [
         ops.normal((1000,), ops.key_of(seed, name), ops.stream_of(purpose, time))
-        for seed, name, purpose, time in [(0, "a", "p", 0), (1, "a", "p", 0), (0, "b", "p", 0), (0, "a", "q", 0), (0, "a", "p", 1)]
+        for seed, name, purpose, time in [
+            (0, "a", "p", 0), (1, "a", "p", 0), (0, "b", "p", 0), (0, "a", "q", 0), (0, "a", "p", 1),
+        ]
     ]  # fmt: skip
     correlation = torch.corrcoef(torch.stack(draws)).fill_diagonal_(0)
     assert correlation.abs().max() < 0.15

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks import peers
 from cases import gradients
 from torch import nn
 
 import lowrank_optim
+from benchmarks import peers
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,8 @@ def test_one_window_of_galore_torch(galore_torch, shape, proj_type):
     mine = lowrank_optim.GaLoreAdamW(
         [{"params": [ours], **common}], lr=0.01, betas=(0.87, 0.98), eps=0.0, weight_decay=0.0, basis="svd"
     )
-    group = {"params": [theirs], **common}
-    their = galore_torch.GaLoreAdamW([group], lr=0.01, betas=(0.87, 0.98), eps=0.0, weight_decay=0.0, no_deprecation_warning=True)  # fmt: skip
+    options = dict(lr=0.01, betas=(0.87, 0.98), eps=0.0, weight_decay=0.0, no_deprecation_warning=True)
+    their = galore_torch.GaLoreAdamW([{"params": [theirs], **common}], **options)
     for g in gradients(shape, steps):
         ours.grad, theirs.grad = g.clone(), g.clone()
         mine.step()

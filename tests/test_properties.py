@@ -50,7 +50,8 @@ options = st.fixed_dictionaries(
 def test_any_matrix(case, shape, rank, dtype, kwargs, zero):
     anchor, p = nn.Parameter(torch.randn(9, 9)), nn.Parameter(torch.randn(shape, dtype=dtype))
     optimizer = case.make([{"params": [anchor], "rank": 2}, {"params": [p], "rank": rank}], lr=1e-3, **kwargs)
-    planned = estimate_memory([{"params": [("a", anchor)], "rank": 2}, {"params": [("p", p)], "rank": rank}], case.make, lr=1e-3, **kwargs)  # fmt: skip
+    groups = [{"params": [("a", anchor)], "rank": 2}, {"params": [("p", p)], "rank": rank}]
+    planned = estimate_memory(groups, case.make, lr=1e-3, **kwargs)
     assert planned.optimizer == state_bytes(optimizer)
     twin = None
     for step in range(7):
@@ -69,7 +70,7 @@ def test_any_matrix(case, shape, rank, dtype, kwargs, zero):
     assert torch.equal(p, twin_p)
     assert state_bytes(optimizer) == planned.optimizer
     row = optimizer.report()[1]
-    batch, rows, columns = as_matrices(torch.Size(shape), "auto")
+    _, rows, columns = as_matrices(torch.Size(shape), "auto")
     assert (row.rank is None) == bool(row.reason)
     if row.rank is not None:
         assert row.rank == resolve_rank(rank, rows, columns) < min(rows, columns)

@@ -13,7 +13,7 @@ from torch import Tensor
 def galore_adamw(
     weight, gradients, refresh_at, *, rank, side, fit, lr, betas, eps, weight_decay, scale, moments="keep"
 ):  # fmt: skip
-    """The weight after one step per gradient. `refresh_at`: the steps (0, 1, ...) before which the basis is refitted."""
+    """The weight after one step per gradient. `refresh_at`: steps (0, 1, ...) before which the basis is refitted."""
     w, basis, t = weight.clone(), None, 0
     beta1, beta2 = betas
     for step, grad in enumerate(gradients):
@@ -37,7 +37,8 @@ def galore_adamw(
 
 
 def galore_adafactor(
-    weight, gradients, refresh_at, *, rank, side, fit, lr, decay, eps, d, weight_decay, scale, beta1, parameter, relative
+    weight, gradients, refresh_at, *, rank, side, fit, lr, decay, eps, d, weight_decay, scale, beta1, parameter,
+    relative,
 ):  # fmt: skip
     """GaLore with Adafactor (Shazeer and Stern 2018, algorithm 4, in torch's form) in the subspace."""
     w, basis = weight.clone(), None

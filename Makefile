@@ -1,0 +1,52 @@
+# make pretrain   a fresh machine to a trained model and its loss curve
+# make test       a fresh machine to a green test run
+# make check      what CI runs before the tests: format, lint, types
+# make bench      the measurements that the README quotes (long; they write benchmarks/results/)
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help pretrain test test-all check bench clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+# Installed once, and again only when what is to be installed changes.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit( \
+		"lowrank_optim needs Python 3.10 or newer, and %s is %s. Try: make PYTHON=python3.12 ..." \
+		% (sys.executable, sys.version.split()[0]))'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+		echo "could not create $(VENV); on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[examples,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps galore-torch==1.0 || \
+		echo "galore-torch could not be installed: parity tests will be skipped"
+	@touch $@
+
+pretrain: $(STAMP)
+	$(BIN)/python examples/pretrain.py --compare adamw,galore
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.step_time --model 60m
+	$(BIN)/python -m benchmarks.step_time --model h1024
+	$(BIN)/python -m benchmarks.subspace
+	$(BIN)/python -m benchmarks.quality sweep
+	$(BIN)/python -m benchmarks.quality final
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
