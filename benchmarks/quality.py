@@ -28,13 +28,14 @@ SWEEP = record.RESULTS / "quality_sweep.json"
 GRID: dict[str, tuple[str, list[tuple[float, dict[str, Any]]]]] = {
     "GaLoreAdamW": (
         "galore",
-        [(lr, {"scale": scale, "moments": "keep"}) for lr in (8e-3, 16e-3, 32e-3) for scale in (0.25, 0.5)]
-        + [(16e-3, {"scale": scale, "moments": "rotate"}) for scale in (0.25, 0.5)],
+        [(lr, {"scale": scale, "moments": "keep"}) for lr in (8e-3, 16e-3, 32e-3) for scale in (0.125, 0.25)]
+        + [(16e-3, {"scale": scale, "moments": "rotate"}) for scale in (0.125, 0.25)]
+        + [(16e-3, {"scale": 0.0625, "moments": "keep"})],
     ),
     "AdamW": ("adamw", [(lr, {}) for lr in (1e-3, 2e-3, 4e-3, 8e-3)]),
     "AdamW, own lr for the matrices": (
         "adamw",
-        [(lr, {"matrix_lr_scale": scale}) for lr in (8e-3, 16e-3, 32e-3) for scale in (0.125, 0.25)],
+        [(lr, {"matrix_lr_scale": scale}) for lr in (8e-3, 16e-3, 32e-3) for scale in (0.0625, 0.125, 0.25)],
     ),
     "GaLoreAdafactor": (
         "galore_adafactor",

@@ -83,19 +83,18 @@ class SubspaceIteration(_OneSided):
     """
 
     oversample: int = 8
-    cold_rounds: int = 2
-    warm_rounds: int = 1
+    rounds: int = 2
 
     def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw) -> dict[str, Tensor]:
         m, n = g.shape
         width = self._width(m, n, rank)
         if old is None:
-            start, rounds = algebra.sketch(g, draw((n, width))), self.cold_rounds
+            start = algebra.sketch(g, draw((n, width)))
         else:
             # unit columns on average, like the old basis, so that neither part drowns the other in rounding
             fresh = draw((m, width - rank)) / m**0.5
-            start, rounds = torch.cat([old["basis"], fresh], dim=-1), self.warm_rounds
-        return {"basis": subspace_iteration(algebra, g, start, rank, rounds)}
+            start = torch.cat([old["basis"], fresh], dim=-1)
+        return {"basis": subspace_iteration(algebra, g, start, rank, self.rounds)}
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         width = self._width(m, n, rank)

@@ -100,7 +100,7 @@ def exact(grad, rank, side, old):
 
 
 def randomized(normal):
-    """Subspace iteration with Householder QR: two rounds from a sketch, then one from the old basis each time.
+    """Subspace iteration with Householder QR: two rounds, from a sketch at first and from the old basis later.
 
     `normal(shape, count)` draws the numbers of refresh number `count`.
     """
@@ -112,10 +112,10 @@ def randomized(normal):
         m, n = g.shape
         width = min(rank + 8, m, n)
         if old is None:
-            y, rounds = g @ normal((n, width), count), 2
+            y = g @ normal((n, width), count)
         else:
-            y, rounds = torch.cat([old[side == "right"], normal((m, width - rank), count) / m**0.5], 1), 1
-        for _ in range(rounds):
+            y = torch.cat([old[side == "right"], normal((m, width - rank), count) / m**0.5], 1)
+        for _ in range(2):
             y = g @ torch.linalg.qr(g.T @ torch.linalg.qr(y)[0])[0]
         basis = signs(torch.linalg.svd(y, full_matrices=False)[0][:, :rank])
         count += 1

@@ -1,0 +1,34 @@
+"""Real gradients: those of the main job's nano model while it trains."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+
+
+def gradients(at: list[int]) -> Iterator[dict[str, Tensor]]:
+    """The gradients of all projected matrices after so many steps of AdamW, for each entry of `at`, ascending."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    from pretraining import arguments, corpus
+    from pretraining.interrupt import Interrupt
+    from pretraining.loop import Run
+    from tqdm import tqdm
+
+    args = arguments.complete(arguments.parser().parse_args(["--optimizer", "adamw"]))
+    data = corpus.prepare(arguments.request(args), ROOT / args.cache)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(arguments.job(args, arguments.choices(args)[0], data), Path(folder), Interrupt())
+        with tqdm(disable=True) as bar:
+            for step in at:
+                while run.step < step:
+                    run._train_step(bar)
+                run._backward()
+                named = run.model.named_parameters()
+                yield {name: p.grad.clone() for name, p in named if "_proj" in name and p.grad is not None}
+                run.model.zero_grad()
