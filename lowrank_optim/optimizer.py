@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import checks, ops
-from .chunk import COMPENSATION, Chunk, Member, form_chunks, gradient_norms, working_dtype
+from .chunk import Chunk, Member, form_chunks, gradient_norms
 from .distributed.algebra import WHOLE, Algebra
 from .parts import Identity, fused
 from .plan import Plan, decide
 from .recipe import Clock, Recipe, State
 from .report import Report, report
+from .state import follow, fresh, loaded
 
 _DEFAULT_RANK = 0.25
 _GROUP_ONLY = {"skip_embeddings": True, "as_matrix": "auto"}  # hyper-parameters that only groups set
@@ -91,19 +92,8 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         return plans
 
     def _fresh_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """All state of one parameter, before its first step."""
         plan = self._plans[p]
-        recipe = self._recipe_of(plan, group)
-        state = {"step": torch.tensor(0.0), "skipped": torch.tensor(0)}
-        for key, spec in recipe.spec(plan.matrix, plan.rank or 0).items():
-            dtype = recipe.store.dtype(working_dtype(p))
-            state[key] = torch.zeros(plan.batch + spec.shape, dtype=dtype, device=p.device)
-        if plan.projected:
-            state["refreshes"] = torch.zeros(plan.batch, dtype=torch.int64)
-            state["refreshed_at"] = torch.full(plan.batch, -1)
-        if group["bf16_update"] == "kahan" and p.dtype in (torch.bfloat16, torch.float16):
-            state[COMPENSATION] = torch.zeros_like(p)
-        return state
+        return fresh(p, plan, self._recipe_of(plan, group), group)
 
     def _recipe_of(self, plan: Plan, group: dict[str, Any]) -> Recipe:
         recipe = self.recipe(group)
@@ -130,7 +120,9 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         """One step for some parameters: all of a step's work, so it can also be done for one parameter at a time."""
         for p, group in members:
             checks.gradient(self._plans[p].name, cast(Tensor, p.grad))
-            self._follow(p, group)
+            if p not in self.state:
+                self.state[p] = self._fresh_state(p, group)
+            follow(self.state[p], p)
         if self._untouched() and not any(bool(cast(Tensor, p.grad).any()) for p, _ in members):
             return  # a dry run on zero gradients, as checkpoint helpers and DeepSpeed make: the state exists, no more
         recipes: dict[tuple[int, bool], Recipe] = {}
@@ -219,16 +211,6 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     def _untouched(self) -> bool:
         return not any(state["step"] or state["skipped"] for state in self.state.values())
 
-    def _follow(self, p: Tensor, group: dict[str, Any]) -> None:
-        """State lives where its parameter lives, also if the model was moved or materialised after construction."""
-        state = self.state[p]
-        if not state:
-            self.state[p] = self._fresh_state(p, group)
-            return
-        for key, tensor in state.items():
-            if tensor.dim() and tensor.device != p.device and key not in ("refreshes", "refreshed_at"):
-                state[key] = tensor.to(p.device)
-
     def _skip(self, members: list[Member]) -> None:
         """Parameters with a non-finite gradient: counted, and warned about the first time, or an error."""
         names = ", ".join(self._plans[p].name for p, _ in members[:3]) + (", ..." if len(members) > 3 else "")
@@ -260,12 +242,12 @@ class LowRankOptimizer(Optimizer, abc.ABC):
 
         torch would cast all state to the parameter's dtype, which loses bits for bfloat16 parameters.
         """
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
         hooks = self._optimizer_load_state_dict_pre_hooks
-        self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run
+        for hook in hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
         checks.has_state(state_dict)
         before = self.param_groups, self._plans
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run
         self._incoming: dict[str, Any] | None = state_dict
         try:
             super().load_state_dict({**state_dict, "state": {}})
@@ -293,16 +275,15 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     def _take_state(self, state_dict: dict[str, Any]) -> None:
         """All or nothing. A parameter without saved state was frozen when the state was saved, and starts afresh."""
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        loaded = {}
+        new = {}
         for key, (p, group) in zip(saved, self._members(), strict=True):
-            fresh, state = self._fresh_state(p, group), state_dict["state"].get(key)
-            if state is None:
-                loaded[p] = fresh
-                continue
-            checks.loaded_state(self._plans[p].name, state, fresh)
-            # copies: the saved dict may belong to a live optimizer, whose counters must not move with ours
-            loaded[p] = {name: state[name].detach().to(like.device, copy=True) for name, like in fresh.items()}
-        self.state.update(loaded)
+            if key in state_dict["state"]:
+                like = self._fresh_state(p, group)
+                new[p] = loaded(self._plans[p].name, state_dict["state"][key], like)
+            elif p.requires_grad:
+                new[p] = self._fresh_state(p, group)
+        self.state.clear()
+        self.state.update(new)
 
 
 def _one_by_one(members: list[Member]) -> bool:

@@ -6,6 +6,7 @@ Nothing about wrappers, world sizes or devices enters, so a sharded run makes th
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from .ops import key_of
 # Whole components of a parameter's name that say what it is; `head` does not match `heads` or `multihead_attn`.
 _EMBEDDING_NAMES = {"wte", "wpe", "shared", "relative_attention_bias"}
 _HEAD_NAMES = {"lm_head", "head", "classifier", "score", "output_projection", "output_layer", "cls"}
+# What wrappers (DistributedDataParallel, torch.compile, activation checkpointing) put into names.
+_WRAPPERS = re.compile(r"^module\.|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 _SMALLEST_KERNEL_RUN = 16  # a 3-D parameter whose last side is shorter is a 1-D convolution, not a stack of experts
 
 
@@ -33,7 +36,7 @@ class Plan:
         rank: of the basis; None where not projected.
         reason: why not projected, or "".
         fallback: the group asked for a projection that this parameter cannot have (`strict=True` refuses it).
-        key: of its random numbers.
+        key: of its random numbers; from the name as it is without wrappers, so that a wrapped model draws the same.
         offset: its place in a staggered schedule, in [0, 2**32).
     """
 
@@ -73,7 +76,7 @@ def decide(name: str, index: int, place: int, shape: torch.Size, group: dict[str
     batch, rows, columns = as_matrices(shape, group["as_matrix"])
     reason, fallback = _why_plain(name, shape, rows, columns, group)
     common: dict[str, Any] = {"reason": reason, "fallback": fallback, "shape": tuple(shape)}
-    common |= {"name": name or f"param {index}", "key": key_of(group["seed"], name or str(index))}
+    common |= {"name": name or f"param {index}", "key": key_of(group["seed"], _WRAPPERS.sub("", name) or str(index))}
     if reason:
         # A vector keeps its one dimension; there is no projected side, so nothing is turned.
         matrix = (rows, columns) if len(shape) > 1 else (columns,)

@@ -446,19 +446,23 @@ def test_random_numbers_follow_seed_and_name(case):
     assert torch.equal(basis("a", 1), basis("a", 1))
     assert not torch.equal(basis("a", 1), basis("a", 2))
     assert not torch.equal(basis("a", 1), basis("b", 1))
+    assert torch.equal(basis("layers.0.up.weight", 1), basis("module.layers.0._orig_mod.up.weight", 1)), "wrappers"
 
 
 @every_case
 def test_bf16_weights_follow_fp32(case):
-    """Updates a hundred times smaller than a bfloat16 weight's last bit vanish when rounded to nearest."""
-    moved, start = {}, torch.full((16, 24), 1.0)
+    """Updates a hundred times smaller than a bfloat16 weight's last bit vanish when rounded to nearest.
+
+    One weight in ten moves by one bit: with 9,216 weights the mean has a standard deviation of 3 %.
+    """
+    moved, start = {}, torch.full((96, 96), 1.0)
     for mode in ("fp32", "stochastic", "kahan", "none"):
         dtype = torch.float32 if mode == "fp32" else torch.bfloat16
         p = nn.Parameter(start.to(dtype))
         bf16_update = "none" if mode == "fp32" else mode
         optimizer = case.build([p], lr=2e-5, weight_decay=0.0, rank=8, bf16_update=bf16_update)
         for _ in range(100):
-            p.grad = torch.linspace(0.5, 1.5, 24).expand(16, 24).to(dtype)
+            p.grad = torch.linspace(0.5, 1.5, 96).expand(96, 96).to(dtype)
             optimizer.step()
         moved[mode] = float((p.detach().float() - 1).mean())
     if case.name == "galore_adamw":

@@ -35,7 +35,8 @@ class GaLoreAdamW(LowRankOptimizer):
         update_proj_gap: steps between refreshes of P.
         scale: multiplies the projected updates only, so it is the lr of the matrices relative to the rest.
         proj_type: the side that is projected. "std": the shorter; "reverse_std": the longer; "left": rows; "right":
-            columns; "full": both.
+            columns; "full": both. With both, R is diagonal at each refresh, and Adam scales the rounding noise off the
+            diagonal up to its own step size unless eps is above it: a weakness of the method, kept.
         basis: "rsvd", randomized subspace iteration that starts from the previous basis, or "svd", exact.
         moments: what a refresh does to M and V: "keep" them as they are (the paper), "rotate" them into the new basis,
             or "reset" them and their clock.

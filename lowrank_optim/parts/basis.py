@@ -98,8 +98,8 @@ class SubspaceIteration(_OneSided):
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         width = self._width(m, n, rank)
-        sketches, in_float64 = 2 * (m + n) * width, 4 * max(m, n) * width + 8 * width**2
-        return sketches + in_float64
+        sketches, orthonormalizing = 2 * (m + n) * width, 5 * max(m, n) * width + 8 * width**2  # mostly in float64
+        return sketches + orthonormalizing
 
     def _width(self, m: int, n: int, rank: int) -> int:
         return min(rank + self.oversample, m, n)

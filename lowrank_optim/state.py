@@ -1,0 +1,46 @@
+"""The persistent tensors of one parameter: how they begin, where they live, how they are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .chunk import COMPENSATION, working_dtype
+from .plan import Plan
+from .recipe import Recipe
+
+_COUNTERS = {"step", "skipped", "refreshes", "refreshed_at"}  # on the CPU, where reading them costs no synchronisation
+
+
+def fresh(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) -> dict[str, Tensor]:
+    """All state before the first step."""
+    state = {"step": torch.tensor(0.0), "skipped": torch.tensor(0)}
+    dtype = recipe.store.dtype(working_dtype(p))
+    for key, spec in recipe.spec(plan.matrix, plan.rank or 0).items():
+        state[key] = torch.zeros(plan.batch + spec.shape, dtype=dtype, device=p.device)
+    if plan.projected:
+        state["refreshes"] = torch.zeros(plan.batch, dtype=torch.int64)
+        state["refreshed_at"] = torch.full(plan.batch, -1)
+    if group["bf16_update"] == "kahan" and p.dtype in (torch.bfloat16, torch.float16):
+        state[COMPENSATION] = torch.zeros_like(p)
+    return state
+
+
+def follow(state: dict[str, Tensor], p: Tensor) -> None:
+    """Moves state to its parameter, if the model was moved after the optimizer was built."""
+    for key, tensor in state.items():
+        if tensor.device != p.device and key not in _COUNTERS:
+            state[key] = tensor.to(p.device)
+
+
+def loaded(name: str, saved: Mapping[str, Any], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Saved state where `like` lives, or a ValueError if it does not fit.
+
+    Copies: the saved dict may belong to a live optimizer, whose counters must not move with ours.
+    """
+    checks.loaded_state(name, saved, like)
+    return {key: saved[key].detach().to(new.device, new.dtype, copy=True) for key, new in like.items()}
