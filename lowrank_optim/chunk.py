@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -174,10 +175,11 @@ def gradient_norms(params: list[Tensor]) -> list[float]:
         kinds.setdefault((grad.device, grad.dtype), []).append(i)
     norms = [0.0] * len(grads)
     for same in kinds.values():
-        values = torch._foreach_norm([grads[i] for i in same], 2, dtype=working_dtype(grads[same[0]]))
-        stacked = torch.stack(list(values))
-        for i, norm in zip(same, torch.where(stacked.square().isfinite(), stacked, torch.inf).tolist(), strict=True):
-            norms[i] = norm
+        working = working_dtype(grads[same[0]])
+        limit = torch.finfo(working).max ** 0.5
+        values = torch.stack(torch._foreach_norm([grads[i] for i in same], 2, dtype=working)).tolist()
+        for i, norm in zip(same, values, strict=True):
+            norms[i] = norm if norm < limit else math.inf
     return norms
 
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from .optimizer import LowRankOptimizer
 
 
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
 @dataclass(frozen=True)
 class Row:
     """One parameter."""
@@ -83,11 +86,10 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def human(count: float) -> str:
     """A byte count for people: 1.5 MiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            break
-        count /= 1024
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+    unit = 0
+    while count >= 1024 and unit < len(_UNITS) - 1:
+        count, unit = count / 1024, unit + 1
+    return f"{count:.2f} {_UNITS[unit]}" if unit else f"{count:.0f} B"
 
 
 def state_bytes(optimizer: Optimizer) -> int:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from lowrank_optim.report import human
+
 HEAD = (
     "optimizer",
     "lr",
@@ -23,14 +25,6 @@ HEAD = (
     "tokens/s",
     "validation loss",
 )
-
-
-def human(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
-        size /= 1024
-    return f"{size:.2f} TiB"
 
 
 def _row(result: dict[str, Any]) -> tuple[str, ...]:
