@@ -58,9 +58,16 @@ def run(optimizer: str, lr: float, keywords: dict[str, Any], seed: int, steps: i
         return dict(json.loads((Path(folder) / "run" / "summary.json").read_text())["runs"][0])
 
 
+def _done() -> list[dict[str, Any]]:
+    """Rows of earlier sweeps; a run is a function of its arguments, so none is made twice."""
+    return [row for row in json.loads(SWEEP.read_text())["rows"] if row["validation_loss"]] if SWEEP.exists() else []
+
+
 def sweep(workers: int, steps: int | None) -> None:
+    rows = _done()
+    known = [(row["method"], row["lr"], row["keywords"]) for row in rows]
     jobs = [(method, name, lr, kw) for method, (name, candidates) in GRID.items() for lr, kw in candidates]
-    rows = []
+    jobs = [job for job in jobs if (job[0], *job[2:]) not in known]
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(run, name, lr, kw, 0, steps): (method, name, lr, kw) for method, name, lr, kw in jobs}
         for future in concurrent.futures.as_completed(futures):
@@ -68,23 +75,27 @@ def sweep(workers: int, steps: int | None) -> None:
             loss = future.result().get("validation_loss")
             rows.append({"method": method, "optimizer": name, "lr": lr, "keywords": kw, "validation_loss": loss})
             print(f"{method:<32}{lr:<8g}{kw!s:<60}{loss}", flush=True)
-    rows.sort(key=lambda row: (row["method"], row["validation_loss"] or 1e9))
-    record.write(SWEEP.stem, {"seed": 0, "rows": rows})
+            rows.sort(key=lambda row: (row["method"], row["validation_loss"] or 1e9))
+            record.write(SWEEP.stem, {"seed": 0, "rows": rows})
 
 
 def final(workers: int, steps: int | None, seeds: int) -> None:
-    rows = json.loads(SWEEP.read_text())["rows"]
-    best = {row["method"]: row for row in reversed(rows)}  # sorted by loss within a method: the first one stays
+    """The best candidate of each method with more seeds; seed 0 is the sweep's own run."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in _done():
+        best.setdefault(row["method"], row)  # sorted by loss within a method
     results = []
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        for method, row in best.items():
-            futures = [
-                pool.submit(run, row["optimizer"], row["lr"], row["keywords"], seed, steps) for seed in range(seeds)
+        futures = {
+            method: [
+                pool.submit(run, row["optimizer"], row["lr"], row["keywords"], seed, steps) for seed in range(1, seeds)
             ]
-            losses = [future.result()["validation_loss"] for future in futures]
-            mean = statistics.mean(losses)
-            results.append({**row, "validation_loss": mean, "losses": losses})
-            print(f"{method:<32}{row['lr']:<8g}{mean:.4f}  {losses}", flush=True)
+            for method, row in best.items()
+        }
+        for method, row in best.items():
+            losses = [row["validation_loss"], *(future.result()["validation_loss"] for future in futures[method])]
+            results.append({**row, "validation_loss": statistics.mean(losses), "losses": losses})
+            print(f"{method:<32}{row['lr']:<8g}{statistics.mean(losses):.4f}  {losses}", flush=True)
     baseline = min(row["validation_loss"] for row in results if row["optimizer"] == "adamw")
     for row in results:
         row["over_better_adamw"] = row["validation_loss"] / baseline
