@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -25,7 +26,7 @@ def _number(low: float, high: float = math.inf, *, open_low: bool = False, hint:
     interval = f"{'>' if open_low else '>='} {low:g}" + (f" and < {high:g}" if high < math.inf else "")
 
     def check(name: str, value: Any) -> None:
-        real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
         if not real or value < low or (open_low and value == low) or value >= high:
             raise ValueError(f"{name} must be a number {interval}, got {value!r}{'; ' + hint if hint else ''}")
 
@@ -85,8 +86,8 @@ def _eps(name: str, value: Any) -> None:
 def _rank(name: str, value: Any) -> None:
     if value is None:
         return
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    fraction = isinstance(value, float) and 0 < value <= 1
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
+    fraction = isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral) and 0 < float(value) <= 1
     if not (whole or fraction):
         raise ValueError(
             f"{name} must be an int >= 1, a fraction in (0, 1] of the shorter side, or None (do not project), "
@@ -96,14 +97,14 @@ def _rank(name: str, value: Any) -> None:
 
 def _whole(low: int) -> Check:
     def check(name: str, value: Any) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < low:
             raise ValueError(f"{name} must be an int >= {low}, got {value!r}")
 
     return check
 
 
 def _decay(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or not -1 <= value < 0:
+    if not isinstance(value, numbers.Real) or not -1 <= float(value) < 0:
         raise ValueError(f"{name} must be a number in [-1, 0), got {value!r}; Adafactor's is -0.8")
 
 
@@ -129,14 +130,17 @@ _CHECKS: dict[str, Check] = {
     "maximize": _flag,
     "foreach": _flag_or_none,
     "skip_embeddings": _flag,
+    "strict": _flag,
     "as_matrix": _one_of("auto", "flatten", "batch"),
     "scale_parameter": _flag,
     "relative_step": _flag,
 }
 
 
-def known_keys(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Refuses group keys that no code would read: a misspelt option must not be silently without effect."""
+def group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuses keys that no code would read: a misspelt option must not be silently without effect."""
+    if not isinstance(group, dict):
+        raise TypeError(f"a param group is a dict with the key 'params', got {type(group).__name__}")
     for key in group:
         if key not in defaults and key not in _FOREIGN_KEYS:
             near = difflib.get_close_matches(key, list(defaults), 1, cutoff=0.5)
@@ -149,6 +153,29 @@ def hyperparameters(group: Mapping[str, Any]) -> None:
     for key, value in group.items():
         if key in _CHECKS:
             _CHECKS[key](key, value)
+
+
+def single(name: str, value: Any) -> Any:
+    """The value, where a method takes one number and another takes a pair."""
+    if isinstance(value, (tuple, list)):
+        raise ValueError(f"{name} must be one number here, got {value!r}")
+    return value
+
+
+def pair(name: str, value: Any) -> tuple[Any, Any]:
+    """The value, where a method takes a pair and another takes one number."""
+    if not isinstance(value, (tuple, list)):
+        raise ValueError(f"{name} must be a pair here, got {value!r}; for example (None, 0.001)")
+    return value[0], value[1]
+
+
+def unchanged(asked: tuple[Any, ...], before: tuple[Any, ...]) -> None:
+    """Refuses edits of a group that cannot take effect any more, instead of ignoring them."""
+    if asked != before:
+        raise ValueError(
+            "rank, proj_type, as_matrix, skip_embeddings and the parameters of a group are fixed once it has state: "
+            f"{before} became {asked}. Set them back, or build a new optimizer; use add_param_group for new parameters"
+        )
 
 
 def parameter(name: str, p: Tensor) -> None:
@@ -202,8 +229,8 @@ def loaded_state(name: str, got: Mapping[str, Any], expected: Mapping[str, Tenso
     if got.keys() != expected.keys():
         odd = sorted(got.keys() ^ expected.keys())
         raise ValueError(
-            f"the state dict does not fit {name}: {', '.join(odd)} on one side only; nothing was loaded. "
-            "Build the optimizer with the class, bf16_update and moments that were saved"
+            f"the state dict does not fit {name}: {', '.join(odd)} on one side only; nothing was loaded. Was it saved "
+            "by another class, from parameters with names (or without), or from a model of another dtype?"
         )
     for key, tensor in expected.items():
         value = got[key]
@@ -211,5 +238,5 @@ def loaded_state(name: str, got: Mapping[str, Any], expected: Mapping[str, Tenso
             shape = tuple(value.shape) if isinstance(value, Tensor) else value
             raise ValueError(
                 f"the state dict does not fit {name}: {key} is {shape}, expected {tuple(tensor.shape)}; nothing was "
-                "loaded. Build the model and the optimizer with the shapes, rank and proj_type that were saved"
+                "loaded. Was it saved from a model of other shapes, or with other keys in its groups?"
             )

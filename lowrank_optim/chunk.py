@@ -26,8 +26,9 @@ class Chunk:
     """One matrix on CPU; elsewhere as many equal ones as fit the limit, stacked.
 
     Attributes:
-        plans, params, grads, states: one entry per parameter (per slice of one, if `start` or `partial` say so).
+        plans, params, grads, states: one entry per parameter, or one piece of a parameter.
         start: number of the first element, where this is a slice of a plain parameter.
+        first: number of the first matrix, where this is a part of a stack of experts.
     """
 
     recipe: Recipe
@@ -40,12 +41,12 @@ class Chunk:
     states: list[dict[str, Tensor]]
     working: torch.dtype  # of all arithmetic
     start: int = 0
-    partial: bool = False
+    first: int = 0
+    partial: bool = False  # a flat slice: there is no matrix to be turned
 
     def gradient(self) -> Tensor:
         """G as `(m, n)` or `(b, m, n)`, to be read only: it may be the memory of `p.grad`."""
-        g = self._open(self.grads, self._oriented)
-        return -g if self.group["maximize"] else g
+        return self._open(self.grads, self._oriented)
 
     def open(self) -> State:
         """The state tensors of the recipe's parts, writable, `(b, *spec.shape)` for a batch."""
@@ -63,7 +64,8 @@ class Chunk:
                 if spec.steady:
                     kept.copy_(x)
                 else:
-                    self.recipe.store.close_(kept, x, plan.key, stream_of(key, self.step), self.start)
+                    start = self.start + self.first * math.prod(spec.shape)
+                    self.recipe.store.close_(kept, x, plan.key, stream_of(key, self.step), start)
 
     def weights(self) -> Tensor:
         """W as `(m, n)` or `(b, m, n)`, in the working dtype, with what Kahan's compensation still owes."""
@@ -82,7 +84,8 @@ class Chunk:
                 p.copy_(natural)
                 state[COMPENSATION].copy_(natural - p)
             elif p.dtype == torch.bfloat16 and self.group["bf16_update"] == "stochastic":
-                p.copy_(round_to_bfloat16(natural, plan.key, stream_of("weight", self.step), self.start))
+                start = self.start + self.first * math.prod(plan.matrix)
+                p.copy_(round_to_bfloat16(natural, plan.key, stream_of("weight", self.step), start))
             else:
                 p.copy_(natural)
 
@@ -96,13 +99,17 @@ class Chunk:
             return float(ages)
         return ages.to(self.params[0].device, self.working).view(-1, 1, 1)
 
-    def slices(self) -> Iterator[Chunk]:
-        """This chunk, cut into pieces that stay in cache, where it is one large plain parameter on CPU."""
+    def pieces(self) -> Iterator[Chunk]:
+        """This chunk, cut if it is one large parameter: a plain one on CPU into slices, a stack into some experts."""
         p, g = self.params[0], self.grads[0]
-        whole = len(self.params) > 1 or not self.recipe.elementwise or p.device.type != "cpu" or p.numel() <= SLICE
-        if whole or not (p.is_contiguous() and g.is_contiguous()):
-            yield self
-            return
+        if len(self.params) == 1 and p.is_contiguous() and g.is_contiguous():
+            if self.recipe.elementwise and p.device.type == "cpu" and p.numel() > SLICE:
+                return self._slices(p, g)
+            if self.plans[0].batch and p.numel() * self.working.itemsize > CHUNK_BYTES:
+                return self._experts(p, g)
+        return iter([self])
+
+    def _slices(self, p: Tensor, g: Tensor) -> Iterator[Chunk]:
         kept = [key for key in (*self.spec, COMPENSATION) if key in self.states[0]]
         flat = {key: self.states[0][key].view(-1) for key in kept}
         for start in range(0, p.numel(), SLICE):
@@ -110,6 +117,18 @@ class Chunk:
             state = {key: tensor[piece] for key, tensor in flat.items()}
             params, grads = [p.view(-1)[piece]], [g.view(-1)[piece]]
             yield replace(self, params=params, grads=grads, states=[state], start=start, partial=True)
+
+    def _experts(self, p: Tensor, g: Tensor) -> Iterator[Chunk]:
+        plan, count = self.plans[0], self.plans[0].count
+        size = max(1, CHUNK_BYTES * count // (p.numel() * self.working.itemsize))
+        rows = {key: t.view(count, *t.shape[len(plan.batch) :]) for key, t in self.states[0].items() if t.dim()}
+        matrices, gradients = p.view(count, *p.shape[-2:]), g.view(count, *p.shape[-2:])
+        for first in range(0, count, size):
+            piece = slice(first, first + size)
+            w, state = matrices[piece], {key: tensor[piece] for key, tensor in rows.items()}
+            part = replace(plan, batch=(len(w),), shape=tuple(w.shape))
+            grads = [gradients[piece]]
+            yield replace(self, plans=[part], params=[w], grads=grads, states=[state], first=first)
 
     def matrices(self) -> Iterator[tuple[Plan, dict[str, Tensor], int, int]]:
         """(plan, state, number within its parameter, number within this chunk) of every matrix."""

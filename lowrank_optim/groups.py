@@ -79,14 +79,16 @@ def param_groups(
 def _rules(model: nn.Module) -> Iterator[tuple[int, str]]:
     """(id of a parameter, its kind) where the type of its module decides; later ones win."""
     embeddings = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
-    vocabularies = {module.num_embeddings for module in embeddings}
+    tables = {tuple(module.weight.shape) for module in embeddings}
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, _CONVOLUTIONS):
             yield id(weight), "flatten"
         elif isinstance(module, nn.Linear):
-            # The head: one row per class. Known by its place or name, or by having as many rows as a vocabulary.
-            head = module.out_features in vocabularies or names_say(f"{name}.weight") == "head"
+            # The head is known by its name, or as the last linear layer if it has the shape of an embedding.
+            last = module is linears[-1] and tuple(module.weight.shape) in tables
+            head = last or names_say(f"{name}.weight") == "head"
             yield id(weight), "plain" if head else "flatten"
     for module in embeddings:
         yield id(module.weight), "plain"  # wins over a tied head

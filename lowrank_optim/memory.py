@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .chunk import SLICE, working_dtype
+from .chunk import CHUNK_BYTES, SLICE, working_dtype
 from .groups import param_groups
 from .ops.philox import WORKSPACE
 from .optimizer import LowRankOptimizer
@@ -32,7 +32,8 @@ class MemoryEstimate:
         states: moments and counters; exact.
         bases: exact.
         step_workspace: the most that a step without a refresh holds for one matrix. Where equal matrices are stacked
-            (on accelerators, or with `foreach=True`), the stack takes up to 64 MiB per operand instead.
+            (on accelerators, or with `foreach=True`), the stack takes up to 64 MiB per operand instead. Gradients with
+            strides of their own are copied, which is not counted.
         refresh_workspace: the most that refitting one basis holds (LAPACK's own buffers not counted).
     """
 
@@ -50,8 +51,8 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Everything at the moment when it is most: during a refresh, if that needs more than a step."""
-        return self.weights + self.gradients + self.optimizer + max(self.step_workspace, self.refresh_workspace)
+        """Everything at the moment when it is most: while the largest matrix refits its basis within a step."""
+        return self.weights + self.gradients + self.optimizer + self.step_workspace + self.refresh_workspace
 
     def __str__(self) -> str:
         rows = ("weights", "gradients", "states", "bases", "step_workspace", "refresh_workspace", "total")
@@ -70,7 +71,8 @@ def estimate_memory(
     Args:
         source: a model (also on the meta device; grouped by `param_groups`), groups that `param_groups` made, or
             shapes, by name or bare.
-        optimizer: a class of this package, or of torch.optim (then workspaces are not known and 0).
+        optimizer: a class of this package, or of torch.optim (then workspaces are not known and 0). Some of torch's,
+            such as Adafactor, cannot step without memory and raise a ValueError.
         dtype: of weights and gradients; default: the model's own, float32 for shapes.
         options: keyword arguments of the optimizer.
 
@@ -106,17 +108,22 @@ def estimate_memory(
 
 
 def _step_bytes(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) -> int:
-    """R and the scratch of its size; for 16-bit weights also G, W, the noise and the rounded W."""
-    size, working = p.numel(), working_dtype(p)
+    """R and the scratch of its size, and whatever is kept in 16 bits and worked on in 32: G, W, noise, state."""
+    size, working, rank = p.numel(), working_dtype(p), plan.rank or 0
+    share = 1.0  # of the parameter that is worked on at once
     if recipe.elementwise:
-        size = coordinates = min(size, SLICE)
-    else:
-        coordinates = plan.count * math.prod(recipe.basis.coordinates(plan.matrix, plan.rank or 0))
-    coordinates *= 1 + recipe.scaling.scratch
-    if p.dtype == working:
-        return coordinates * working.itemsize
-    noise = WORKSPACE if group["bf16_update"] == "stochastic" and p.dtype == torch.bfloat16 else 0
-    return (coordinates + 4 * size) * working.itemsize + noise
+        share = min(1.0, SLICE / max(1, size))
+    elif plan.batch:
+        share = min(1.0, max(1 / plan.count, CHUNK_BYTES / max(1, size * working.itemsize)))
+    coordinates = plan.count * math.prod(recipe.basis.coordinates(plan.matrix, rank))
+    elements = coordinates * (1 + recipe.scaling.scratch)
+    elements += plan.count * recipe.basis.step_workspace(plan.matrix, rank) if plan.projected else 0
+    opened = plan.count * sum(math.prod(spec.shape) for spec in recipe.spec(plan.matrix, rank).values())
+    narrow = recipe.store.dtype(working) != working
+    elements += 2 * opened if narrow else 0
+    elements += 4 * size if p.dtype != working else 0
+    rounds = narrow or (group["bf16_update"] == "stochastic" and p.dtype == torch.bfloat16)
+    return int(share * elements * working.itemsize) + (WORKSPACE if rounds else 0)
 
 
 def _meta_groups(source: Any, dtype: torch.dtype | None, low_rank: bool) -> list[dict[str, Any]]:
@@ -126,17 +133,22 @@ def _meta_groups(source: Any, dtype: torch.dtype | None, low_rank: bool) -> list
     if not (isinstance(source, list) and source and isinstance(source[0], dict)):
         named = source.items() if isinstance(source, Mapping) else ((f"{i}", s) for i, s in enumerate(source))
         source = [{"params": [(name, torch.empty(shape, device="meta")) for name, shape in named]}]
-    groups = [{**group, "params": [(name, _meta(p, dtype)) for name, p in group["params"]]} for group in source]
+    groups = [{**group, "params": [_meta(p, i, dtype) for i, p in enumerate(group["params"])]} for group in source]
     return groups if low_rank else [{"params": group["params"]} for group in groups]
 
 
-def _meta(p: Tensor, dtype: torch.dtype | None) -> nn.Parameter:
-    return nn.Parameter(torch.empty(p.shape, dtype=dtype or p.dtype, device="meta"))
+def _meta(entry: Any, index: int, dtype: torch.dtype | None) -> tuple[str, nn.Parameter]:
+    name, p = entry if isinstance(entry, tuple) else (f"{index}", entry)
+    return name, nn.Parameter(torch.empty(p.shape, dtype=dtype or p.dtype, device="meta"))
 
 
 def _bytes_after_step(optimizer: Optimizer, params: list[nn.Parameter]) -> int:
     """torch.optim makes its state at the first step; on the meta device that costs nothing."""
     for p in params:
         p.grad = torch.empty_like(p)
-    optimizer.step()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        name = type(optimizer).__name__
+        raise ValueError(f"{name} cannot be estimated: its step needs numbers, not only shapes ({error})") from error
     return state_bytes(optimizer)

@@ -37,21 +37,19 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     rule = "AdamW"  # what the method is in full space
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], *, strict: bool = False) -> None:
-        params = list(params)
+        params = params if isinstance(params, Tensor) else list(params)  # torch's own error for a bare tensor
         if defaults["rank"] == "auto":
             # Groups written for the original package name a rank where they want projection and nowhere else.
             named = any(isinstance(group, dict) and group.get("rank") is not None for group in params)
             defaults["rank"] = None if named else _DEFAULT_RANK
-        defaults = {**_GROUP_ONLY, **defaults}
+        defaults = {**_GROUP_ONLY, **defaults, "strict": strict}
         checks.hyperparameters(defaults)
         self._plans: dict[Tensor, Plan] = {}
+        self._decided: list[tuple[Any, ...]] = []  # what each group asked for when its plans were made
         super().__init__(params, defaults)
         plain = [plan for plan in self._plans.values() if not plan.projected]
         if len(plain) == len(self._plans):
             checks.something_projected(type(self).__name__, ((plan.name, plan.reason) for plan in plain))
-        if strict:
-            lost = ((plan.name, plan.reason) for plan in plain if plan.fallback)
-            checks.nothing_lost(f"{type(self).__name__}", lost)
 
     @abc.abstractmethod
     def recipe(self, group: dict[str, Any]) -> Recipe:
@@ -62,18 +60,23 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch.optim; checks every option and creates the group's state, or leaves the optimizer as it was."""
-        checks.known_keys(param_group, self.defaults)
+        checks.group(param_group, self.defaults)
         if param_group.get("rank") is not None:
             param_group.setdefault("skip_embeddings", False)  # who names a rank for a group means all of it
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             checks.hyperparameters(group)
+            self.recipe(group)
             plans = self._decide(group)
+            if group["strict"]:
+                lost = ((plan.name, plan.reason) for plan in plans.values() if plan.fallback)
+                checks.nothing_lost(type(self).__name__, lost)
         except Exception:
             self.param_groups.pop()
             raise
         self._plans.update(plans)
+        self._decided.append(_asked(group))
         for p in plans:
             # Parameters without memory (meta) or without gradients (frozen) get theirs with their first gradient.
             if p.requires_grad and not p.is_meta:
@@ -81,14 +84,14 @@ class LowRankOptimizer(Optimizer, abc.ABC):
 
     def _decide(self, group: dict[str, Any]) -> dict[Tensor, Plan]:
         plans: dict[Tensor, Plan] = {}
-        taken = sum(plan.projected for plan in self._plans.values())
+        taken = sum(plan.count for plan in self._plans.values() if plan.projected)
         names = group.get("param_names", [""] * len(group["params"]))
         for name, p in zip(names, group["params"], strict=True):
             index = len(self._plans) + len(plans)
             plan = decide(name, index, taken, p.shape, group)
             checks.parameter(plan.name, p)
             plans[p] = plan
-            taken += plan.projected
+            taken += plan.count if plan.projected else 0
         return plans
 
     def _fresh_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
@@ -113,23 +116,26 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group, asked in zip(self.param_groups, self._decided, strict=True):
+            checks.unchanged(_asked(group), asked)
         self._update([(p, group) for p, group in self._members() if p.grad is not None])
         return loss
 
+    @torch._disable_dynamo  # a compiled step falls back to this one
     def _update(self, members: list[Member]) -> None:
         """One step for some parameters: all of a step's work, so it can also be done for one parameter at a time."""
         for p, group in members:
             checks.gradient(self._plans[p].name, cast(Tensor, p.grad))
-            if p not in self.state:
+            if not self.state.get(p):
                 self.state[p] = self._fresh_state(p, group)
-            follow(self.state[p], p)
+            follow(self.state[p], p, group)
         if self._untouched() and not any(bool(cast(Tensor, p.grad).any()) for p, _ in members):
             return  # a dry run on zero gradients, as checkpoint helpers and DeepSpeed make: the state exists, no more
         recipes: dict[tuple[int, bool], Recipe] = {}
         for batch in [[member] for member in members] if _one_by_one(members) else [members]:
             finite = self._finite(batch)
             for chunk in form_chunks(finite, self._plans, self.state, self._recipe_of, recipes):
-                for piece in chunk.slices():
+                for piece in chunk.pieces():
                     self._update_chunk(piece)
             for p, _ in finite:
                 self.state[p]["step"] += 1
@@ -147,25 +153,26 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         g, st = chunk.gradient(), chunk.open()
         refreshed = self._refresh(chunk, algebra, g, st)
         t = chunk.clock()
-        lr, w = float(group["lr"]), chunk.weights()
-        if not fused.step_(recipe, w, g, st, lr, group["weight_decay"], t):
-            self._update_by_parts(chunk, algebra, w, g, st, lr, t)
+        lr, w, up = float(group["lr"]), chunk.weights(), group["maximize"]
+        if up or not fused.step_(recipe, w, g, st, lr, group["weight_decay"], t):
+            self._update_by_parts(chunk, algebra, w, g, st, -lr if up else lr, t)
         chunk.write_weights(w)
         chunk.close(st, refreshed)
 
     def _update_by_parts(
         self, chunk: Chunk, algebra: Algebra, w: Tensor, g: Tensor, st: State, lr: float, t: Clock
     ) -> None:
-        """The lines of `recipe.py`, one by one."""
+        """The lines of `recipe.py`, one by one. A negative lr ascends: every rule is odd in G."""
         recipe = chunk.recipe
         g = recipe.residual.before(g, st)
         r = recipe.basis.down(algebra, g, st)
         d, gain = fused.direction(recipe, st, r, t) or recipe.direction(algebra, st, r, t)
         rest = recipe.residual.after(algebra, g, r, d, recipe.basis, st)
-        alpha: Clock = recipe.step_size(algebra, lr, w, chunk.step) * recipe.scale * gain
+        length = recipe.step_size(algebra, abs(lr), w, chunk.step) * math.copysign(recipe.scale, lr)
+        alpha: Clock = length * gain
         if isinstance(alpha, Tensor):
             d, alpha = d * alpha, 1.0
-        recipe.basis.add_up_(w, d, st, alpha=-alpha, beta=1 - lr * chunk.group["weight_decay"])
+        recipe.basis.add_up_(w, d, st, alpha=-alpha, beta=1 - abs(lr) * chunk.group["weight_decay"])
         if rest is not None:
             w.add_(rest, alpha=-lr * recipe.scale)
 
@@ -176,14 +183,14 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         done = False
         for plan, state, inner, outer in chunk.matrices():
             count, last = state["refreshes"].view(-1), state["refreshed_at"].view(-1)
-            if not chunk.recipe.refresh.due(chunk.step - 1, int(last[inner]), plan.offset):
+            expert = chunk.first + inner
+            if not chunk.recipe.refresh.due(chunk.step - 1, int(last[inner]), plan.place + expert):
                 continue
             matrix = g if g.dim() == 2 else g[outer]
-            energy = float(algebra.energy(matrix))
-            if energy == 0 or not math.isfinite(energy):
+            if float(algebra.largest(matrix)) == 0:  # finite it is: the norm was
                 continue
             view = dict(st) if g.dim() == 2 else {key: tensor[outer] for key, tensor in st.items()}
-            self._refit(chunk, algebra, plan, int(count[inner]), matrix, view, inner)
+            self._refit(chunk, algebra, plan, int(count[inner]), matrix, view, expert)
             count[inner] += 1
             last[inner] = chunk.step - 1
             done = True
@@ -209,7 +216,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             st[key].copy_(tensor)
 
     def _untouched(self) -> bool:
-        return not any(state["step"] or state["skipped"] for state in self.state.values())
+        return not any(state["step"] or state["skipped"] for state in self.state.values() if state)
 
     def _skip(self, members: list[Member]) -> None:
         """Parameters with a non-finite gradient: counted, and warned about the first time, or an error."""
@@ -238,21 +245,25 @@ class LowRankOptimizer(Optimizer, abc.ABC):
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch.optim, except that every tensor keeps the dtype it was saved with and nothing is half-loaded.
+        """As in torch.optim, except that state keeps its own dtypes and nothing is half-loaded.
 
         torch would cast all state to the parameter's dtype, which loses bits for bfloat16 parameters.
         """
-        hooks = self._optimizer_load_state_dict_pre_hooks
+        state_dict, hooks = state_dict.copy(), self._optimizer_load_state_dict_pre_hooks
         for hook in hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
-        checks.has_state(state_dict)
-        before = self.param_groups, self._plans
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        if self.state:
+            checks.has_state(state_dict)
+        before = self.param_groups, self._plans, self._decided, dict(self.state)
         self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run
         self._incoming: dict[str, Any] | None = state_dict
         try:
             super().load_state_dict({**state_dict, "state": {}})
         except Exception:
-            self.param_groups, self._plans = before
+            self.param_groups, self._plans, self._decided, state = before
+            self.state.clear()
+            self.state.update(state)
             raise
         finally:
             self._incoming = None
@@ -266,9 +277,11 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-        self._plans = {}
+        self._plans, self._decided = {}, []
         for group in self.param_groups:
+            checks.hyperparameters(group)
             self._plans.update(self._decide(group))
+            self._decided.append(_asked(group))
         if incoming is not None:
             self._take_state(incoming)
 
@@ -277,13 +290,19 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         new = {}
         for key, (p, group) in zip(saved, self._members(), strict=True):
-            if key in state_dict["state"]:
+            if state_dict["state"].get(key):
                 like = self._fresh_state(p, group)
                 new[p] = loaded(self._plans[p].name, state_dict["state"][key], like)
             elif p.requires_grad:
                 new[p] = self._fresh_state(p, group)
         self.state.clear()
         self.state.update(new)
+
+
+def _asked(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What plans depend on, and so must stay as it is."""
+    keys = ("rank", "proj_type", "as_matrix", "skip_embeddings")
+    return (*(group[key] for key in keys), len(group["params"]))
 
 
 def _one_by_one(members: list[Member]) -> bool:

@@ -37,7 +37,7 @@ class Plan:
         reason: why not projected, or "".
         fallback: the group asked for a projection that this parameter cannot have (`strict=True` refuses it).
         key: of its random numbers; from the name as it is without wrappers, so that a wrapped model draws the same.
-        offset: its place in a staggered schedule, in [0, 2**32).
+        place: its number among the projected matrices; decides its turn in a staggered schedule.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Plan:
     reason: str
     fallback: bool
     key: int
-    offset: int
+    place: int
 
     @property
     def projected(self) -> bool:
@@ -61,9 +61,9 @@ class Plan:
         return math.prod(self.batch)
 
     def oriented(self, x: Tensor) -> Tensor:
-        """A tensor like the parameter as `(*batch, m, n)`: a view where strides allow, else a copy."""
+        """A tensor like the parameter as `(m, n)` or `(count, m, n)`: a view where strides allow, else a copy."""
         natural = self.matrix[::-1] if self.side == "right" else self.matrix
-        x = x.reshape(*self.batch, *natural)
+        x = x.reshape((self.count, *natural) if self.batch else natural)
         return x.mT if self.side == "right" else x
 
     def natural(self, x: Tensor) -> Tensor:
@@ -80,11 +80,11 @@ def decide(name: str, index: int, place: int, shape: torch.Size, group: dict[str
     if reason:
         # A vector keeps its one dimension; there is no projected side, so nothing is turned.
         matrix = (rows, columns) if len(shape) > 1 else (columns,)
-        return Plan(**common, batch=batch, matrix=matrix, side="-", rank=None, offset=0)
+        return Plan(**common, batch=batch, matrix=matrix, side="-", rank=None, place=0)
     side = resolve_side(group["proj_type"], rows, columns)
     matrix = (columns, rows) if side == "right" else (rows, columns)
     rank = resolve_rank(group["rank"], rows, columns)
-    return Plan(**common, batch=batch, matrix=matrix, side=side, rank=rank, offset=place * 0x9E3779B9 & 0xFFFFFFFF)
+    return Plan(**common, batch=batch, matrix=matrix, side=side, rank=rank, place=place)
 
 
 def as_matrices(shape: torch.Size | tuple[int, ...], rule: str) -> tuple[tuple[int, ...], int, int]:

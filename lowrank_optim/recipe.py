@@ -102,6 +102,10 @@ class Basis(abc.ABC):
     def add_up_(self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float) -> None:
         """`W <- beta W + alpha up(D)` in one pass over `w (m, n)`, without a second (m, n) tensor."""
 
+    def step_workspace(self, shape: Shape, rank: int) -> int:
+        """Elements that `down` and `add_up_` hold beyond R and W; for `estimate_memory`."""
+        return 0
+
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         """Elements that `fit` holds at once for one matrix, beyond g; for `estimate_memory`."""
         return 0
@@ -114,10 +118,10 @@ class Refresh(Protocol):
     def restarts(self) -> bool:
         """True: moments begin anew at each refresh, so their clock does too."""
 
-    def due(self, step: int, last: int, offset: int) -> bool:
+    def due(self, step: int, last: int, place: int) -> bool:
         """Is a refresh due before step `step` (0, 1, ...), the last having been at `last` (-1: never)?
 
-        `offset` in [0, 2**32) is the place of this matrix among all, for schedules that spread the work.
+        `place` numbers the projected matrices of an optimizer, for schedules that spread the work.
         """
 
     def carry_(self, algebra: Algebra, recipe: Recipe, st: State, turn: Turn, t: Clock) -> None:

@@ -35,7 +35,7 @@ class Report(list[Row]):
     """A list of rows whose `str` is a table with a summary below it."""
 
     def __str__(self) -> str:
-        head = ("parameter", "shape", "method", "rank", "side", "state", "why not projected")
+        head = ("parameter", "shape", "method", "rank", "side", "state", "remarks")
         cells = [head, *(_cells(row) for row in self)]
         widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
         right = {3, 5}
@@ -64,7 +64,8 @@ def report(optimizer: LowRankOptimizer) -> Report:
 def _rows(optimizer: LowRankOptimizer) -> Iterator[Row]:
     for group in optimizer.param_groups:
         for p in group["params"]:
-            plan, state = optimizer._plans[p], optimizer.state[p]
+            plan, state = optimizer._plans[p], optimizer.state.get(p, {})  # [p] would insert an entry
+            frozen = "" if state or p.requires_grad else "frozen: no state yet"
             yield Row(
                 name=plan.name,
                 shape=plan.shape,
@@ -72,9 +73,9 @@ def _rows(optimizer: LowRankOptimizer) -> Iterator[Row]:
                 rank=plan.rank,
                 side=plan.side,
                 state_bytes=sum(tensor.nbytes for tensor in state.values()),
-                full_bytes=2 * 4 * p.numel(),
+                full_bytes=0 if frozen else 2 * 4 * p.numel(),
                 skipped=int(state["skipped"]) if state else 0,
-                reason=plan.reason + (" (fallback)" if plan.fallback else ""),
+                reason=frozen or plan.reason + (" (fallback)" if plan.fallback else ""),
             )
 
 

@@ -25,22 +25,33 @@ def fresh(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) -> dict[
     if plan.projected:
         state["refreshes"] = torch.zeros(plan.batch, dtype=torch.int64)
         state["refreshed_at"] = torch.full(plan.batch, -1)
-    if group["bf16_update"] == "kahan" and p.dtype in (torch.bfloat16, torch.float16):
+    if _compensated(p, group):
         state[COMPENSATION] = torch.zeros_like(p)
     return state
 
 
-def follow(state: dict[str, Tensor], p: Tensor) -> None:
-    """Moves state to its parameter, if the model was moved after the optimizer was built."""
+def follow(state: dict[str, Tensor], p: Tensor, group: dict[str, Any]) -> None:
+    """Keeps state fit for its parameter, if the model was moved or cast after the optimizer was built."""
     for key, tensor in state.items():
         if tensor.device != p.device and key not in _COUNTERS:
             state[key] = tensor.to(p.device)
+    if _compensated(p, group) and COMPENSATION not in state:
+        state[COMPENSATION] = torch.zeros_like(p)
+
+
+def _compensated(p: Tensor, group: dict[str, Any]) -> bool:
+    return group["bf16_update"] == "kahan" and p.dtype in (torch.bfloat16, torch.float16)
 
 
 def loaded(name: str, saved: Mapping[str, Any], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Saved state where `like` lives, or a ValueError if it does not fit.
+    """Saved state in the dtypes and places of `like`, or a ValueError if it does not fit.
 
-    Copies: the saved dict may belong to a live optimizer, whose counters must not move with ours.
+    Copies: the saved dict may belong to a live optimizer, whose counters must not move with ours. State for parameters
+    that have no memory yet (meta) waits where it was.
     """
     checks.loaded_state(name, saved, like)
-    return {key: saved[key].detach().to(new.device, new.dtype, copy=True) for key, new in like.items()}
+    result = {}
+    for key, new in like.items():
+        device = saved[key].device if new.is_meta else new.device
+        result[key] = saved[key].detach().to(device, new.dtype, copy=True)
+    return result

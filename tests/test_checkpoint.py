@@ -166,3 +166,52 @@ def test_a_checkpoint_from_before_unfreezing(case):
     through_file(model, optimizer, model2, optimizer2, None)
     assert optimizer2.state[model2.square.weight]["step"] == 0
     train(model2, optimizer2, 2)
+
+
+@every_case
+def test_a_hook_that_raises_leaves_everything(case):
+    model, model2 = Net(), Net()
+    optimizer, optimizer2 = case.build(model.named_parameters()), case.build(model2.named_parameters())
+    train(model, optimizer, 3)
+    saved = optimizer.state_dict()
+    saved["extra"] = 1
+
+    def fail(_):
+        raise RuntimeError("no")
+
+    optimizer2.register_load_state_dict_pre_hook(lambda opt, state: state.pop("extra") and None)
+    handle = optimizer2.register_load_state_dict_post_hook(fail)
+    with pytest.raises(RuntimeError, match="no"):
+        optimizer2.load_state_dict(saved)
+    assert "extra" in saved, "a hook gets a copy, as in torch"
+    assert all(not state["step"] for state in optimizer2.state.values())
+    handle.remove()
+    optimizer2.load_state_dict(saved)
+    assert all(state["step"] == 3 for state in optimizer2.state.values())
+
+
+@every_case
+def test_loaded_groups_are_checked(case):
+    model = Net()
+    optimizer = case.build(model.named_parameters())
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["update_proj_gap"] = 0
+    with pytest.raises(ValueError, match="update_proj_gap must be an int >= 1, got 0"):
+        optimizer.load_state_dict(saved)
+    train(model, optimizer, 1)
+
+
+@every_case
+def test_a_meta_model_can_be_loaded(case):
+    model = Net()
+    optimizer = case.build(model.named_parameters())
+    train(model, optimizer, 3)
+    with torch.device("meta"):
+        twin = Net()
+    optimizer2 = case.build(twin.named_parameters())
+    optimizer2.load_state_dict(optimizer2.state_dict())
+    optimizer2.load_state_dict(optimizer.state_dict())
+    for p, q in zip(twin.parameters(), model.parameters(), strict=True):
+        torch.utils.swap_tensors(p, torch.nn.Parameter(q.detach().clone()))
+    twin.lm_head.weight = twin.embed.weight
+    assert train(twin, optimizer2, 4, 3) == train(model, optimizer, 4, 3)

@@ -145,3 +145,45 @@ def test_messages_name_the_class():
     for case in CASES:
         with pytest.raises(ValueError, match=case.make.__name__):
             case.build([nn.Parameter(torch.randn(3))])
+
+
+@every_case
+def test_strict_also_covers_later_groups(case):
+    optimizer = case.build([matrix()], rank=9, strict=True)
+    with pytest.raises(ValueError, match=r"param 1 cannot be projected \(rank 9 >= min\(4, 32\)\)"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.randn(4, 32))]})
+    assert len(optimizer.param_groups) == len(optimizer.report()) == 1
+
+
+@every_case
+@pytest.mark.parametrize("edit", [{"rank": 5}, {"proj_type": "full"}])
+def test_edits_that_could_not_take_effect(case, edit):
+    p = matrix()
+    optimizer = case.build([p], rank=3)
+    p.grad = torch.randn(12, 20)
+    optimizer.step()
+    before = p.detach().clone()
+    optimizer.param_groups[0].update(edit)
+    with pytest.raises(ValueError, match=r"fixed once it has state: .* became .*add_param_group"):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
+def test_eps_of_the_other_kind():
+    with pytest.raises(ValueError, match=r"eps must be one number here, got \(1e-08, 0.001\)"):
+        lowrank_optim.GaLoreAdamW([matrix()], eps=(1e-8, 1e-3))
+    with pytest.raises(ValueError, match=r"eps must be a pair here, got 1e-08; for example \(None, 0.001\)"):
+        lowrank_optim.GaLoreAdafactor([matrix()], eps=1e-8)
+
+
+@every_case
+def test_what_is_no_group(case):
+    with pytest.raises(TypeError, match="should be an iterable of Tensors or dicts"):
+        case.build(matrix())
+    with pytest.raises(TypeError, match=r"a param group is a dict with the key 'params', got list"):
+        case.build([matrix()]).add_param_group([matrix()])
+
+
+def test_estimates_that_cannot_be_made():
+    with pytest.raises(ValueError, match="Adafactor cannot be estimated: its step needs numbers"):
+        lowrank_optim.estimate_memory([(8, 8)], torch.optim.Adafactor)

@@ -87,6 +87,21 @@ def test_llama(tie):
     assert sum(row.rank == 8 for row in optimizer.report()) == 14
 
 
+def test_a_layer_as_wide_as_a_table_is_long_is_no_head():
+    """BERT-small: 512 positions and hidden size 512."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.positions = nn.Embedding(97, 32), nn.Embedding(32, 32)
+            self.query, self.mlp, self.proj = nn.Linear(32, 32), nn.Linear(32, 64), nn.Linear(64, 32)
+            self.decoder = nn.Linear(32, 97)
+
+    got = kinds(Block())
+    assert [got[f"{name}.weight"] for name in ("query", "mlp", "proj")] == ["matrix"] * 3
+    assert got["words.weight"] == got["positions.weight"] == got["decoder.weight"] == "plain"
+
+
 def test_mixture_of_experts():
     transformers = pytest.importorskip("transformers", reason="Mixtral comes from transformers (extra: examples)")
     config = transformers.MixtralConfig(

@@ -54,7 +54,7 @@ def test_add_up_scales_both_terms_and_down_gives_memory_of_its_own(basis):
 def test_every_is_due_at_multiples(gap):
     schedule, last, due = Every(gap), -1, []
     for step in range(3 * gap + 1):
-        if schedule.due(step, last, offset=12345):
+        if schedule.due(step, last, place=12345):
             due.append(step)
             last = step
     assert due == [0, gap, 2 * gap, 3 * gap]
@@ -62,12 +62,11 @@ def test_every_is_due_at_multiples(gap):
 
 @pytest.mark.parametrize("schedule", [Every(10), Staggered(10)], ids=repr)
 def test_a_refresh_that_could_not_happen_stays_due(schedule):
-    offset = 3 * 0x9E3779B9 & 0xFFFFFFFF
-    assert schedule.due(0, -1, offset)
-    assert schedule.due(5, -1, offset)
-    first = next(step for step in range(1, 30) if schedule.due(step, 0, offset))
-    assert all(schedule.due(step, 0, offset) for step in range(first, first + 15))
-    assert not schedule.due(first + 1, first, offset)
+    assert schedule.due(0, -1, 3)
+    assert schedule.due(5, -1, 3)
+    first = next(step for step in range(1, 30) if schedule.due(step, 0, 3))
+    assert all(schedule.due(step, 0, 3) for step in range(first, first + 15))
+    assert not schedule.due(first + 1, first, 3)
 
 
 @pytest.mark.parametrize("count", [4, 56, 168])
@@ -77,7 +76,7 @@ def test_staggered_spreads_the_work(count):
     schedule, last = Staggered(gap), [0] * count
     per_step = []
     for step in range(1, 6 * gap):
-        due = [i for i in range(count) if schedule.due(step, last[i], i * 0x9E3779B9 & 0xFFFFFFFF)]
+        due = [i for i in range(count) if schedule.due(step, last[i], i)]
         assert all(step - last[i] <= gap for i in due)
         for i in due:
             last[i] = step

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from cases import Net, every_case, gradients, train
 from torch import nn
 
 from lowrank_optim import LowRankOptimizer
-from lowrank_optim.parts import EMA, SVD, Constant, Drop, Every, Float32, Identity, NoMomentum, NoScaling
-from lowrank_optim.recipe import Recipe
+from lowrank_optim.parts import EMA, SVD, Constant, Drop, Every, Float32, Identity, NoMomentum
+from lowrank_optim.recipe import Recipe, Scaling
 
 
 @every_case
@@ -28,6 +30,23 @@ def test_without_projection_it_is_the_rule_in_full_space(case):
     assert train(ours, mine, 20) == pytest.approx(train(theirs, their, 20), abs=1e-12)
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert (p - q).abs().max() < 1e-12
+
+
+@dataclass(frozen=True)
+class NoScaling(Scaling):
+    """The direction is the numerator. No method uses it yet, so it lives here."""
+
+    def spec(self, shape):
+        return {}
+
+    def __call__(self, algebra, st, x, r, t):
+        return x
+
+    def turn_(self, algebra, st, turn, mean, t):
+        pass
+
+    def reset_(self, st):
+        pass
 
 
 class _Linear(LowRankOptimizer):

@@ -14,7 +14,6 @@ STEPS = 20
 # float64 shows that the algorithms are the same; float32 that the engine loses nothing but rounding.
 TOLERANCE = {torch.float32: dict(rtol=0, atol=1e-6), torch.float64: dict(rtol=0, atol=1e-12)}
 every_dtype = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["fp32", "fp64"])
-STAGGER = 0  # the first matrix of an optimizer has offset 0: refreshes before steps 0, 7, 14
 
 
 def problem(shape, dtype):

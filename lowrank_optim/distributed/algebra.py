@@ -30,9 +30,10 @@ class Algebra:
         """The leading left singular vectors, (m, n) -> (m, rank), signs fixed."""
         return ops.leading_left_vectors(g, rank)
 
-    def energy(self, g: Tensor) -> Tensor:
-        """`||G||_F^2` in at least float32: (m, n) -> ()."""
-        return g.float().square().sum(dim=(-2, -1))
+    def largest(self, g: Tensor) -> Tensor:
+        """`max |G|`, NaN if there is one: (m, n) -> ()."""
+        largest: Tensor = torch.linalg.vector_norm(g, ord=math.inf, dim=(-2, -1))
+        return largest
 
     def size(self, x: Tensor) -> Tensor:
         """The root mean square of each matrix (of the vector, if x is one), dimensions kept."""

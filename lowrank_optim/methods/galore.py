@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import checks
 from ..optimizer import LowRankOptimizer
 from ..parts import EMA, RMS, SVD, BFloat16, Constant, Drop, Every, Float32, Staggered, SubspaceIteration, TwoSided
 from ..recipe import Basis, Recipe
@@ -88,7 +89,12 @@ class GaLoreAdamW(LowRankOptimizer):
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
         beta1, beta2 = group["betas"]
-        return Recipe(momentum=EMA(beta1), scaling=RMS(beta2, group["eps"]), step_size=Constant(), **subspace(group))
+        return Recipe(
+            momentum=EMA(beta1),
+            scaling=RMS(beta2, checks.single("eps", group["eps"])),
+            step_size=Constant(),
+            **subspace(group),
+        )
 
 
 def subspace(group: dict[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from .. import checks
 from ..optimizer import LowRankOptimizer
 from ..parts import EMA, Factored, NoMomentum, Relative
 from ..recipe import Recipe
@@ -29,11 +29,12 @@ class GaLoreAdafactor(LowRankOptimizer):
         W <- (1 - lr weight_decay) W - a scale P D
 
     Memory: `m r + r + n` elements per matrix, `n r` more with beta1. Parameters that are not projected get Adafactor in
-    full space, equal to torch.optim.Adafactor at these defaults.
+    full space; for vectors and matrices that is torch.optim.Adafactor.
 
     Args:
         params: see `GaLoreAdamW`.
-        lr, beta2_decay, eps, d, weight_decay: as in torch.optim.Adafactor; eps[0]=None is the dtype's epsilon.
+        lr, beta2_decay, eps, d, weight_decay: as in torch.optim.Adafactor; eps[0]=None is the epsilon of the
+            arithmetic: float32, or float64 for float64 parameters.
         beta1: of the average of updates; None keeps none. The paper's Adafactor rows use one.
         scale_parameter, relative_step: see the maths; the benchmark of the paper switches both off.
         rank, update_proj_gap, scale, proj_type, basis, moments, stagger: see `GaLoreAdamW`.
@@ -43,8 +44,10 @@ class GaLoreAdafactor(LowRankOptimizer):
         opt = lowrank_optim.GaLoreAdafactor(model.named_parameters(), lr=1e-2, rank=128, beta1=0.9)
 
     Differences from the paper and from its authors' code: torch's formula and defaults (the code: Hugging Face's, with
-    `eps[0]` added to the squared gradient); the average with beta1 is of updates before lr (the code: after it, so
-    that a changing lr acts late). The rest as in `GaLoreAdamW`. `tests/reference/galore.py` is the algorithm as a loop.
+    `eps[0]` added to the squared gradient); the average with beta1 is of updates before lr (the code: after it, so that
+    a changing lr acts late), and read with bias correction under moments="reset"; convolutions are matrices and stacks
+    of experts are clipped one by one (torch: the last two dimensions, and the whole tensor). The rest as in
+    `GaLoreAdamW`. `tests/reference/galore.py` is the algorithm as a loop.
     """
 
     __doc__ = (__doc__ or "") + OPTIONS
@@ -86,12 +89,13 @@ class GaLoreAdafactor(LowRankOptimizer):
         super().__init__(params, defaults, strict=strict)
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
-        floor, beta1 = group["eps"][0], group["beta1"]
-        floor = torch.finfo(torch.float32).eps if floor is None else floor
+        (floor, least), beta1 = checks.pair("eps", group["eps"]), group["beta1"]
+        # An average that a refresh empties must be read with its own clock, or most of the lr would be lost.
+        restarts = group["moments"] == "reset"
         return Recipe(
-            momentum=NoMomentum() if beta1 is None else EMA(beta1, debias=False),
+            momentum=NoMomentum() if beta1 is None else EMA(beta1, debias=restarts),
             momentum_of="update",
             scaling=Factored(group["beta2_decay"], floor, group["d"]),
-            step_size=Relative(group["eps"][1] if group["scale_parameter"] else None, group["relative_step"]),
+            step_size=Relative(least if group["scale_parameter"] else None, group["relative_step"]),
             **subspace(group),
         )

@@ -20,7 +20,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_BLOCK = 1 << 14  # counters generated at once, so that the int64 temporaries stay in cache
+BLOCK = 1 << 14  # counters generated at once, so that the int64 temporaries stay in cache
 WORKSPACE = 2 << 20  # bytes of temporaries that this takes
 
 Stream = tuple[int, int]
@@ -84,11 +84,11 @@ def random_bits16(count: int, key: int, stream: Stream, start: int = 0, device: 
 
 
 def _blocks(out: Tensor, lanes: int, start: int, key: int, stream: Stream) -> Iterator[_Block]:
-    """Cuts `out` into pieces of at most `_BLOCK` counters."""
+    """Cuts `out` into pieces of at most `BLOCK` counters."""
     position = 0
     while position < out.numel():
         first, skip = divmod(start + position, lanes)
-        size = min(out.numel() - position, _BLOCK * lanes - skip)
+        size = min(out.numel() - position, BLOCK * lanes - skip)
         last = -(-(start + position + size) // lanes)
         counter = torch.arange(first, last, dtype=torch.int64, device=out.device)
         yield out[position : position + size], philox(counter, key, stream), skip

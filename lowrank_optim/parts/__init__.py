@@ -1,7 +1,7 @@
 """The parts that methods are made of; each answers one of the six questions in `recipe.py`."""
 
 from .basis import SVD, Identity, SubspaceIteration, TwoSided
-from .moments import EMA, RMS, Factored, NoMomentum, NoScaling
+from .moments import EMA, RMS, Factored, NoMomentum
 from .refresh import Every, Staggered
 from .residual import Drop
 from .step_size import Constant, Relative
@@ -19,7 +19,6 @@ __all__ = [
     "Float32",
     "Identity",
     "NoMomentum",
-    "NoScaling",
     "Relative",
     "Staggered",
     "SubspaceIteration",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..distributed.algebra import Algebra
 from ..ops import subspace_iteration
+from ..ops.philox import BLOCK
 from ..recipe import Basis, Draw, Shape, Spec, State, Turn
 
 
@@ -98,8 +99,9 @@ class SubspaceIteration(_OneSided):
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         width = self._width(m, n, rank)
+        drawing = n * width + 16 * min(n * width, 4 * BLOCK)  # words, and their logarithms and cosines in float64
         sketches, orthonormalizing = 2 * (m + n) * width, 5 * max(m, n) * width + 8 * width**2  # mostly in float64
-        return sketches + orthonormalizing
+        return max(drawing, sketches + orthonormalizing + 2 * m * rank)
 
     def _width(self, m: int, n: int, rank: int) -> int:
         return min(rank + self.oversample, m, n)
@@ -133,6 +135,9 @@ class TwoSided(Basis):
 
     def add_up_(self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float) -> None:
         _add_matmul_(w, st["basis"], d @ st["basis_right"].mT, alpha, beta)
+
+    def step_workspace(self, shape: Shape, rank: int) -> int:
+        return rank * shape[1]
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         return max(self.inner.fit_workspace(m, n, rank), 2 * rank * n + rank * rank)

@@ -1,4 +1,4 @@
-"""First moments (EMA, none) and second moments (RMS, factored, none)."""
+"""First moments (EMA, none) and second moments (RMS, factored)."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Factored(Scaling):
     """
 
     decay: float
-    eps: float
+    eps: float | None  # None: the dtype's own
     clip: float
     elementwise: ClassVar[bool] = False
     scratch: ClassVar[int] = 2
@@ -121,7 +121,7 @@ class Factored(Scaling):
             _average_(st["row_var"], algebra.mean(squares, -1), weight)
             _average_(st["col_var"], algebra.mean(squares, -2), weight)
             torch.mul(self._rows(algebra, st), st["col_var"], out=squares)
-        update = squares.clamp_(min=self.eps**2).rsqrt_().mul_(x)
+        update = squares.clamp_(min=self._floor(r) ** 2).rsqrt_().mul_(x)
         return update.div_((algebra.size(update) / self.clip).clamp_(min=1))
 
     def turn_(self, algebra: Algebra, st: State, turn: Turn, mean: Tensor | None, t: Clock) -> None:
@@ -135,24 +135,10 @@ class Factored(Scaling):
 
     def _rows(self, algebra: Algebra, st: State) -> Tensor:
         """The row factor with which `rows * columns` has the means that are kept."""
-        return st["row_var"] / algebra.mean(st["row_var"], -2).clamp_(min=self.eps)
+        return st["row_var"] / algebra.mean(st["row_var"], -2).clamp_(min=self._floor(st["row_var"]))
 
-
-@dataclass(frozen=True)
-class NoScaling(Scaling):
-    """The direction is the numerator: SGD and its momentum forms."""
-
-    def spec(self, shape: Shape) -> dict[str, Spec]:
-        return {}
-
-    def __call__(self, algebra: Algebra, st: State, x: Tensor, r: Tensor, t: Clock) -> Tensor:
-        return x
-
-    def turn_(self, algebra: Algebra, st: State, turn: Turn, mean: Tensor | None, t: Clock) -> None:
-        pass
-
-    def reset_(self, st: State) -> None:
-        pass
+    def _floor(self, x: Tensor) -> float:
+        return torch.finfo(x.dtype).eps if self.eps is None else self.eps
 
 
 def _average_(average: Tensor, x: Tensor, weight: Clock) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Literal
 from ..distributed.algebra import Algebra
 from ..recipe import Clock, Recipe, State, Turn
 
+_GOLDEN = 0x9E3779B9  # the golden ratio in units of 2**-32
 Carry = Literal["keep", "rotate", "reset"]
 
 
@@ -30,7 +31,7 @@ class Every:
     def restarts(self) -> bool:
         return self.moments == "reset"
 
-    def due(self, step: int, last: int, offset: int) -> bool:
+    def due(self, step: int, last: int, place: int) -> bool:
         return last < 0 or step // self.gap > last // self.gap
 
     def carry_(self, algebra: Algebra, recipe: Recipe, st: State, turn: Turn, t: Clock) -> None:
@@ -48,10 +49,10 @@ class Every:
 class Staggered(Every):
     """Each matrix every `gap` steps, but at its own time, so that no step pays for all of them at once.
 
-    Only the very first refresh is common: without a basis there is no step. Offsets are multiples of the golden ratio,
+    Only the very first refresh is common: without a basis there is no step. Turns follow multiples of the golden ratio,
     which spreads any number of matrices evenly and does not move when parameters are added.
     """
 
-    def due(self, step: int, last: int, offset: int) -> bool:
-        shift = offset * self.gap >> 32
+    def due(self, step: int, last: int, place: int) -> bool:
+        shift = (place * _GOLDEN & 0xFFFFFFFF) * self.gap >> 32
         return last < 0 or (step + shift) // self.gap > (last + shift) // self.gap
