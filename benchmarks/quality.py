@@ -30,16 +30,20 @@ GRID: dict[str, tuple[str, list[tuple[float, dict[str, Any]]]]] = {
         "galore",
         [(lr, {"scale": scale, "moments": "keep"}) for lr in (8e-3, 16e-3, 32e-3) for scale in (0.125, 0.25)]
         + [(16e-3, {"scale": scale, "moments": "rotate"}) for scale in (0.125, 0.25)]
-        + [(16e-3, {"scale": 0.0625, "moments": "keep"})],
+        + [(lr, {"scale": 0.0625, "moments": "keep"}) for lr in (16e-3, 32e-3, 64e-3)],
     ),
     "AdamW": ("adamw", [(lr, {}) for lr in (1e-3, 2e-3, 4e-3, 8e-3)]),
     "AdamW, own lr for the matrices": (
         "adamw",
-        [(lr, {"matrix_lr_scale": scale}) for lr in (8e-3, 16e-3, 32e-3) for scale in (0.0625, 0.125, 0.25)],
+        [(lr, {"matrix_lr_scale": scale}) for lr in (8e-3, 16e-3, 32e-3) for scale in (0.0625, 0.125, 0.25)]
+        + [(lr, {"matrix_lr_scale": 0.03125}) for lr in (16e-3, 32e-3)],
     ),
     "GaLoreAdafactor": (
         "galore_adafactor",
-        [(lr, {"scale": 1.0, "beta1": 0.9, "relative_step": False, "scale_parameter": False}) for lr in (4e-3, 8e-3)],
+        [
+            (lr, {"scale": scale, "beta1": 0.9, "relative_step": False, "scale_parameter": False})
+            for lr, scale in ((4e-3, 1.0), (8e-3, 1.0), (8e-3, 0.25), (16e-3, 0.125))
+        ],
     ),
 }
 
