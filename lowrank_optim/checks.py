@@ -197,6 +197,18 @@ def gradient(name: str, grad: Tensor) -> None:
         )
 
 
+def nonfinite(names: list[str]) -> None:
+    """`nonfinite="raise"`: called before anything is updated."""
+    raise FloatingPointError(
+        f"non-finite gradient in {few(names)}; nothing was updated. Lower the learning rate, clip gradients, or use "
+        'nonfinite="skip" to leave such parameters out of the step'
+    )
+
+
+def few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def something_projected(method: str, reasons: Iterable[tuple[str, str]]) -> None:
     """Called when no parameter is projected: says why, for the first few."""
     listed = list(reasons)

@@ -186,6 +186,12 @@ def form_chunks(
             yield Chunk(recipes[kind], group, step, spec, its_plans, data, grads, its_states, working_dtype(p))
 
 
+def one_by_one(members: list[Member]) -> bool:
+    """On CPU a gradient is still in cache from its norm when it is projected at once. Where gradients are stacked, on
+    accelerators (one synchronisation), and where a bad one must stop all, the norms of all come first."""
+    return all(p.device.type == "cpu" and not group["foreach"] and group["nonfinite"] == "skip" for p, group in members)
+
+
 def gradient_norms(params: list[Tensor]) -> list[float]:
     """Norms of the gradients, one synchronisation per device; infinite also where only their squares would be."""
     grads = [cast(Tensor, p.grad) for p in params]

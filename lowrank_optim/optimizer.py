@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import checks, ops
-from .chunk import Chunk, Member, form_chunks, gradient_norms
+from .chunk import Chunk, Member, form_chunks, gradient_norms, one_by_one
 from .distributed.algebra import WHOLE, Algebra
 from .parts import Identity, fused
-from .plan import Plan, decide
+from .plan import Plan, asked_of, decide
 from .recipe import Clock, Recipe, State
 from .report import Report, report
 from .state import follow, fresh, loaded
@@ -76,7 +76,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             self.param_groups.pop()
             raise
         self._plans.update(plans)
-        self._decided.append(_asked(group))
+        self._decided.append(asked_of(group))
         for p in plans:
             # Parameters without memory (meta) or without gradients (frozen) get theirs with their first gradient.
             if p.requires_grad and not p.is_meta:
@@ -117,7 +117,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             with torch.enable_grad():
                 loss = closure()
         for group, asked in zip(self.param_groups, self._decided, strict=True):
-            checks.unchanged(_asked(group), asked)
+            checks.unchanged(asked_of(group), asked)
         self._update([(p, group) for p, group in self._members() if p.grad is not None])
         return loss
 
@@ -132,7 +132,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         if self._untouched() and not any(bool(cast(Tensor, p.grad).any()) for p, _ in members):
             return  # a dry run on zero gradients, as checkpoint helpers and DeepSpeed make: the state exists, no more
         recipes: dict[tuple[int, bool], Recipe] = {}
-        for batch in [[member] for member in members] if _one_by_one(members) else [members]:
+        for batch in [[member] for member in members] if one_by_one(members) else [members]:
             finite = self._finite(batch)
             for chunk in form_chunks(finite, self._plans, self.state, self._recipe_of, recipes):
                 for piece in chunk.pieces():
@@ -220,16 +220,13 @@ class LowRankOptimizer(Optimizer, abc.ABC):
 
     def _skip(self, members: list[Member]) -> None:
         """Parameters with a non-finite gradient: counted, and warned about the first time, or an error."""
-        names = ", ".join(self._plans[p].name for p, _ in members[:3]) + (", ..." if len(members) > 3 else "")
+        names = [self._plans[p].name for p, _ in members]
         if any(group["nonfinite"] == "raise" for _, group in members):
-            raise FloatingPointError(
-                f"non-finite gradient in {names}; nothing was updated. Lower the learning rate, clip gradients, "
-                'or use nonfinite="skip" to leave such parameters out of the step'
-            )
+            checks.nonfinite(names)
         if not any(int(state["skipped"]) for state in self.state.values() if state):
             warnings.warn(
-                f"non-finite gradient in {names}: left out of this step, as will be any later one without a further "
-                "warning. report() counts them",
+                f"non-finite gradient in {checks.few(names)}: left out of this step, as will be any later one without "
+                "a further warning. report() counts them",
                 stacklevel=7,
             )
         for p, _ in members:
@@ -281,7 +278,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         for group in self.param_groups:
             checks.hyperparameters(group)
             self._plans.update(self._decide(group))
-            self._decided.append(_asked(group))
+            self._decided.append(asked_of(group))
         if incoming is not None:
             self._take_state(incoming)
 
@@ -297,15 +294,3 @@ class LowRankOptimizer(Optimizer, abc.ABC):
                 new[p] = self._fresh_state(p, group)
         self.state.clear()
         self.state.update(new)
-
-
-def _asked(group: dict[str, Any]) -> tuple[Any, ...]:
-    """What plans depend on, and so must stay as it is."""
-    keys = ("rank", "proj_type", "as_matrix", "skip_embeddings")
-    return (*(group[key] for key in keys), len(group["params"]))
-
-
-def _one_by_one(members: list[Member]) -> bool:
-    """On CPU a gradient is still in cache from its norm when it is projected at once. Where gradients are stacked, on
-    accelerators (one synchronisation), and where a bad one must stop all, the norms of all come first."""
-    return all(p.device.type == "cpu" and not group["foreach"] and group["nonfinite"] == "skip" for p, group in members)

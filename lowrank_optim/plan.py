@@ -87,6 +87,12 @@ def decide(name: str, index: int, place: int, shape: torch.Size, group: dict[str
     return Plan(**common, batch=batch, matrix=matrix, side=side, rank=rank, place=place)
 
 
+def asked_of(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What the plans of a group depend on, and so must stay as it is."""
+    keys = ("rank", "proj_type", "as_matrix", "skip_embeddings")
+    return (*(group[key] for key in keys), len(group["params"]))
+
+
 def as_matrices(shape: torch.Size | tuple[int, ...], rule: str) -> tuple[tuple[int, ...], int, int]:
     """(batch, rows, columns). `"flatten"`: (out, everything else), as for convolutions; `"batch"`: the last two are
     the matrix, as for stacks of experts; `"auto"`: batch for three dimensions, unless the last is a kernel's."""

@@ -31,7 +31,7 @@ def _row(result: dict[str, Any]) -> tuple[str, ...]:
     size = result["bytes"]
     return (
         result["label"],
-        f"{result['job']['lr']:g}",
+        _rates(result["job"]),
         human(size["optimizer_measured"]),
         human(size["optimizer_predicted"]),
         f"{size['optimizer_measured'] / size['optimizer_predicted_adamw']:.3f}",
@@ -40,6 +40,12 @@ def _row(result: dict[str, Any]) -> tuple[str, ...]:
         f"{result['tokens_per_second']:,.0f}",
         f"{result['validation_loss']:.4f}",
     )
+
+
+def _rates(job: dict[str, Any]) -> str:
+    """The peak lr of embeddings, head and vectors, and that of the matrices where a factor makes it another."""
+    factor = job["matrix_lr_scale"] * job["keywords"].get("scale", 1.0)
+    return f"{job['lr']:g}" if factor == 1 else f"{job['lr']:g}, matrices {job['lr'] * factor:g}"
 
 
 def table(results: list[dict[str, Any]], failed: list[str]) -> str:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .. import checks
 from ..optimizer import LowRankOptimizer
-from ..parts import EMA, RMS, SVD, BFloat16, Constant, Drop, Every, Float32, Staggered, SubspaceIteration, TwoSided
-from ..recipe import Basis, Recipe
-from ._options import OPTIONS
+from ..parts import EMA, RMS, Constant
+from ..recipe import Recipe
+from ._shared import OPTIONS, subspace
 
 
 class GaLoreAdamW(LowRankOptimizer):
@@ -95,16 +95,3 @@ class GaLoreAdamW(LowRankOptimizer):
             step_size=Constant(),
             **subspace(group),
         )
-
-
-def subspace(group: dict[str, Any]) -> dict[str, Any]:
-    """The slots in which all forms of GaLore agree."""
-    basis: Basis = SVD() if group["basis"] == "svd" else SubspaceIteration()
-    schedule = Staggered if group["stagger"] else Every
-    return {
-        "basis": TwoSided(basis) if group["proj_type"] == "full" else basis,
-        "refresh": schedule(group["update_proj_gap"], group["moments"]),
-        "residual": Drop(),
-        "store": BFloat16() if group["state_dtype"] == "bfloat16" else Float32(),
-        "scale": group["scale"],
-    }

@@ -11,8 +11,7 @@ from .. import checks
 from ..optimizer import LowRankOptimizer
 from ..parts import EMA, Factored, NoMomentum, Relative
 from ..recipe import Recipe
-from ._options import OPTIONS
-from .galore import subspace
+from ._shared import OPTIONS, subspace
 
 
 class GaLoreAdafactor(LowRankOptimizer):

@@ -1,4 +1,11 @@
-"""The options that all methods share, described once."""
+"""What methods share: the options that all have, described once, and the slots of those that project like GaLore."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..parts import SVD, BFloat16, Drop, Every, Float32, Staggered, SubspaceIteration, TwoSided
+from ..recipe import Basis
 
 OPTIONS = """
     Options that every method has:
@@ -24,3 +31,16 @@ OPTIONS = """
         FloatingPointError: a non-finite gradient under `nonfinite="raise"`.
         RuntimeError: a sparse gradient.
 """
+
+
+def subspace(group: dict[str, Any]) -> dict[str, Any]:
+    """Basis, refresh, residual, store and scale of a method with GaLore's options."""
+    basis: Basis = SVD() if group["basis"] == "svd" else SubspaceIteration()
+    schedule = Staggered if group["stagger"] else Every
+    return {
+        "basis": TwoSided(basis) if group["proj_type"] == "full" else basis,
+        "refresh": schedule(group["update_proj_gap"], group["moments"]),
+        "residual": Drop(),
+        "store": BFloat16() if group["state_dtype"] == "bfloat16" else Float32(),
+        "scale": group["scale"],
+    }
