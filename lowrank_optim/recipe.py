@@ -20,6 +20,7 @@ Rules that all parts obey:
   parameters), zero at first. Parts write to them in place.
 - **`t`** counts the steps that the moments have seen, this one included: a float, or a `(b, 1, 1)` tensor where the
   matrices of a batch restarted at different times. Bias correction must use it and not a step count of its own.
+- **Every rule is odd**: -G gives -U. The engine ascends (`maximize`) by turning the sign of the step.
 - **`algebra`** answers what a part needs of a gradient (`distributed/algebra.py`). Parts never reduce over a whole
   gradient by themselves, so they never see that it may be sharded.
 """

@@ -18,7 +18,7 @@ from .moments import EMA, RMS
 from .residual import Drop
 from .step_size import Constant
 
-_MIXED = (torch.float32, torch.float64)
+_DTYPES, _DEVICES = (torch.float32, torch.float64), ("cpu", "cuda")  # that torch's fused AdamW has
 
 
 def direction(recipe: Recipe, st: State, r: Tensor, t: Clock) -> tuple[Tensor, Clock] | None:
@@ -30,7 +30,7 @@ def direction(recipe: Recipe, st: State, r: Tensor, t: Clock) -> tuple[Tensor, C
 def step_(recipe: Recipe, w: Tensor, g: Tensor, st: State, lr: float, weight_decay: float, t: Clock) -> bool:
     """The whole update of w in one kernel, or False and nothing is changed."""
     parts = (recipe.basis, recipe.momentum, recipe.scaling, recipe.residual, recipe.step_size)
-    kernel = _STEPS.get(tuple(map(type, parts)))
+    kernel = _STEPS.get(tuple(map(type, parts))) if recipe.momentum_of == "gradient" and recipe.scale == 1 else None
     return kernel is not None and kernel(recipe, w, g, st, lr, weight_decay, t)
 
 
@@ -43,8 +43,9 @@ def _adam_direction(recipe: Any, st: State, r: Tensor, t: Clock) -> tuple[Tensor
 def _adamw_(recipe: Any, w: Tensor, g: Tensor, st: State, lr: float, weight_decay: float, t: Clock) -> bool:
     """torch's fused AdamW. It walks tensors flat, whatever their strides, so all must be laid out alike."""
     m, v = st["exp_avg"], st["exp_avg_sq"]
-    alike = all(x.is_contiguous() and x.dtype == w.dtype for x in (w, g, m, v)) and w.dtype in _MIXED
-    if not alike or isinstance(t, Tensor) or not recipe.momentum.debias:
+    alike = all(x.is_contiguous() and x.dtype == w.dtype for x in (w, g, m, v))
+    supported = w.dtype in _DTYPES and w.device.type in _DEVICES
+    if not (alike and supported and recipe.momentum.debias) or isinstance(t, Tensor):
         return False
     step = torch.tensor(t, device=w.device)
     torch._fused_adamw_(
