@@ -36,7 +36,8 @@ GRID: dict[str, tuple[str, list[tuple[float, dict[str, Any]]]]] = {
     "AdamW, own lr for the matrices": (
         "adamw",
         [(lr, {"matrix_lr_scale": scale}) for lr in (8e-3, 16e-3, 32e-3) for scale in (0.0625, 0.125, 0.25)]
-        + [(lr, {"matrix_lr_scale": 0.03125}) for lr in (16e-3, 32e-3)],
+        + [(lr, {"matrix_lr_scale": 0.03125}) for lr in (16e-3, 32e-3, 64e-3)]
+        + [(64e-3, {"matrix_lr_scale": 0.015625})],
     ),
     "GaLoreAdafactor": (
         "galore_adafactor",
