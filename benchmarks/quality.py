@@ -32,7 +32,7 @@ GRID: dict[str, tuple[str, list[tuple[float, dict[str, Any]]]]] = {
         + [(16e-3, {"scale": scale, "moments": "rotate"}) for scale in (0.125, 0.25)]
         + [(lr, {"scale": 0.0625, "moments": "keep"}) for lr in (16e-3, 32e-3, 64e-3)],
     ),
-    "AdamW": ("adamw", [(lr, {}) for lr in (1e-3, 2e-3, 4e-3, 8e-3)]),
+    "AdamW": ("adamw", [(lr, {"matrix_lr_scale": 1.0}) for lr in (1e-3, 2e-3, 4e-3, 8e-3)]),
     "AdamW, own lr for the matrices": (
         "adamw",
         [(lr, {"matrix_lr_scale": scale}) for lr in (8e-3, 16e-3, 32e-3) for scale in (0.0625, 0.125, 0.25)]
