@@ -22,8 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 		% (sys.executable, sys.version.split()[0]))'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 		echo "could not create $(VENV); on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[examples,dev]'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps galore-torch==1.0 || \
+	@echo "installing into $(VENV): once, a minute or two"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[examples,dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps galore-torch==1.0 || \
 		echo "galore-torch could not be installed: parity tests will be skipped"
 	@touch $@
 
