@@ -20,7 +20,9 @@ def gradients(at: list[int]) -> Iterator[dict[str, Tensor]]:
     from pretraining.loop import Run
     from tqdm import tqdm
 
-    args = arguments.complete(arguments.parser().parse_args(["--optimizer", "adamw"]))
+    # A small lr keeps the gradients of full rank; at the swept one they collapse onto a few directions early on.
+    command = ["--optimizer", "adamw", "--lr", "0.001", "--set", "matrix_lr_scale=1.0"]
+    args = arguments.complete(arguments.parser().parse_args(command))
     data = corpus.prepare(arguments.request(args), ROOT / args.cache)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(arguments.job(args, arguments.choices(args)[0], data), Path(folder), Interrupt())

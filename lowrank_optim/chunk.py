@@ -178,7 +178,7 @@ def form_chunks(
     for (kind, step, *_), bucket in buckets.items():
         p, group = bucket[0]
         spec = recipes[kind].spec(plans[p].matrix, plans[p].rank or 0)
-        limit = max(1, CHUNK_BYTES // (4 * max(1, p.numel())))
+        limit = max(1, CHUNK_BYTES // (working_dtype(p).itemsize * max(1, p.numel())))
         for start in range(0, len(bucket), limit):
             ps = [p for p, _ in bucket[start : start + limit]]
             data, grads = [p.detach() for p in ps], [cast(Tensor, p.grad).detach() for p in ps]
