@@ -1,5 +1,6 @@
 # make pretrain   a fresh machine to a trained model and its loss curve
 # make test       a fresh machine to a green test run
+# make test-all   with the slow tests
 # make check      what CI runs before the tests: format, lint, types
 # make bench      the measurements that the README quotes (long; they write benchmarks/results/)
 
@@ -20,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit( \
 		"lowrank_optim needs Python 3.10 or newer, and %s is %s. Try: make PYTHON=python3.12 ..." \
 		% (sys.executable, sys.version.split()[0]))'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); \
 		echo "could not create $(VENV); on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "installing into $(VENV): once, a minute or two"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[examples,dev]'

@@ -5,7 +5,10 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -205,6 +208,15 @@ def nonfinite(names: list[str]) -> None:
     )
 
 
+def warn(message: str) -> None:
+    """A warning at the line of the user, past the frames of this package and of torch."""
+    ours = tuple(str(Path(module.__file__ or "").parent) for module in (torch, sys.modules[__package__ or ""]))
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
 def few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
@@ -216,7 +228,7 @@ def something_projected(method: str, reasons: Iterable[tuple[str, str]]) -> None
     more = f"\n  and {len(listed) - 5} more" if len(listed) > 5 else ""
     raise ValueError(
         f"{method} found nothing to project, so it would silently be a full-rank optimizer:{shown}{more}\n"
-        "Lower `rank`, pass matrices (flattened 1-D shards of FSDP1 have lost their shape: use fully_shard or DDP), "
+        "Lower `rank`, pass matrices (flattened 1-D shards of FSDP1 have lost their shape: use DDP instead), "
         "or use the full-rank optimizer itself"
     )
 

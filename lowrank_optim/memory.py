@@ -82,6 +82,8 @@ def estimate_memory(
             model = LlamaForCausalLM(config)
         print(lowrank_optim.estimate_memory(model, lowrank_optim.GaLoreAdamW, rank=1024, dtype=torch.bfloat16))
     """
+    if not isinstance(optimizer, type):
+        raise TypeError(f"optimizer must be a class, and its options keywords, got {optimizer!r:.60}")
     low_rank = issubclass(optimizer, LowRankOptimizer)
     groups = _meta_groups(source, dtype, low_rank)
     params = [p for group in groups for _, p in group["params"]]
@@ -132,9 +134,17 @@ def _meta_groups(source: Any, dtype: torch.dtype | None, low_rank: bool) -> list
     source = source if isinstance(source, Mapping) else list(source)
     if not (isinstance(source, list) and source and isinstance(source[0], dict)):
         named = source.items() if isinstance(source, Mapping) else ((f"{i}", s) for i, s in enumerate(source))
-        source = [{"params": [(name, torch.empty(shape, device="meta")) for name, shape in named]}]
+        source = [{"params": [(name, _empty(shape)) for name, shape in named]}]
     groups = [{**group, "params": [_meta(p, i, dtype) for i, p in enumerate(group["params"])]} for group in source]
     return groups if low_rank else [{"params": group["params"]} for group in groups]
+
+
+def _empty(shape: Any) -> Tensor:
+    try:
+        return torch.empty(tuple(shape), device="meta")
+    except (TypeError, RuntimeError) as error:
+        kind = type(shape).__name__
+        raise TypeError(f"estimate_memory takes a model, groups or shapes, got something that holds {kind}") from error
 
 
 def _meta(entry: Any, index: int, dtype: torch.dtype | None) -> tuple[str, nn.Parameter]:

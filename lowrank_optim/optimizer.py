@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import math
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -224,10 +223,9 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         if any(group["nonfinite"] == "raise" for _, group in members):
             checks.nonfinite(names)
         if not any(int(state["skipped"]) for state in self.state.values() if state):
-            warnings.warn(
+            checks.warn(
                 f"non-finite gradient in {checks.few(names)}: left out of this step, as will be any later one without "
-                "a further warning. report() counts them",
-                stacklevel=7,
+                "a further warning. report() counts them"
             )
         for p, _ in members:
             self.state[p]["skipped"] += 1
@@ -273,7 +271,8 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         super().__setstate__({**state, "state": kept} if kept is not None else state)
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                group.setdefault(key, value)
+                if key != "differentiable":  # which torch adds to defaults here
+                    group.setdefault(key, value)
         self._plans, self._decided = {}, []
         for group in self.param_groups:
             checks.hyperparameters(group)

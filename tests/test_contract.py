@@ -274,8 +274,9 @@ def test_a_bad_gradient_cannot_hurt(case, poison):
     for p in model.parameters():  # before a step that refreshes
         p.grad = torch.randn_like(p)
         p.grad.view(-1)[0] = poison
-    with pytest.warns(UserWarning, match=r"non-finite gradient in \w+.*: left out of this step"):
+    with pytest.warns(UserWarning, match=r"non-finite gradient in \w+.*: left out of this step") as caught:
         optimizer.step()
+    assert caught[0].filename == __file__, "the warning points at the user's line"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step()

@@ -427,7 +427,10 @@ def test_divergence_leaves_the_last_checkpoint(folder, cache, tmp_path):
         (["--text", "/no/such"], r"--text must name a file or a folder, got '/no/such', which does not exist"),
         (["--optimizer", "adamm"], r"unknown optimizer 'adamm'; did you mean .*Adam"),
         (["--optimizer", "lbfgs"], r"LBFGS cannot train a whole model here: it needs a closure"),
-        (["--optimizer", "adamw", "--set", "beta=1"], r"AdamW has no keyword 'beta'; valid are lr, .*betas, eps"),
+        (
+            ["--optimizer", "adamw", "--set", "beta=1"],
+            r"AdamW has no keyword 'beta'; did you mean 'betas'\? valid are lr, .*betas, eps",
+        ),
         (["--optimizer", "adamw", "--set", "eps"], r"written key=value, got 'eps'"),
         (["--optimizer", "adamw", "--set", "lr=fast"], r"lr of AdamW must be a number above 0, got 'fast'"),
         (["--optimizer", "galore", "--set", "matrix_lr_scale=2"], r"matrix_lr_scale is for torch optimizers"),
@@ -462,7 +465,7 @@ def test_folder_without_text(tmp_path, cache, capsys):
     assert "no text in" in capsys.readouterr().err
     (tmp_path / "one.txt").write_text(words(1))
     assert pretrain.main(command(tmp_path, cache, "--out", str(tmp_path / "out"))) == 2
-    assert "fell into the validation half (--val-fraction 0.2); raise it" in capsys.readouterr().err
+    assert "was chosen for validation, 20% of them are; raise --val-fraction" in capsys.readouterr().err
     assert not list(cache.glob("*.part"))
 
 

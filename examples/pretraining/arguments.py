@@ -138,9 +138,9 @@ def _device(name: str) -> str:
 
 
 def choices(args: argparse.Namespace) -> list[Choice]:
-    if not args.compare:
+    if args.compare is None:
         return [optimizers.parse_choice(args.optimizer, args.set)]
-    chosen = [optimizers.parse_choice(text) for text in optimizers.split(args.compare, ",") if text]
+    chosen = [optimizers.parse_choice(text) for text in optimizers.split(args.compare, ",")]
     labels = [choice.label for choice in chosen]
     for label in labels:
         if labels.count(label) > 1:

@@ -170,8 +170,8 @@ def _encode(texts: Iterable[str], coder: Coder, kind: type) -> np.ndarray:
 def _check_size(corpus: Corpus, request: Request) -> None:
     if corpus.validation_tokens < 2:
         raise PretrainError(
-            f"no document of {request.source} fell into the validation half (--val-fraction {request.val_fraction}); "
-            "raise it, or give more text (a single file is cut into documents at blank lines)"
+            f"no document of {request.source} was chosen for validation, {request.val_fraction:.0%} of them are; "
+            "raise --val-fraction, or give more text (a single file is cut into documents at blank lines)"
         )
     if corpus.train_tokens is not None and corpus.train_tokens <= request.sequence:
         raise PretrainError(

@@ -79,6 +79,8 @@ def _classes(module: Any) -> dict[str, type[torch.optim.Optimizer]]:
 def find(name: str) -> type[torch.optim.Optimizer]:
     """The class called `name`, or `name` + AdamW, or the only one that starts with it; ours before torch's."""
     wanted = _plain(name)
+    if not wanted:
+        raise PretrainError("an optimizer needs a name, such as galore or adamw; got an empty one")
     families = [_classes(lowrank_optim), _classes(torch.optim)]
     tests = [
         lambda known: known == wanted,
@@ -120,7 +122,9 @@ def _check_keywords(optimizer: type[torch.optim.Optimizer], keywords: dict[str, 
     valid = [*OURS, *accepted(optimizer)]
     for key in keywords:
         if key not in valid:
-            raise PretrainError(f"{optimizer.__name__} has no keyword {key!r}; valid are {', '.join(valid)}")
+            near = difflib.get_close_matches(key, valid, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise PretrainError(f"{optimizer.__name__} has no keyword {key!r}; {hint}valid are {', '.join(valid)}")
     if "matrix_lr_scale" in keywords and is_low_rank(optimizer):
         name = optimizer.__name__
         raise PretrainError(f"matrix_lr_scale is for torch optimizers, got it for {name}; use its scale instead")
@@ -130,8 +134,9 @@ def settings(choice: Choice, preset: Preset, lr: float | None, dtype: str) -> di
     """The job's `lr`, `matrix_lr_scale` and `keywords`: typed ones over --lr over the preset's over the class's own."""
     name, valid = choice.optimizer.__name__, accepted(choice.optimizer)
     keywords: dict[str, Any] = {"weight_decay": 0.0} if "weight_decay" in valid else {}
-    if dtype == "bf16" and is_low_rank(choice.optimizer) and "bf16_update" in valid:
+    if dtype == "bf16" and is_low_rank(choice.optimizer):
         keywords["bf16_update"] = "stochastic"  # else small updates are rounded away
+        keywords["state_dtype"] = "bfloat16"  # as torch's AdamW keeps its own: in the dtype of the weights
     keywords["lr"] = inspect.signature(choice.optimizer).parameters["lr"].default
     keywords |= preset.optimizers.get(name, {})
     keywords |= {"lr": lr} if lr is not None else {}

@@ -49,6 +49,8 @@ def documents(source: Source) -> Iterator[str]:
         root = Path(sysconfig.get_paths()["stdlib"])
         yield from _read(sorted(_walk(root, ".py")))
     elif Path(source.path).is_file():
+        if not _is_text(Path(source.path)):
+            raise PretrainError(f"--text {source.path} is no text: it holds zero bytes. Give UTF-8 text")
         yield from _cut(Path(source.path).read_text(encoding="utf-8", errors="replace"))
     elif Path(source.path).is_dir():
         yield from _read(sorted(p for p in _walk(Path(source.path)) if _is_text(p)))

@@ -31,8 +31,8 @@ class GaLoreAdamW(LowRankOptimizer):
         params: parameters, `model.named_parameters()` (then embeddings and heads are recognised), or groups, for
             example from `lowrank_optim.param_groups(model)`.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW, for all parameters.
-        rank: of P; an int, or a fraction of the shorter side. "auto": 0.25, but where some groups name a rank, the
-            others are not projected, as in the original package. None in a group: not projected.
+        rank: of P, below the shorter side; an int, or a fraction of it. "auto": 0.25, but where some groups name a
+            rank, the others are not projected, as in the original package. None in a group: not projected.
         update_proj_gap: steps between refreshes of P.
         scale: multiplies the projected updates only, so it is the lr of the matrices relative to the rest.
         proj_type: the side that is projected. "std": the shorter; "reverse_std": the longer; "left": rows; "right":
