@@ -59,7 +59,7 @@ def _worker(folder: Path) -> int:
 
 
 def _parent(argv: list[str]) -> int:
-    from pretraining import arguments, corpus, launch
+    from pretraining import arguments, corpus, launch, optimizers
 
     args = arguments.complete(arguments.parser().parse_args(argv))
     choices = arguments.choices(args)
@@ -67,6 +67,8 @@ def _parent(argv: list[str]) -> int:
     out = launch.output_folder(args.out, name, args.resume)
     data = corpus.prepare(arguments.request(args), args.cache)
     jobs = [arguments.job(args, choice, data) for choice in choices]
+    for job in jobs:
+        optimizers.check(job)
     folders = [out / launch.slug(job.label) if args.compare else out for job in jobs]
     for job, folder in zip(jobs, folders, strict=True):
         launch.enter(job, folder)

@@ -153,8 +153,19 @@ def build(model: torch.nn.Module, job: Job) -> torch.optim.Optimizer:
     groups = lowrank_optim.param_groups(model, verbose=False)
     if not is_low_rank(optimizer):
         groups = [_plain_group(group, job, accepted(optimizer)) for group in groups]
+    return _make(optimizer, groups, job)
+
+
+def check(job: Job) -> None:
+    """Refuse values that the optimizer does not take, on one matrix without memory, before anything is written."""
+    matrix = torch.nn.Parameter(torch.empty(job.mlp, job.hidden, device="meta"))
+    _make(find(job.optimizer), [{"params": [("matrix", matrix)]}], job)
+
+
+def _make(optimizer: Any, groups: list[dict[str, Any]], job: Job) -> torch.optim.Optimizer:
     try:
-        return optimizer(groups, **{"lr": job.lr, **job.keywords})
+        made: torch.optim.Optimizer = optimizer(groups, **{"lr": job.lr, **job.keywords})
+        return made
     except (TypeError, ValueError, RuntimeError) as error:
         raise PretrainError(f"{job.label} does not accept its arguments: {error}") from error
 
