@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import record
+from benchmarks import llama, record
 from lowrank_optim import GaLoreAdafactor, GaLoreAdamW, estimate_memory
 
 # hidden, mlp, layers, rank, GB of optimizer states in the paper's table 2 (bfloat16)
@@ -23,21 +23,11 @@ SIZES: dict[str, tuple[int, int, int, int, float | None]] = {
 }
 
 
-def shapes(hidden: int, mlp: int, layers: int) -> dict[str, tuple[int, ...]]:
-    """The parameters of the paper's LLaMA, vocabulary 32000, head not tied."""
-    found: dict[str, tuple[int, ...]] = {"embed_tokens": (32000, hidden), "lm_head": (32000, hidden), "norm": (hidden,)}
-    for layer in range(layers):
-        found |= {f"{layer}.{name}_proj": (hidden, hidden) for name in "qkvo"}
-        found |= {f"{layer}.gate_proj": (mlp, hidden), f"{layer}.up_proj": (mlp, hidden)}
-        found |= {f"{layer}.down_proj": (hidden, mlp), f"{layer}.norm1": (hidden,), f"{layer}.norm2": (hidden,)}
-    return found
-
-
 def main() -> None:
     rows: list[dict[str, Any]] = []
     print("GiB, all in bfloat16  weights  AdamW  GaLoreAdamW  GaLoreAdafactor  (paper's GaLore, GB)")
     for size, (hidden, mlp, layers, rank, published) in SIZES.items():
-        model, common = shapes(hidden, mlp, layers), {"dtype": torch.bfloat16}
+        model, common = llama.shapes(hidden, mlp, layers), {"dtype": torch.bfloat16}
         low = {**common, "rank": rank, "state_dtype": "bfloat16"}
         adamw = estimate_memory(model, torch.optim.AdamW, **common)
         galore, factored = (estimate_memory(model, method, **low) for method in (GaLoreAdamW, GaLoreAdafactor))

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import lowrank_optim
-from benchmarks import peers, record
+from benchmarks import llama, peers, record
 
 GAP = 200
 NEVER = 10**9
@@ -26,18 +26,6 @@ MODELS = {  # hidden, mlp, layers, vocabulary, rank
     "h1024": (1024, 2736, 2, 256, 256),
     "tiny": (64, 128, 2, 256, 16),
 }
-
-
-def shapes(model: str) -> dict[str, tuple[int, ...]]:
-    """The parameters of the paper's LLaMA, by name."""
-    hidden, mlp, layers, vocabulary, _ = MODELS[model]
-    found: dict[str, tuple[int, ...]] = {"embed_tokens": (vocabulary, hidden)}
-    for layer in range(layers):
-        found |= {f"{layer}.{name}_proj": (hidden, hidden) for name in "qkvo"}
-        found |= {f"{layer}.gate_proj": (mlp, hidden), f"{layer}.up_proj": (mlp, hidden)}
-        found |= {f"{layer}.down_proj": (hidden, mlp)}
-        found |= {f"{layer}.norm1": (hidden,), f"{layer}.norm2": (hidden,)}
-    return found | {"norm": (hidden,), "lm_head": (vocabulary, hidden)}
 
 
 class Contestant:
@@ -99,7 +87,9 @@ def contestants(model: str, grads: dict[str, torch.Tensor]) -> Iterable[Contesta
 
 def measure(model: str, rounds: int, refreshes: int) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
-    grads = {key: torch.randn(shape, generator=generator) / 100 for key, shape in shapes(model).items()}
+    grads = {
+        key: torch.randn(shape, generator=generator) / 100 for key, shape in llama.shapes(*MODELS[model][:4]).items()
+    }
     field = list(contestants(model, grads))
     for contestant in field:
         contestant.step()  # the first step makes state and, where there is one, the first basis

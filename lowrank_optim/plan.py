@@ -6,6 +6,7 @@ Nothing about wrappers, world sizes or devices enters, so a sharded run makes th
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -114,8 +115,8 @@ def resolve_side(proj_type: str, rows: int, columns: int) -> str:
 
 
 def resolve_rank(rank: int | float, rows: int, columns: int) -> int:
-    """A whole rank; a float is a fraction of the shorter side, at least 1."""
-    return max(1, round(rank * min(rows, columns))) if isinstance(rank, float) else rank
+    """A whole rank; any other number is a fraction of the shorter side, at least 1."""
+    return int(rank) if isinstance(rank, numbers.Integral) else max(1, round(rank * min(rows, columns)))
 
 
 def names_say(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -28,7 +28,6 @@ class Case:
         full: the torch.optim class that the rule is in full space, and how its options translate.
         reference: the paper's loop from `tests/reference`, and its options.
         elements: persistent elements of an m x n matrix (m projected) at rank r, counters aside.
-        supports: optional features; what is missing here must be refused by the class.
     """
 
     name: str
@@ -38,7 +37,6 @@ class Case:
     reference: Callable[..., Tensor]
     reference_kwargs: dict[str, Any]
     elements: Callable[[int, int, int], int]
-    supports: frozenset[str] = field(default_factory=lambda: frozenset({"rotate", "reset"}))
 
     def build(self, params: Any, **overrides: Any) -> LowRankOptimizer:
         return self.make(params, **{**self.kwargs, **overrides})

@@ -639,6 +639,7 @@ def test_numbers_of_numpy(case):
 
     optimizer = case.build([nn.Parameter(torch.randn(9, 9))], lr=np.float32(1e-3), rank=np.int64(4))
     assert optimizer.report()[0].rank == 4
+    assert case.build([nn.Parameter(torch.randn(20, 20))], rank=np.float32(0.25)).report()[0].rank == 5
 
 
 @every_case

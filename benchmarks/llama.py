@@ -1,0 +1,13 @@
+"""The parameters of the paper's LLaMA, by name; the head is not tied."""
+
+from __future__ import annotations
+
+
+def shapes(hidden: int, mlp: int, layers: int, vocabulary: int = 32000) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {"embed_tokens": (vocabulary, hidden)}
+    for layer in range(layers):
+        found |= {f"{layer}.{name}_proj": (hidden, hidden) for name in "qkvo"}
+        found |= {f"{layer}.gate_proj": (mlp, hidden), f"{layer}.up_proj": (mlp, hidden)}
+        found |= {f"{layer}.down_proj": (hidden, mlp)}
+        found |= {f"{layer}.norm1": (hidden,), f"{layer}.norm2": (hidden,)}
+    return found | {"norm": (hidden,), "lm_head": (vocabulary, hidden)}
