@@ -87,9 +87,8 @@ def contestants(model: str, grads: dict[str, torch.Tensor]) -> Iterable[Contesta
 
 def measure(model: str, rounds: int, refreshes: int) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
-    grads = {
-        key: torch.randn(shape, generator=generator) / 100 for key, shape in llama.shapes(*MODELS[model][:4]).items()
-    }
+    shapes = llama.shapes(*MODELS[model][:4])
+    grads = {key: torch.randn(shape, generator=generator) / 100 for key, shape in shapes.items()}
     field = list(contestants(model, grads))
     for contestant in field:
         contestant.step()  # the first step makes state and, where there is one, the first basis
