@@ -24,9 +24,9 @@ def fix_signs(basis: Tensor) -> Tensor:
 def orthonormalize(y: Tensor) -> Tensor:
     """An orthonormal basis `(m, k)` of the columns of `y (m, k)`, m >= k, completed where y is rank-deficient.
 
-    CholeskyQR2: two passes of `Y <- Y L^-T` with `L L^T = Y^T Y`. It is made of products, so it batches and shards, with
-    only the k x k Gram matrix reduced, where Householder QR does neither; which is faster depends on the machine. The
-    Gram matrix is accumulated and factored in float64; in float32 the method already fails on a spectrum of 1/k. Where
+    CholeskyQR2: two passes of `Y <- Y L^-T` with `L L^T = Y^T Y`. It is made of products, so it batches and shards,
+    with only the k x k Gram matrix reduced, where Householder QR does neither; which is faster depends on the machine.
+    The Gram matrix is accumulated and factored in float64; in float32 it already fails on a spectrum of 1/k. Where
     Cholesky meets a zero pivot all the same, Householder QR takes over.
     """
     q = y
