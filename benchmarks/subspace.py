@@ -38,12 +38,12 @@ def compare(m: int, n: int, rank: int, power: float, repeats: int) -> dict[str, 
     noise = torch.randn(m, n)
     older = 0.7 * g + 0.3 * noise * g.norm() / noise.norm()
     random, exact = SubspaceIteration(), SVD()
-    previous = random.fit(WHOLE, older, None, rank, draw)
+    previous = random.fit(WHOLE, older, None, rank, draw, 0.0)
     methods: dict[str, Callable[[], Tensor]] = {
-        "linalg.svd": lambda: exact.fit(WHOLE, g, None, rank, draw)["basis"],
+        "linalg.svd": lambda: exact.fit(WHOLE, g, None, rank, draw, 0.0)["basis"],
         "svd_lowrank(niter=2)": lambda: torch.svd_lowrank(g, rank, niter=2)[0],
-        "rsvd, cold": lambda: random.fit(WHOLE, g, None, rank, draw)["basis"],
-        "rsvd, warm": lambda: random.fit(WHOLE, g, previous, rank, draw)["basis"],
+        "rsvd, cold": lambda: random.fit(WHOLE, g, None, rank, draw, 0.0)["basis"],
+        "rsvd, warm": lambda: random.fit(WHOLE, g, previous, rank, draw, 0.0)["basis"],
     }
     times: dict[str, list[float]] = {name: [] for name in methods}
     energy: dict[str, float] = {}
@@ -77,8 +77,8 @@ def energies(rank: float = 0.25, at: tuple[int, int] = (20, 40)) -> list[dict[st
         for kind, grad in (("cold", first[name]), ("warm", second[name])):
             g = grad.mT if grad.shape[0] >= grad.shape[1] else grad
             r = resolve_rank(rank, *g.shape)
-            exact = SVD().fit(WHOLE, g, None, r, draw)["basis"]
-            old = SubspaceIteration().fit(WHOLE, g, old, r, draw)
+            exact = SVD().fit(WHOLE, g, None, r, draw, 0.0)["basis"]
+            old = SubspaceIteration().fit(WHOLE, g, old, r, draw, 0.0)
             captured, best = ((basis.mT @ g).square().sum() for basis in (old["basis"], exact))
             row[kind] = float(captured / best)
             row[f"{kind}_svd_of_all"] = float(best / g.square().sum())

@@ -126,7 +126,7 @@ _CHECKS: dict[str, Check] = {
     "basis": _one_of("rsvd", "svd"),
     "moments": _one_of("keep", "rotate", "reset"),
     "stagger": _flag,
-    "state_dtype": _one_of("float32", "bfloat16"),
+    "state_dtype": _one_of("float32", "bfloat16", "int8", "int4"),
     "bf16_update": _one_of("stochastic", "kahan", "none"),
     "nonfinite": _one_of("skip", "raise"),
     "seed": _whole(0),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .ops import round_to_bfloat16, stream_of
 from .plan import Plan
-from .recipe import Clock, Recipe, Spec, State
+from .recipe import AGE, Clock, Kept, Recipe, Spec, State, Store
 
 Member = tuple[Tensor, dict[str, Any]]  # a parameter and its group
 
@@ -50,26 +50,32 @@ class Chunk:
 
     def open(self) -> State:
         """The state tensors of the recipe's parts, writable, `(b, *spec.shape)` for a batch."""
-        return {key: self._open([state[key] for state in self.states], self._batched) for key in self.spec}
+        return {key: self._stacked([self._read(i, key) for i in range(len(self.plans))]) for key in self.spec}
 
     def close(self, st: State, refreshed: bool) -> None:
         """Writes the opened state back, where the open tensor is not the stored one. Bases only change at refreshes."""
         for key, spec in self.spec.items():
             if spec.steady and not refreshed:
                 continue
-            for plan, state, x in zip(self.plans, self.states, self._split(st[key]), strict=True):
-                kept = self._batched(plan, state[key])
-                if kept.data_ptr() == x.data_ptr():
-                    continue
-                if spec.steady:
-                    kept.copy_(x)
-                else:
+            for i, x in enumerate(self._split(st[key])):
+                kept = self._kept(i, key)
+                if kept[""].data_ptr() != x.data_ptr() or not x.numel():
                     start = self.start + self.first * math.prod(spec.shape)
-                    self.recipe.store.close_(kept, x, plan.key, stream_of(key, self.step), start)
+                    noise = None if spec.steady else (self.plans[i].key, stream_of(key, self.step), start)
+                    cast(Store, spec.store).write_(kept, x, noise)
+
+    def _read(self, i: int, key: str) -> Tensor:
+        spec = self.spec[key]
+        return cast(Store, spec.store).read(self._kept(i, key), spec.shape, self.working)
+
+    def _kept(self, i: int, key: str) -> dict[str, Tensor]:
+        """The stored tensors of one name, by suffix."""
+        suffixes = cast(Store, self.spec[key].store).suffixes
+        return {suffix: self._batched(self.plans[i], self.states[i][key + suffix]) for suffix in suffixes}
 
     def weights(self) -> Tensor:
         """W as `(m, n)` or `(b, m, n)`, in the working dtype, with what Kahan's compensation still owes."""
-        w = self._open(self.params, self._oriented)
+        w = self._open([unpacked(p, self.working) for p in self.params], self._oriented)
         if COMPENSATION in self.states[0]:
             w.add_(self._open([state[COMPENSATION] for state in self.states], self._oriented))
         return w
@@ -77,10 +83,12 @@ class Chunk:
     def write_weights(self, w: Tensor) -> None:
         """Rounds W to the parameters' dtype, once, as `bf16_update` says."""
         for plan, p, state, x in zip(self.plans, self.params, self.states, self._split(w), strict=True):
-            if p.data_ptr() == x.data_ptr():
+            if not is_packed(p) and p.data_ptr() == x.data_ptr():
                 continue
             natural = x if self.partial else plan.natural(x)
-            if COMPENSATION in state:
+            if is_packed(p):
+                cast(Any, p).pack_(natural, plan.key, stream_of("weight", self.step))
+            elif COMPENSATION in state:
                 p.copy_(natural)
                 state[COMPENSATION].copy_(natural - p)
             elif p.dtype == torch.bfloat16 and self.group["bf16_update"] == "stochastic":
@@ -89,8 +97,10 @@ class Chunk:
             else:
                 p.copy_(natural)
 
-    def clock(self) -> Clock:
+    def clock(self, st: State) -> Clock:
         """Steps that the moments have seen, this one included."""
+        if AGE in st:
+            return cast(Tensor, st[AGE].add_(1)).to(self.working).unsqueeze(-1)
         if not self.recipe.refresh.restarts or not self.plans[0].projected:
             return float(self.step)
         births = torch.cat([state["refreshed_at"].view(-1) for state in self.states])
@@ -103,20 +113,29 @@ class Chunk:
         """This chunk, cut if it is one large parameter: a plain one on CPU into slices, a stack into some experts."""
         p, g = self.params[0], self.grads[0]
         if len(self.params) == 1 and p.is_contiguous() and g.is_contiguous():
-            if self.recipe.elementwise and p.device.type == "cpu" and p.numel() > SLICE:
+            sliced = self.recipe.elementwise and p.device.type == "cpu" and not is_packed(p)
+            if sliced and not self.plans[0].projected and p.numel() > SLICE:
                 return self._slices(p, g)
-            if self.plans[0].batch and p.numel() * self.working.itemsize > CHUNK_BYTES:
+            if self.plans[0].batch and p.numel() * self.working.itemsize > CHUNK_BYTES and not is_packed(p):
                 return self._experts(p, g)
         return iter([self])
 
     def _slices(self, p: Tensor, g: Tensor) -> Iterator[Chunk]:
-        kept = [key for key in (*self.spec, COMPENSATION) if key in self.states[0]]
-        flat = {key: self.states[0][key].view(-1) for key in kept}
-        for start in range(0, p.numel(), SLICE):
-            piece = slice(start, start + SLICE)
-            state = {key: tensor[piece] for key, tensor in flat.items()}
-            params, grads = [p.view(-1)[piece]], [g.view(-1)[piece]]
-            yield replace(self, params=params, grads=grads, states=[state], start=start, partial=True)
+        """Along the row-major order, nowhere within a block of elements that are coded together."""
+        stores = {key: cast(Store, spec.store) for key, spec in self.spec.items()}
+        block = max([1, *(store.block for store in stores.values())])
+        size, whole = max(1, SLICE // block) * block, Kept((), p.dtype)
+        parts = {COMPENSATION: whole} if COMPENSATION in self.states[0] else {}
+        for key, store in stores.items():
+            layout = store.layout(self.spec[key].shape, self.working)
+            parts |= {key + suffix: kept for suffix, kept in zip(store.suffixes, layout, strict=True)}
+        flat = {key: self.states[0][key].view(-1) for key in parts}
+        for start in range(0, p.numel(), size):
+            stop = min(start + size, p.numel())
+            state = {key: flat[key][start // kept.per : -(-stop // kept.per)] for key, kept in parts.items()}
+            spec = {key: one._replace(shape=(stop - start,)) for key, one in self.spec.items()}
+            params, grads = [p.view(-1)[start:stop]], [g.view(-1)[start:stop]]
+            yield replace(self, spec=spec, params=params, grads=grads, states=[state], start=start, partial=True)
 
     def _experts(self, p: Tensor, g: Tensor) -> Iterator[Chunk]:
         plan, count = self.plans[0], self.plans[0].count
@@ -137,7 +156,9 @@ class Chunk:
                 yield plan, state, inner, index * plan.count + inner
 
     def _open(self, tensors: list[Tensor], view: Callable[[Plan, Tensor], Tensor]) -> Tensor:
-        views = [view(plan, x).to(self.working) for plan, x in zip(self.plans, tensors, strict=True)]
+        return self._stacked([view(plan, x).to(self.working) for plan, x in zip(self.plans, tensors, strict=True)])
+
+    def _stacked(self, views: list[Tensor]) -> Tensor:
         if len(views) == 1:
             return views[0]
         return torch.cat([x if self.plans[0].batch else x.unsqueeze(0) for x in views])
@@ -159,7 +180,7 @@ def form_chunks(
     plans: dict[Tensor, Plan],
     states: Any,
     recipe_of: Callable[[Plan, dict[str, Any]], Recipe],
-    recipes: dict[tuple[int, bool], Recipe],
+    recipes: dict[tuple[int, bool], Recipe],  # filled as a step goes along
 ) -> Iterator[Chunk]:
     """Buckets by everything that must be equal, cut to the byte limit. On CPU a loop beats stacking.
 
@@ -177,7 +198,7 @@ def form_chunks(
         buckets.setdefault((kind, int(states[p]["step"]) + 1, alone, *equal), []).append((p, group))
     for (kind, step, *_), bucket in buckets.items():
         p, group = bucket[0]
-        spec = recipes[kind].spec(plans[p].matrix, plans[p].rank or 0)
+        spec = recipes[kind].spec(plans[p].matrix, plans[p].rank or 0, plans[p].small)
         limit = max(1, CHUNK_BYTES // (working_dtype(p).itemsize * max(1, p.numel())))
         for start in range(0, len(bucket), limit):
             ps = [p for p, _ in bucket[start : start + limit]]
@@ -211,3 +232,12 @@ def gradient_norms(params: list[Tensor]) -> list[float]:
 def working_dtype(p: Tensor) -> torch.dtype:
     """float32, or float64 for float64 parameters."""
     return torch.promote_types(p.dtype, torch.float32)
+
+
+def is_packed(p: Tensor) -> bool:
+    """A weight that keeps itself in fewer bits (`layers/quantized.py`) and does its own rounding."""
+    return hasattr(p, "pack_")
+
+
+def unpacked(p: Tensor, working: torch.dtype) -> Tensor:
+    return cast(Any, p).unpack(working) if is_packed(p) else p

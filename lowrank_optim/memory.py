@@ -120,11 +120,11 @@ def _step_bytes(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) ->
     coordinates = plan.count * math.prod(recipe.basis.coordinates(plan.matrix, rank))
     elements = coordinates * (1 + recipe.scaling.scratch)
     elements += plan.count * recipe.basis.step_workspace(plan.matrix, rank) if plan.projected else 0
-    opened = plan.count * sum(math.prod(spec.shape) for spec in recipe.spec(plan.matrix, rank).values())
-    narrow = recipe.store.dtype(working) != working
-    elements += 2 * opened if narrow else 0
+    specs = [spec for spec in recipe.spec(plan.matrix, rank, plan.small).values() if spec.store and spec.store.narrow]
+    elements += 2 * plan.count * sum(math.prod(spec.shape) for spec in specs)
+    elements += plan.count * math.prod(plan.matrix) * recipe.residual.scratch if plan.projected else 0
     elements += 4 * size if p.dtype != working else 0
-    rounds = narrow or (group["bf16_update"] == "stochastic" and p.dtype == torch.bfloat16)
+    rounds = bool(specs) or (group["bf16_update"] == "stochastic" and p.dtype == torch.bfloat16)
     return int(share * elements * working.itemsize) + (WORKSPACE if rounds else 0)
 
 

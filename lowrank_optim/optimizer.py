@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import checks, ops
-from .chunk import Chunk, Member, form_chunks, gradient_norms, one_by_one
-from .distributed.algebra import WHOLE, Algebra
-from .parts import Identity, fused
+from . import checks
+from .chunk import Member, form_chunks, gradient_norms, one_by_one
+from .parts import Drop, Identity
 from .plan import Plan, asked_of, decide
-from .recipe import Clock, Recipe, State
+from .recipe import Recipe
 from .report import Report, report
 from .state import follow, fresh, loaded
+from .update import update_
 
 _DEFAULT_RANK = 0.25
 _GROUP_ONLY = {"skip_embeddings": True, "as_matrix": "auto"}  # hyper-parameters that only groups set
@@ -53,6 +53,13 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     @abc.abstractmethod
     def recipe(self, group: dict[str, Any]) -> Recipe:
         """The method: its parts, with the numbers of this group. Called once per group and step."""
+
+    def plain(self, group: dict[str, Any]) -> Recipe:
+        """What parameters get that are not projected: the same rule in full space, unless the method says otherwise."""
+        return self.recipe(group).plain(Identity(), Drop())
+
+    def refuse(self, plan: Plan, group: dict[str, Any]) -> None:
+        """Raises a ValueError for a projected matrix that the method cannot serve; called before anything is kept."""
 
     # -- groups and state ----------------------------------------------------------------------------------------------
 
@@ -89,6 +96,8 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             index = len(self._plans) + len(plans)
             plan = decide(name, index, taken, p.shape, group)
             checks.parameter(plan.name, p)
+            if plan.projected:
+                self.refuse(plan, group)
             plans[p] = plan
             taken += plan.count if plan.projected else 0
         return plans
@@ -98,8 +107,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         return fresh(p, plan, self._recipe_of(plan, group), group)
 
     def _recipe_of(self, plan: Plan, group: dict[str, Any]) -> Recipe:
-        recipe = self.recipe(group)
-        return recipe if plan.projected else recipe.plain(Identity())
+        return self.recipe(group) if plan.projected else self.plain(group)
 
     def _members(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         for group in self.param_groups:
@@ -135,7 +143,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             finite = self._finite(batch)
             for chunk in form_chunks(finite, self._plans, self.state, self._recipe_of, recipes):
                 for piece in chunk.pieces():
-                    self._update_chunk(piece)
+                    update_(piece)
             for p, _ in finite:
                 self.state[p]["step"] += 1
 
@@ -146,73 +154,6 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         if bad:
             self._skip(bad)
         return [member for member, norm in zip(members, norms, strict=True) if math.isfinite(norm)]
-
-    def _update_chunk(self, chunk: Chunk) -> None:
-        recipe, group, algebra = chunk.recipe, chunk.group, WHOLE
-        g, st = chunk.gradient(), chunk.open()
-        refreshed = self._refresh(chunk, algebra, g, st)
-        t = chunk.clock()
-        lr, w, up = float(group["lr"]), chunk.weights(), group["maximize"]
-        if up or not fused.step_(recipe, w, g, st, lr, group["weight_decay"], t):
-            self._update_by_parts(chunk, algebra, w, g, st, -lr if up else lr, t)
-        chunk.write_weights(w)
-        chunk.close(st, refreshed)
-
-    def _update_by_parts(
-        self, chunk: Chunk, algebra: Algebra, w: Tensor, g: Tensor, st: State, lr: float, t: Clock
-    ) -> None:
-        """The lines of `recipe.py`, one by one. A negative lr ascends: every rule is odd in G."""
-        recipe = chunk.recipe
-        g = recipe.residual.before(g, st)
-        r = recipe.basis.down(algebra, g, st)
-        d, gain = fused.direction(recipe, st, r, t) or recipe.direction(algebra, st, r, t)
-        rest = recipe.residual.after(algebra, g, r, d, recipe.basis, st)
-        length = recipe.step_size(algebra, abs(lr), w, chunk.step) * math.copysign(recipe.scale, lr)
-        alpha: Clock = length * gain
-        if isinstance(alpha, Tensor):
-            d, alpha = d * alpha, 1.0
-        recipe.basis.add_up_(w, d, st, alpha=-alpha, beta=1 - abs(lr) * chunk.group["weight_decay"])
-        if rest is not None:
-            w.add_(rest, alpha=-lr * recipe.scale)
-
-    def _refresh(self, chunk: Chunk, algebra: Algebra, g: Tensor, st: State) -> bool:
-        """Refits the bases that are due, matrix by matrix. One with a zero gradient keeps its own and stays due."""
-        if not chunk.plans[0].projected:
-            return False
-        done = False
-        for plan, state, inner, outer in chunk.matrices():
-            count, last = state["refreshes"].view(-1), state["refreshed_at"].view(-1)
-            expert = chunk.first + inner
-            if not chunk.recipe.refresh.due(chunk.step - 1, int(last[inner]), plan.place + expert):
-                continue
-            matrix = g if g.dim() == 2 else g[outer]
-            if float(algebra.largest(matrix)) == 0:  # finite it is: the norm was
-                continue
-            view = dict(st) if g.dim() == 2 else {key: tensor[outer] for key, tensor in st.items()}
-            self._refit(chunk, algebra, plan, int(count[inner]), matrix, view, expert)
-            count[inner] += 1
-            last[inner] = chunk.step - 1
-            done = True
-        return done
-
-    def _refit(self, chunk: Chunk, algebra: Algebra, plan: Plan, count: int, g: Tensor, st: State, expert: int) -> None:
-        """One matrix: a new basis, and the moments brought along. `st` are views that write through."""
-        recipe = chunk.recipe
-
-        def draw(shape: tuple[int, ...]) -> Tensor:
-            stream = ops.stream_of(f"sketch {expert}", count)
-            return ops.normal(shape, plan.key, stream, g.device).to(g.dtype)
-
-        keys = recipe.basis.spec(plan.matrix, cast(int, plan.rank))
-        old = {key: st[key] for key in keys} if count else None
-        kept = recipe.store.dtype(chunk.working)
-        fitted = recipe.basis.fit(algebra, g, old, cast(int, plan.rank), draw)
-        new = {key: tensor.to(kept).to(chunk.working) for key, tensor in fitted.items()}
-        if old is not None:
-            turn = recipe.basis.turn(algebra, old, new)
-            recipe.refresh.carry_(algebra, recipe, st, turn, float(chunk.step - 1))
-        for key, tensor in new.items():
-            st[key].copy_(tensor)
 
     def _untouched(self) -> bool:
         return not any(state["step"] or state["skipped"] for state in self.state.values() if state)

@@ -21,6 +21,7 @@ _EMBEDDING_NAMES = {"wte", "wpe", "shared", "relative_attention_bias"}
 _HEAD_NAMES = {"lm_head", "head", "classifier", "score", "output_projection", "output_layer", "cls"}
 # What wrappers (DistributedDataParallel, torch.compile, activation checkpointing) put into names.
 _WRAPPERS = re.compile(r"^module\.|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+_LEAST_QUANTIZED = 4096  # elements below which quantizing saves nothing worth its error; bitsandbytes' choice
 _SMALLEST_KERNEL_RUN = 16  # a 3-D parameter whose last side is shorter is a 1-D convolution, not a stack of experts
 
 
@@ -55,6 +56,11 @@ class Plan:
     @property
     def projected(self) -> bool:
         return self.rank is not None
+
+    @property
+    def small(self) -> bool:
+        """Kept in full precision, whatever the rest is kept in; by the size of the whole parameter on any shard."""
+        return len(self.matrix) < 2 or math.prod(self.shape) < _LEAST_QUANTIZED
 
     @property
     def count(self) -> int:

@@ -2,13 +2,16 @@
 
 For a gradient matrix `G (m, n)`, turned once so that the projected side comes first, one step is
 
+    G = residual.before(G)       (m, n)  error feedback adds here what was lost before
     basis.fit(G) -> P            only when refresh says it is due; refresh also says what becomes of the moments
     R = basis.down(G)            (r, n)  coordinates of G in the subspace, P^T G
     D = scaling(momentum(R))     (r, n)  direction, Adam's m / sqrt(v) for example
-    W = (1 - lr wd) W - lr scale (basis.up(D) + residual)
+    S = residual.after(G, R, D)  (m, n)  what of the rest of G is used
+    W = (1 - lr wd) W - lr scale (basis.up(D) + S)
 
 with every tensor that lives longer than the step kept by `store`. A method is the choice of these parts and nothing
-else; the engine (`optimizer.py`) runs the lines above and never asks which part it holds.
+else; the engine (`update.py`) runs the lines above and never asks which part it holds. Two switches of `Recipe` say
+whether scaling sees R or all of G (`scaling_in`), and whether it comes after the average or before (`momentum_of`).
 
 Rules that all parts obey:
 
@@ -18,8 +21,10 @@ Rules that all parts obey:
   matrices updated together. The same code runs on all of them.
 - **`st` is the open state**: the tensors that a part asked for in `spec`, by name, in float32 (float64 for float64
   parameters), zero at first. Parts write to them in place.
-- **`t`** counts the steps that the moments have seen, this one included: a float, or a `(b, 1, 1)` tensor where the
-  matrices of a batch restarted at different times. Bias correction must use it and not a step count of its own.
+- **`t`** counts the steps that the moments have seen, this one included: a float, or a tensor that broadcasts with R:
+  `(b, 1, 1)` where the matrices of a batch restarted at different times, `(r, 1)` where single coordinates did. Bias
+  correction must use it and not a step count of its own.
+- **Parts write to state and to W**, and to nothing else that they are given: G may be the memory of `p.grad`.
 - **Every rule is odd**: -G gives -U. The engine ascends (`maximize`) by turning the sign of the step.
 - **`algebra`** answers what a part needs of a gradient (`distributed/algebra.py`). Parts never reduce over a whole
   gradient by themselves, so they never see that it may be sharded.
@@ -28,7 +33,7 @@ Rules that all parts obey:
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
@@ -41,7 +46,58 @@ from .ops.philox import Stream
 State = MutableMapping[str, Tensor]
 Shape = tuple[int, ...]  # (m, n), or (n,) for a vector
 Clock = float | Tensor
-Draw = Callable[[tuple[int, ...]], Tensor]  # standard normal numbers of a shape, the same on every device and rank
+Noise = tuple[int, Stream, int]  # key, stream and first element of the random numbers that rounding uses
+
+
+class Draw(Protocol):
+    """Standard normal numbers of a shape, the same on every device and rank; one stream per purpose and refresh."""
+
+    def __call__(self, shape: tuple[int, ...], purpose: str = "sketch") -> Tensor: ...
+
+
+class Kept(NamedTuple):
+    """One stored tensor: an entry of it stands for `per` elements in row-major order."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    per: int = 1
+
+
+class Store(abc.ABC):
+    """How is a tensor kept between steps? As one stored tensor or more, told apart by a suffix to its name."""
+
+    suffixes: ClassVar[tuple[str, ...]] = ("",)
+    block: ClassVar[int] = 1  # elements that are coded together, so that nothing may cut between them
+    narrow: ClassVar[bool] = True  # read gives a copy
+
+    @abc.abstractmethod
+    def layout(self, shape: Shape, working: torch.dtype) -> tuple[Kept, ...]:
+        """What is kept for one matrix, for parameters whose arithmetic runs in `working`; all zeros reads as zeros."""
+
+    @abc.abstractmethod
+    def read(self, kept: Mapping[str, Tensor], shape: Shape, working: torch.dtype) -> Tensor:
+        """The tensor `(..., *shape)`, writable."""
+
+    @abc.abstractmethod
+    def write_(self, kept: Mapping[str, Tensor], x: Tensor, noise: Noise | None) -> None:
+        """Keeps x; without noise rounded to nearest."""
+
+    def small(self) -> Store:
+        """What keeps vectors and small matrices, where narrow numbers save nothing and cost accuracy."""
+        return self
+
+    def of(self, spec: Spec) -> Store:
+        """The store fitted to the range of numbers of a tensor."""
+        return self
+
+    def rounded(self, x: Tensor, working: torch.dtype) -> Tensor:
+        """What `read` would give after `write_`."""
+        kept = {
+            suffix: torch.zeros(shape, dtype=dtype, device=x.device)
+            for suffix, (shape, dtype, _) in zip(self.suffixes, self.layout(tuple(x.shape), working), strict=True)
+        }
+        self.write_(kept, x, None)
+        return self.read(kept, tuple(x.shape), working)
 
 
 class Spec(NamedTuple):
@@ -49,11 +105,15 @@ class Spec(NamedTuple):
 
     Args:
         shape: for one matrix (or vector).
-        steady: written at refreshes only. A store then rounds to nearest, not stochastically.
+        steady: written at refreshes only, and rounded to nearest.
+        unsigned: never negative.
+        store: how it is kept, where the recipe's own choice would be wrong (indices, counts, norms).
     """
 
     shape: tuple[int, ...]
     steady: bool = False
+    unsigned: bool = False
+    store: Store | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +122,7 @@ class Turn:
 
     left: Tensor
     right: Tensor | None = None
+    mixes: ClassVar[bool] = True  # an old coordinate enters several new ones
 
     def __call__(self, x: Tensor) -> Tensor:
         """Coordinates (first moments) in the new basis."""
@@ -73,11 +134,39 @@ class Turn:
         y = self.left.square() @ x
         return y if self.right is None else y @ self.right.square().mT
 
+    def overlap(self) -> Tensor:
+        """Mean squared cosine of the angles between the two subspaces: 1 where they agree, 0 where orthogonal."""
+        both = self.left.square().sum() / self.left.shape[-1]
+        return both if self.right is None else both * self.right.square().sum() / self.right.shape[-1]
+
+
+@dataclass(frozen=True)
+class Reindex(Turn):
+    """The turn between two selections of fixed vectors: coordinates move to another slot, or begin at zero.
+
+    Args:
+        left: `(r,)`, the old slot of each new slot, -1 for none.
+    """
+
+    mixes: ClassVar[bool] = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        found = (self.left >= 0).view(-1, *[1] * (x.dim() - 1))
+        return torch.where(found, x[self.left.clamp(min=0)], torch.zeros_like(x[:1]))
+
+    def variances(self, x: Tensor) -> Tensor:
+        return self(x)
+
+    def overlap(self) -> Tensor:
+        return (self.left >= 0).double().mean()
+
 
 class Basis(abc.ABC):
     """Which subspace?"""
 
     elementwise: ClassVar[bool] = False  # True: coordinate i depends on entry i alone, so slices can be updated alone
+    indexed: ClassVar[bool] = False  # a selection of fixed vectors: each coordinate has an age of its own
+    derives: bool = False  # `derive` gives something
 
     @abc.abstractmethod
     def spec(self, shape: Shape, rank: int) -> dict[str, Spec]:
@@ -88,8 +177,15 @@ class Basis(abc.ABC):
         """Shape of R."""
 
     @abc.abstractmethod
-    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw) -> dict[str, Tensor]:
-        """The tensors of `spec`, fitted to one finite, non-zero `g (m, n)`. `old` is None the first time."""
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, t: float) -> dict[str, Tensor]:
+        """The tensors of `spec`, fitted to one finite, non-zero `g (m, n)` after t steps.
+
+        `old` is the whole open state of this matrix, None the first time.
+        """
+
+    def derive(self, g: Tensor, kept: State, rank: int, draw: Draw) -> dict[str, Tensor]:
+        """What a step needs for `g (m, n)` and nobody keeps: it follows from what is kept, or from the random stream."""
+        return {}
 
     @abc.abstractmethod
     def turn(self, algebra: Algebra, old: State, new: State) -> Turn:
@@ -97,36 +193,55 @@ class Basis(abc.ABC):
 
     @abc.abstractmethod
     def down(self, algebra: Algebra, g: Tensor, st: State) -> Tensor:
-        """R, as memory of its own: the caller overwrites it, and must never write to a gradient."""
+        """R."""
 
     @abc.abstractmethod
     def add_up_(self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float) -> None:
         """`W <- beta W + alpha up(D)` in one pass over `w (m, n)`, without a second (m, n) tensor."""
 
     def step_workspace(self, shape: Shape, rank: int) -> int:
-        """Elements that `down` and `add_up_` hold beyond R and W; for `estimate_memory`."""
+        """Elements that `derive`, `down` and `add_up_` hold beyond R and W; for `estimate_memory`."""
         return 0
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         """Elements that `fit` holds at once for one matrix, beyond g; for `estimate_memory`."""
         return 0
 
+    def shared(self, shape: Shape) -> dict[str, int]:
+        """Elements of tensors that all matrices of an equal width share, by name; for `estimate_memory`."""
+        return {}
 
-class Refresh(Protocol):
+
+class Refresh(abc.ABC):
     """When is the basis refitted, and what becomes of the moments?"""
 
     @property
+    @abc.abstractmethod
     def restarts(self) -> bool:
         """True: moments begin anew at each refresh, so their clock does too."""
 
-    def due(self, step: int, last: int, place: int) -> bool:
+    @property
+    @abc.abstractmethod
+    def turns(self) -> bool:
+        """True: moments are brought into the new basis, so single coordinates may begin anew."""
+
+    def counters(self) -> dict[str, Tensor]:
+        """What the schedule remembers of one matrix, as it begins; on the CPU."""
+        return {}
+
+    @abc.abstractmethod
+    def due(self, step: int, last: int, place: int, counters: Mapping[str, Tensor]) -> bool:
         """Is a refresh due before step `step` (0, 1, ...), the last having been at `last` (-1: never)?
 
         `place` numbers the projected matrices of an optimizer, for schedules that spread the work.
         """
 
+    @abc.abstractmethod
     def carry_(self, algebra: Algebra, recipe: Recipe, st: State, turn: Turn, t: Clock) -> None:
         """Brings the moments, which have seen t steps, from the old coordinates to the new ones."""
+
+    def note_(self, counters: Mapping[str, Tensor], turn: Turn) -> None:
+        """Called after each refresh but the first, for schedules that learn from it."""
 
 
 class Momentum(abc.ABC):
@@ -163,7 +278,7 @@ class Scaling(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, algebra: Algebra, st: State, x: Tensor, r: Tensor, t: Clock) -> Tensor:
-        """`x / sqrt(second moment of r)`. May overwrite r, but not x."""
+        """`x / sqrt(second moment of r)`."""
 
     @abc.abstractmethod
     def turn_(self, algebra: Algebra, st: State, turn: Turn, mean: Tensor | None, t: Clock) -> None:
@@ -173,24 +288,51 @@ class Scaling(abc.ABC):
     def reset_(self, st: State) -> None: ...
 
 
-class Residual(Protocol):
+class Update(NamedTuple):
+    """What is subtracted from W, lr and scale aside: `gain up(d) + rest_gain rest`, and single entries.
+
+    Args:
+        d: `(r, n)` or None.
+        rest: `(m, n)` or None.
+        entries: (flat row-major positions in (m, n), values), both `(k,)`, or None.
+    """
+
+    d: Tensor | None
+    gain: Clock = 1.0
+    rest: Tensor | None = None
+    rest_gain: Clock = 1.0
+    entries: tuple[Tensor, Tensor] | None = None
+
+    def whole(self, recipe: Recipe, st: State) -> Tensor:
+        """It all as one new (m, n) tensor; for rules that need its norm, or a second moment in full space."""
+        assert self.rest is not None
+        whole = self.rest * self.rest_gain
+        if self.d is not None:
+            recipe.basis.add_up_(whole, self.d * self.gain, st, alpha=1, beta=1)
+        return whole
+
+
+class Residual(abc.ABC):
     """What of `G - P P^T G`, the part of the gradient outside the subspace?"""
+
+    scratch: ClassVar[int] = 0  # tensors of the size of G that it holds during a step, for `estimate_memory`
+
+    def spec(self, shape: Shape) -> dict[str, Spec]:
+        return {}
 
     def before(self, g: Tensor, st: State) -> Tensor:
         """The gradient that the step uses; error feedback adds here what was lost before."""
+        return g
 
-    def after(self, algebra: Algebra, g: Tensor, r: Tensor, d: Tensor, basis: Basis, st: State) -> Tensor | None:
-        """What is added to `up(D)`, `(m, n)`, or None."""
+    def turning_(self, recipe: Recipe, st: State, basis: State, sign: float) -> None:
+        """Called around the turn of the moments of one matrix: before it with the old basis and 1, after it with the
+        new one and -1."""
 
-
-class Store(Protocol):
-    """How are tensors kept between steps?"""
-
-    def dtype(self, working: torch.dtype) -> torch.dtype:
-        """What a state tensor is kept in, for parameters whose arithmetic runs in `working`."""
-
-    def close_(self, kept: Tensor, x: Tensor, key: int, stream: Stream, start: int) -> None:
-        """Writes the working tensor x back; rounding noise is elements `start`, ... of the stream (`ops/philox.py`)."""
+    @abc.abstractmethod
+    def after(
+        self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
+    ) -> Update:
+        """The update, from the gradient, its coordinates r and the direction `gain d`."""
 
 
 class StepSize(Protocol):
@@ -214,27 +356,52 @@ class Recipe:
     scale: float = 1.0
     momentum_of: Literal["gradient", "update"] = "gradient"
     """Adam averages gradients and scales the average; Adafactor scales the gradient and averages the result."""
+    scaling_in: Literal["subspace", "full"] = "subspace"
+    """Whether second moments are of R or of all of G. In full space they outlive every refresh."""
+    basis_store: Store | None = None
+    """How bases are kept, where not like moments."""
 
-    def plain(self, identity: Basis) -> Recipe:
+    def plain(self, identity: Basis, residual: Residual) -> Recipe:
         """The same rule in full space, for parameters that are not projected."""
-        return replace(self, basis=identity, scale=1.0)
+        return replace(self, basis=identity, residual=residual, scale=1.0, scaling_in="subspace")
 
     @property
     def elementwise(self) -> bool:
         return self.basis.elementwise and self.momentum.elementwise and self.scaling.elementwise
 
-    def spec(self, shape: Shape, rank: int) -> dict[str, Spec]:
-        """Every persistent tensor of one matrix, in the order: basis, first moment, second moment."""
-        coordinates = self.basis.coordinates(shape, rank)
-        return {
-            **self.basis.spec(shape, rank),
-            **self.momentum.spec(coordinates),
-            **self.scaling.spec(coordinates),
-        }
+    def spec(self, shape: Shape, rank: int, small: bool = False) -> dict[str, Spec]:
+        """Every persistent tensor of one matrix: basis, ages, first and second moment, residual; each with its store.
 
-    def direction(self, algebra: Algebra, st: State, r: Tensor, t: Clock) -> tuple[Tensor, Clock]:
-        """(D, gain), the direction being their product. Overwrites r."""
-        if self.momentum_of == "gradient":
-            numerator, gain = self.momentum(st, r, t)
-            return self.scaling(algebra, st, numerator, r, t), gain
-        return self.momentum(st, self.scaling(algebra, st, r, r, t), t)
+        `small`: of a vector or a small matrix.
+        """
+        coordinates = self.basis.coordinates(shape, rank)
+        basis = {key: self._kept(spec, self.basis_store, small) for key, spec in self.basis.spec(shape, rank).items()}
+        if self.basis.indexed and self.refresh.turns:
+            basis[AGE] = Spec(coordinates[:1], store=Exact(torch.int32))
+        scaled = shape if self.scaling_in == "full" else coordinates
+        rest = {**self.momentum.spec(coordinates), **self.scaling.spec(scaled), **self.residual.spec(shape)}
+        return {**basis, **{key: self._kept(spec, None, small) for key, spec in rest.items()}}
+
+    def _kept(self, spec: Spec, store: Store | None, small: bool) -> Spec:
+        store = spec.store or store or self.store
+        return spec._replace(store=(store.small() if small else store).of(spec))
+
+
+AGE = "age"  # steps that each coordinate of a selection has seen
+
+
+@dataclass(frozen=True)
+class Exact(Store):
+    """As it is, in one dtype: indices, counts, norms."""
+
+    dtype: torch.dtype
+    narrow: ClassVar[bool] = False
+
+    def layout(self, shape: Shape, working: torch.dtype) -> tuple[Kept, ...]:
+        return (Kept(shape, self.dtype),)
+
+    def read(self, kept: Mapping[str, Tensor], shape: Shape, working: torch.dtype) -> Tensor:
+        return kept[""]
+
+    def write_(self, kept: Mapping[str, Tensor], x: Tensor, noise: Noise | None) -> None:
+        kept[""].copy_(x)

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .chunk import COMPENSATION, working_dtype
+from .chunk import COMPENSATION, is_packed, working_dtype
 from .plan import Plan
-from .recipe import Recipe
+from .recipe import Recipe, Store
 
-_COUNTERS = {"step", "skipped", "refreshes", "refreshed_at"}  # on the CPU, where reading them costs no synchronisation
+_COUNTERS = {"step", "skipped", "refreshes", "refreshed_at", "refresh_gap", "overlaps"}  # on the CPU, where reading them costs no synchronisation
 
 
 def fresh(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) -> dict[str, Tensor]:
     """All state before the first step."""
     state = {"step": torch.tensor(0.0), "skipped": torch.tensor(0)}
-    dtype = recipe.store.dtype(working_dtype(p))
-    for key, spec in recipe.spec(plan.matrix, plan.rank or 0).items():
-        state[key] = torch.zeros(plan.batch + spec.shape, dtype=dtype, device=p.device)
+    for key, spec in recipe.spec(plan.matrix, plan.rank or 0, plan.small).items():
+        store = cast(Store, spec.store)
+        for suffix, kept in zip(store.suffixes, store.layout(spec.shape, working_dtype(p)), strict=True):
+            state[key + suffix] = torch.zeros(plan.batch + kept.shape, dtype=kept.dtype, device=p.device)
     if plan.projected:
         state["refreshes"] = torch.zeros(plan.batch, dtype=torch.int64)
         state["refreshed_at"] = torch.full(plan.batch, -1)
+        for key, counter in recipe.refresh.counters().items():
+            state[key] = counter.expand(*plan.batch, *counter.shape).clone()
     if _compensated(p, group):
         state[COMPENSATION] = torch.zeros_like(p)
     return state
@@ -40,7 +43,8 @@ def follow(state: dict[str, Tensor], p: Tensor, group: dict[str, Any]) -> None:
 
 
 def _compensated(p: Tensor, group: dict[str, Any]) -> bool:
-    return group["bf16_update"] == "kahan" and p.dtype in (torch.bfloat16, torch.float16)
+    rounded = p.dtype in (torch.bfloat16, torch.float16) and not is_packed(p)
+    return group["bf16_update"] == "kahan" and rounded
 
 
 def loaded(name: str, saved: Mapping[str, Any], like: dict[str, Tensor]) -> dict[str, Tensor]:

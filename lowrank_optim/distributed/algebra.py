@@ -26,6 +26,10 @@ class Algebra:
         """`G Q`: (m, n), (n, k) -> (m, k)."""
         return g @ thin
 
+    def inner(self, x: Tensor, y: Tensor) -> Tensor:
+        """`X Y` over the long side: (r, n), (n, k) -> (r, k)."""
+        return x @ y
+
     def leading(self, g: Tensor, rank: int) -> Tensor:
         """The leading left singular vectors, (m, n) -> (m, rank), signs fixed."""
         return ops.leading_left_vectors(g, rank)
@@ -41,6 +45,15 @@ class Algebra:
         count = math.prod(x.shape[dim] for dim in matrix)
         norm: Tensor = torch.linalg.vector_norm(x, dim=matrix, keepdim=True)
         return norm / math.sqrt(count)
+
+    def energy(self, x: Tensor, dim: int, power: int = 2) -> Tensor:
+        """Sums of `|x|^power` over whole rows (-1) or columns (-2), the dimension dropped."""
+        return (x.abs() if power == 1 else x.square()).sum(dim)
+
+    def norm(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+        """Norms of whole columns (-2), rows (-1) or matrices, dimensions kept."""
+        norm: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+        return norm
 
     def mean(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         """The mean over whole rows, columns or both of a matrix in coordinate space, dimensions kept."""

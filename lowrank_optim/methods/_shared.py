@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..parts import SVD, BFloat16, Drop, Every, Float32, Staggered, SubspaceIteration, TwoSided
+from ..parts import STORES, SVD, BFloat16, Drop, Every, SubspaceIteration, TwoSided
 from ..recipe import Basis
 
 OPTIONS = """
     Options that every method has:
         maximize: ascend instead.
         foreach: stack equal matrices and update them together; None does so on accelerators and loops on CPU.
-        state_dtype: "float32" or "bfloat16" (rounded stochastically), for moments and bases.
+        state_dtype: "float32", "bfloat16" (rounded stochastically), "int8" or "int4" (blockwise; bases then in bfloat16;
+            vectors and parameters below 4096 elements stay float32), for moments and bases.
         bf16_update: how bfloat16 weights are rounded, after float32 arithmetic: "stochastic" (unbiased), "kahan" (keeps
             what was lost, 2 bytes per weight; also for float16), "none" (to nearest: small updates vanish).
         nonfinite: "skip" leaves a parameter with a NaN or infinite gradient out of the step, counts it and warns once;
@@ -34,13 +35,18 @@ OPTIONS = """
 
 
 def subspace(group: dict[str, Any]) -> dict[str, Any]:
-    """Basis, refresh, residual, store and scale of a method with GaLore's options."""
+    """Basis, refresh, residual and store of a method with GaLore's options."""
     basis: Basis = SVD() if group["basis"] == "svd" else SubspaceIteration()
-    schedule = Staggered if group["stagger"] else Every
     return {
         "basis": TwoSided(basis) if group["proj_type"] == "full" else basis,
-        "refresh": schedule(group["update_proj_gap"], group["moments"]),
+        "refresh": Every(group["update_proj_gap"], group["moments"], group["stagger"]),
         "residual": Drop(),
-        "store": BFloat16() if group["state_dtype"] == "bfloat16" else Float32(),
         "scale": group["scale"],
+        **stores(group),
     }
+
+
+def stores(group: dict[str, Any]) -> dict[str, Any]:
+    """How state is kept. A basis in few bits would no longer be orthonormal, and it is the smaller part."""
+    narrow = group["state_dtype"] in ("int8", "int4")
+    return {"store": STORES[group["state_dtype"]], "basis_store": BFloat16() if narrow else None}

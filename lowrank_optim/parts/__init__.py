@@ -1,26 +1,51 @@
 """The parts that methods are made of; each answers one of the six questions in `recipe.py`."""
 
-from .basis import SVD, Identity, SubspaceIteration, TwoSided
-from .moments import EMA, RMS, Factored, NoMomentum
-from .refresh import Every, Staggered
-from .residual import Drop
+from ..recipe import Exact
+from .basis import SVD, Identity, Later, PowerIteration, SharedHead, SubspaceIteration, TwoSided
+from .dictionary import Dictionary
+from .limited import NormScaled, Rescaled
+from .moments import EMA, RMS, Factored, HeavyBall, NoMomentum, NoScaling, SubsetNorm
+from .random import Random, Rows
+from .refresh import Every, Lazy
+from .residual import Drop, ErrorFeedback, Raw, Sign
+from .sparse import Sparse
 from .step_size import Constant, Relative
-from .store import BFloat16, Float32
+from .store import STORES, Affine, BFloat16, Float32, Int4, Int8
 
 __all__ = [
     "EMA",
     "RMS",
+    "STORES",
     "SVD",
+    "Affine",
     "BFloat16",
     "Constant",
+    "Dictionary",
     "Drop",
+    "ErrorFeedback",
     "Every",
+    "Exact",
     "Factored",
     "Float32",
+    "HeavyBall",
     "Identity",
+    "Int4",
+    "Int8",
+    "Later",
+    "Lazy",
     "NoMomentum",
+    "NoScaling",
+    "NormScaled",
+    "PowerIteration",
+    "Random",
+    "Raw",
     "Relative",
-    "Staggered",
+    "Rescaled",
+    "Rows",
+    "SharedHead",
+    "Sign",
+    "Sparse",
+    "SubsetNorm",
     "SubspaceIteration",
     "TwoSided",
 ]

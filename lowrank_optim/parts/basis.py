@@ -1,4 +1,4 @@
-"""Which subspace? Full space, exact singular vectors, or randomized subspace iteration; on one side or both."""
+"""Which subspace? Full space, or one that follows the gradient: exact singular vectors and iterations towards them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.algebra import Algebra
-from ..ops import subspace_iteration
+from ..ops import orthonormalize, subspace_iteration
 from ..ops.philox import BLOCK
 from ..recipe import Basis, Draw, Shape, Spec, State, Turn
 
@@ -26,14 +26,14 @@ class Identity(Basis):
     def coordinates(self, shape: Shape, rank: int) -> Shape:
         return shape
 
-    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw) -> dict[str, Tensor]:
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, t: float) -> dict[str, Tensor]:
         return {}
 
     def turn(self, algebra: Algebra, old: State, new: State) -> Turn:
         raise NotImplementedError("the identity basis never turns")
 
     def down(self, algebra: Algebra, g: Tensor, st: State) -> Tensor:
-        return g.clone()
+        return g
 
     def add_up_(self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float) -> None:
         if beta != 1:
@@ -41,7 +41,7 @@ class Identity(Basis):
         w.add_(d, alpha=alpha)
 
 
-class _OneSided(Basis):
+class OneSided(Basis):
     """`R = P^T G` with an orthonormal P (m, r)."""
 
     def spec(self, shape: Shape, rank: int) -> dict[str, Spec]:
@@ -61,13 +61,13 @@ class _OneSided(Basis):
 
 
 @dataclass(frozen=True)
-class SVD(_OneSided):
+class SVD(OneSided):
     """The leading left singular vectors, exactly, with fixed signs (GaLore).
 
     Falls back to the Gram matrix's eigenvectors where the SVD does not converge (`ops.leading_left_vectors`).
     """
 
-    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw) -> dict[str, Tensor]:
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, t: float) -> dict[str, Tensor]:
         return {"basis": algebra.leading(g, rank)}
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
@@ -76,7 +76,7 @@ class SVD(_OneSided):
 
 
 @dataclass(frozen=True)
-class SubspaceIteration(_OneSided):
+class SubspaceIteration(OneSided):
     """Randomized subspace iteration: some products with G instead of a factorisation of it (GaLore 2, GaLore+).
 
     Cold, it starts from a Gaussian sketch `G Omega`; warm, from the previous basis and `oversample` fresh Gaussian
@@ -86,7 +86,7 @@ class SubspaceIteration(_OneSided):
     oversample: int = 8
     rounds: int = 2
 
-    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw) -> dict[str, Tensor]:
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, t: float) -> dict[str, Tensor]:
         m, n = g.shape
         width = self._width(m, n, rank)
         if old is None:
@@ -108,6 +108,37 @@ class SubspaceIteration(_OneSided):
 
 
 @dataclass(frozen=True)
+class PowerIteration(OneSided):
+    """One block power iteration per refresh, from the previous basis, on a mixture of gradient and momentum (LDAdam).
+
+        B = rho P M / (1 - beta^t) + (1 - rho) G        P <- orth(B B^T P)
+
+    B is never formed: with `P^T P = I`, `Z = B^T P` and `B Z` are thin products. The first basis is exact.
+
+    Args:
+        rho: weight of the momentum.
+        beta: of the first moment, for its bias correction.
+    """
+
+    rho: float
+    beta: float
+
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, t: float) -> dict[str, Tensor]:
+        if old is None:
+            return {"basis": algebra.leading(g, rank)}
+        basis = old["basis"]
+        mean = old["exp_avg"] * (self.rho / (1 - self.beta**t)) if t else torch.zeros_like(old["exp_avg"])
+        z = mean.mT + (1 - self.rho) * algebra.project(basis, g).mT
+        y = basis @ algebra.inner(mean, z) + (1 - self.rho) * algebra.sketch(g, z)
+        return {"basis": orthonormalize(y)}
+
+    def fit_workspace(self, m: int, n: int, rank: int) -> int:
+        short = min(m, n)
+        first = m * n + (m + n) * short + short
+        return max(first, 3 * n * rank + 8 * m * rank + 8 * rank**2)
+
+
+@dataclass(frozen=True)
 class TwoSided(Basis):
     """`R = P^T G Q (r, r)`: GaLore's `proj_type="full"`. `inner` fits each side."""
 
@@ -120,8 +151,8 @@ class TwoSided(Basis):
     def coordinates(self, shape: Shape, rank: int) -> Shape:
         return rank, rank
 
-    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw) -> dict[str, Tensor]:
-        left = self.inner.fit(algebra, g, old, rank, draw)["basis"]
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, t: float) -> dict[str, Tensor]:
+        left = self.inner.fit(algebra, g, old, rank, draw, t)["basis"]
         # With P singular vectors, P^T G = S V^T holds the right ones: an r x n problem instead of a second m x n one.
         right = algebra.leading(algebra.project(left, g).mT, rank)
         return {"basis": left, "basis_right": right}
@@ -141,6 +172,46 @@ class TwoSided(Basis):
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         return max(self.inner.fit_workspace(m, n, rank), 2 * rank * n + rank * rank)
+
+
+@dataclass(frozen=True)
+class Later(OneSided):
+    """`first` until step `at`, `then` from it on (GoLore: singular vectors while they mean something)."""
+
+    first: Basis
+    then: Basis
+    at: int
+
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, t: float) -> dict[str, Tensor]:
+        return (self.first if t < self.at else self.then).fit(algebra, g, old, rank, draw, t)
+
+    def fit_workspace(self, m: int, n: int, rank: int) -> int:
+        return max(self.first.fit_workspace(m, n, rank), self.then.fit_workspace(m, n, rank))
+
+
+@dataclass(frozen=True)
+class SharedHead(OneSided):
+    """The subspace of one randomly drawn head, shared by all heads of a matrix (GaLore+).
+
+    Heads are equal blocks of columns of the turned G. Where one head has fewer columns than the rank, as many heads as
+    are needed stand side by side. `inner` fits them.
+    """
+
+    inner: Basis
+    heads: int
+
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, t: float) -> dict[str, Tensor]:
+        if self.heads == 1:
+            return self.inner.fit(algebra, g, old, rank, draw, t)
+        width = g.shape[-1] // self.heads
+        chosen = draw((self.heads,), "head").argsort()[: -(-rank // width)].sort().values.tolist()
+        block = torch.cat([g[:, head * width : (head + 1) * width] for head in chosen], dim=-1)
+        return self.inner.fit(algebra, block, old, rank, draw, t)
+
+    def fit_workspace(self, m: int, n: int, rank: int) -> int:
+        width = n // self.heads
+        columns = n if self.heads == 1 else -(-rank // width) * width
+        return self.inner.fit_workspace(m, columns, rank) + (m * columns if self.heads > 1 else 0)
 
 
 def _add_matmul_(w: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> None:

@@ -1,9 +1,9 @@
-"""First moments (EMA, none) and second moments (RMS, factored)."""
+"""First moments (EMA, heavy ball, none) and second moments (RMS, factored, subset norm, none)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -64,6 +64,36 @@ class NoMomentum(Momentum):
 
 
 @dataclass(frozen=True)
+class HeavyBall(EMA):
+    """`m <- beta m + x`: Polyak's momentum, `1 / (1 - beta)` times as long as the average."""
+
+    debias: bool = False
+
+    def __call__(self, st: State, x: Tensor, t: Clock) -> tuple[Tensor, Clock]:
+        return st["exp_avg"].mul_(self.beta).add_(x), 1.0
+
+    def mean(self, st: State, t: Clock) -> Tensor | None:
+        return st["exp_avg"] * ((1 - self.beta) / bias_correction(self.beta, t))
+
+
+@dataclass(frozen=True)
+class NoScaling(Scaling):
+    """The direction is the numerator."""
+
+    def spec(self, shape: Shape) -> dict[str, Spec]:
+        return {}
+
+    def __call__(self, algebra: Algebra, st: State, x: Tensor, r: Tensor, t: Clock) -> Tensor:
+        return x
+
+    def turn_(self, algebra: Algebra, st: State, turn: Turn, mean: Tensor | None, t: Clock) -> None:
+        pass
+
+    def reset_(self, st: State) -> None:
+        pass
+
+
+@dataclass(frozen=True)
 class RMS(Scaling):
     """Adam's denominator: `v <- beta v + (1 - beta) r^2`, `x / (sqrt(v / (1 - beta^t)) + eps)`."""
 
@@ -72,17 +102,16 @@ class RMS(Scaling):
     scratch: ClassVar[int] = 1
 
     def spec(self, shape: Shape) -> dict[str, Spec]:
-        return {"exp_avg_sq": Spec(shape)}
+        return {"exp_avg_sq": Spec(shape, unsigned=True)}
 
     def __call__(self, algebra: Algebra, st: State, x: Tensor, r: Tensor, t: Clock) -> Tensor:
         v = st["exp_avg_sq"].mul_(self.beta).addcmul_(r, r, value=1 - self.beta)
-        scratch = torch.empty_like(r) if x is r else r
-        denominator = torch.sqrt(v, out=scratch).mul_(bias_correction(self.beta, t) ** -0.5).add_(self.eps)
+        denominator = torch.sqrt(v).mul_(bias_correction(self.beta, t) ** -0.5).add_(self.eps)
         return torch.div(x, denominator, out=denominator)
 
     def turn_(self, algebra: Algebra, st: State, turn: Turn, mean: Tensor | None, t: Clock) -> None:
         v, correction = st["exp_avg_sq"], bias_correction(self.beta, t)
-        if mean is None:
+        if mean is None or not turn.mixes:
             v.copy_(turn.variances(v))
             return
         # The clamp keeps v >= (turned mean)^2 >= 0: the two averages have different memories, so v < m^2 does happen.
@@ -98,20 +127,20 @@ class Factored(Scaling):
     """Adafactor's denominator: only the row and column means of `r^2` are kept.
 
     `v_ij = row_i col_j / mean(row)`, averaged with `beta_t = 1 - t^decay`, and the scaled update is shortened to a
-    root mean square of at most `clip`. Vectors keep a full second moment.
+    root mean square of at most `clip` (None: not). Vectors keep a full second moment.
     """
 
     decay: float
     eps: float | None  # None: the dtype's own
-    clip: float
+    clip: float | None
     elementwise: ClassVar[bool] = False
     scratch: ClassVar[int] = 2
 
     def spec(self, shape: Shape) -> dict[str, Spec]:
         if len(shape) == 1:
-            return {"variance": Spec(shape)}
+            return {"variance": Spec(shape, unsigned=True)}
         m, n = shape
-        return {"row_var": Spec((m, 1)), "col_var": Spec((1, n))}
+        return {"row_var": Spec((m, 1), unsigned=True), "col_var": Spec((1, n), unsigned=True)}
 
     def __call__(self, algebra: Algebra, st: State, x: Tensor, r: Tensor, t: Clock) -> Tensor:
         squares, weight = r.square(), t**self.decay
@@ -122,7 +151,7 @@ class Factored(Scaling):
             _average_(st["col_var"], algebra.mean(squares, -2), weight)
             torch.mul(self._rows(algebra, st), st["col_var"], out=squares)
         update = squares.clamp_(min=self._floor(r) ** 2).rsqrt_().mul_(x)
-        return update.div_((algebra.size(update) / self.clip).clamp_(min=1))
+        return update if self.clip is None else update.div_((algebra.size(update) / self.clip).clamp_(min=1))
 
     def turn_(self, algebra: Algebra, st: State, turn: Turn, mean: Tensor | None, t: Clock) -> None:
         turned = turn.variances(self._rows(algebra, st) * st["col_var"])
@@ -139,6 +168,59 @@ class Factored(Scaling):
 
     def _floor(self, x: Tensor) -> float:
         return torch.finfo(x.dtype).eps if self.eps is None else self.eps
+
+
+@dataclass(frozen=True)
+class SubsetNorm(Scaling):
+    """One second moment per subset of entries: `v <- beta v + (1 - beta) sum r^2` over a run of a column.
+
+    Args:
+        size: entries per subset, the last of a column may have fewer; None: whole columns of the turned matrix, which
+            are rows of a tall one and columns of a wide one; `"sqrt"`: about the square root of the matrix's size.
+        reduce: `"sum"` as published, with which steps shrink by `sqrt(size)`; `"mean"` keeps Adam's lr.
+    """
+
+    beta: float
+    eps: float
+    size: int | Literal["sqrt"] | None = None
+    reduce: Literal["sum", "mean"] = "sum"
+    elementwise: ClassVar[bool] = False
+    scratch: ClassVar[int] = 1
+
+    def spec(self, shape: Shape) -> dict[str, Spec]:
+        runs = -(-shape[-2] // self._size(shape)) if len(shape) > 1 else 1
+        return {"exp_avg_sq": Spec((runs, shape[-1]) if len(shape) > 1 else (1,), unsigned=True)}
+
+    def __call__(self, algebra: Algebra, st: State, x: Tensor, r: Tensor, t: Clock) -> Tensor:
+        v, m, size = st["exp_avg_sq"], r.shape[-2], self._size(r.shape[-2:])
+        v.mul_(self.beta).add_(self._reduced(algebra, r, size), alpha=1 - self.beta)
+        denominator = v.sqrt().mul_(bias_correction(self.beta, t) ** -0.5).add_(self.eps)
+        return x / (denominator if size >= m else denominator.repeat_interleave(size, dim=-2)[..., :m, :])
+
+    def turn_(self, algebra: Algebra, st: State, turn: Turn, mean: Tensor | None, t: Clock) -> None:
+        """A turn within the subset keeps its norm; one that leaves it has no honest answer, and the norm is kept."""
+
+    def reset_(self, st: State) -> None:
+        st["exp_avg_sq"].zero_()
+
+    def _size(self, shape: Shape) -> int:
+        m, n = shape[-2], shape[-1]
+        if self.size is None:
+            return m
+        return min(m, max(1, round((m * n) ** 0.5)) if self.size == "sqrt" else self.size)
+
+    def _reduced(self, algebra: Algebra, r: Tensor, size: int) -> Tensor:
+        m = r.shape[-2]
+        whole = m // size * size
+        parts = [algebra.energy(r[..., :whole, :].unflatten(-2, (m // size, size)), -2)]
+        if whole < m:
+            parts.append(algebra.energy(r[..., whole:, :], -2).unsqueeze(-2))
+        sums = torch.cat(parts, dim=-2)
+        if self.reduce == "sum":
+            return sums
+        counts = torch.full((sums.shape[-2], 1), float(size), dtype=r.dtype, device=r.device)
+        counts[-1] = m - (sums.shape[-2] - 1) * size
+        return sums / counts
 
 
 def _average_(average: Tensor, x: Tensor, weight: Clock) -> Tensor:

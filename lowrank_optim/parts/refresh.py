@@ -2,57 +2,93 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from ..distributed.algebra import Algebra
-from ..recipe import Clock, Recipe, State, Turn
+from ..recipe import AGE, Clock, Recipe, Refresh, State, Turn
 
 _GOLDEN = 0x9E3779B9  # the golden ratio in units of 2**-32
 Carry = Literal["keep", "rotate", "reset"]
 
 
 @dataclass(frozen=True)
-class Every:
-    """All matrices together, every `gap` steps: before steps 0, gap, 2 gap, ...
-
-    A refresh that could not happen (a zero gradient) stays due until it does.
+class Every(Refresh):
+    """Every `gap` steps. A refresh that could not happen (a zero gradient) stays due until it does.
 
     Args:
         gap: steps between refreshes.
         moments: `"keep"` reads the old coordinates as if they were new ones, `"rotate"` re-expresses them in the new
             basis, `"reset"` starts from zero with a clock of their own.
+        stagger: False: all matrices together, before steps 0, gap, 2 gap, ... True: each at its own time, so that no
+            step pays for all of them at once. Only the very first refresh is then common: without a basis there is no
+            step. Turns follow multiples of the golden ratio, which spreads any number of matrices evenly and does not
+            move when parameters are added.
     """
 
     gap: int
     moments: Carry = "keep"
+    stagger: bool = False
 
     @property
     def restarts(self) -> bool:
         return self.moments == "reset"
 
-    def due(self, step: int, last: int, place: int) -> bool:
-        return last < 0 or step // self.gap > last // self.gap
+    @property
+    def turns(self) -> bool:
+        return self.moments == "rotate"
+
+    def due(self, step: int, last: int, place: int, counters: Mapping[str, Tensor]) -> bool:
+        gap = self.gap_now(counters)
+        shift = (place * _GOLDEN & 0xFFFFFFFF) * gap >> 32 if self.stagger else 0
+        return last < 0 or (step + shift) // gap > (last + shift) // gap
+
+    def gap_now(self, counters: Mapping[str, Tensor]) -> int:
+        return self.gap
 
     def carry_(self, algebra: Algebra, recipe: Recipe, st: State, turn: Turn, t: Clock) -> None:
+        scaling = recipe.scaling if recipe.scaling_in == "subspace" else None  # in full space it knows no basis
         if self.moments == "reset":
             recipe.momentum.reset_(st)
-            recipe.scaling.reset_(st)
+            if scaling:
+                scaling.reset_(st)
         elif self.moments == "rotate":
-            averages_gradients = recipe.momentum_of == "gradient"
+            averages_gradients = recipe.momentum_of == "gradient" and turn.mixes
             mean = recipe.momentum.mean(st, t) if averages_gradients else None
-            recipe.scaling.turn_(algebra, st, turn, mean, t)
+            if scaling:
+                scaling.turn_(algebra, st, turn, mean, t)
             recipe.momentum.turn_(st, turn)
+            if AGE in st:
+                st[AGE].copy_(turn(st[AGE]))
 
 
 @dataclass(frozen=True)
-class Staggered(Every):
-    """Each matrix every `gap` steps, but at its own time, so that no step pays for all of them at once.
+class Lazy(Every):
+    """Twice as seldom (`growth`), as soon as the last `memory` refreshes changed little (Q-GaLore).
 
-    Only the very first refresh is common: without a basis there is no step. Turns follow multiples of the golden ratio,
-    which spreads any number of matrices evenly and does not move when parameters are added.
+    Change is measured by the overlap of whole subspaces, which has no sign to be lost: the authors' code compares the
+    first vectors alone, with their signs.
+
+    Args:
+        threshold: mean overlap of the last refreshes from which the gap grows.
     """
 
-    def due(self, step: int, last: int, place: int) -> bool:
-        shift = (place * _GOLDEN & 0xFFFFFFFF) * self.gap >> 32
-        return last < 0 or (step + shift) // self.gap > (last + shift) // self.gap
+    threshold: float = 0.4
+    memory: int = 5
+    growth: int = 2
+
+    def counters(self) -> dict[str, Tensor]:
+        return {"refresh_gap": torch.tensor(self.gap), "overlaps": torch.full((self.memory,), -1.0)}
+
+    def gap_now(self, counters: Mapping[str, Tensor]) -> int:
+        return int(counters["refresh_gap"])
+
+    def note_(self, counters: Mapping[str, Tensor], turn: Turn) -> None:
+        overlaps = counters["overlaps"]
+        overlaps.copy_(torch.cat([overlaps[1:], turn.overlap().reshape(1).to(overlaps)]))
+        if float(overlaps[0]) >= 0 and float(overlaps.mean()) >= self.threshold:
+            counters["refresh_gap"].mul_(self.growth)

@@ -3,19 +3,94 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from ..distributed.algebra import Algebra
-from ..recipe import Basis, State
+from ..recipe import Clock, Recipe, Residual, Shape, Spec, State, Store, Update
 
 
 @dataclass(frozen=True)
-class Drop:
+class Drop(Residual):
     """Nothing: the update stays in the subspace (GaLore)."""
 
-    def before(self, g: Tensor, st: State) -> Tensor:
-        return g
+    def after(
+        self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
+    ) -> Update:
+        return Update(d, gain)
 
-    def after(self, algebra: Algebra, g: Tensor, r: Tensor, d: Tensor, basis: Basis, st: State) -> Tensor | None:
-        return None
+
+@dataclass(frozen=True)
+class Raw(Residual):
+    """The rest as it is: `up(D) + weight (G - up(R))`. Subspace-Momentum (weight 1), Flora (weight 1 - beta1).
+
+    Written as `up(D - weight R) + weight G`, which needs no (m, n) tensor.
+
+    Args:
+        corrected: the bias correction of D applies to the rest as well, because it is a part of the same average.
+        clip: the root mean square to which the whole update is shortened, as Adafactor does; None: not.
+    """
+
+    weight: float = 1.0
+    corrected: bool = False
+    clip: float | None = None
+
+    def after(
+        self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
+    ) -> Update:
+        weight = self.weight * gain if self.corrected else self.weight
+        update = Update(d * gain - r * weight, 1.0, g, weight)
+        if self.clip is None:
+            return update
+        whole = update.whole(recipe, st)
+        return Update(None, rest=whole.div_((algebra.size(whole) / self.clip).clamp_(min=1)))
+
+
+@dataclass(frozen=True)
+class Sign(Residual):
+    """Its signs, `ratio` times as long as a step of Adam in the subspace: no state, and full rank (FRUGAL)."""
+
+    ratio: float = 1.0
+    scratch: ClassVar[int] = 1
+
+    def after(
+        self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
+    ) -> Update:
+        rest = g.clone()
+        recipe.basis.add_up_(rest, r, st, alpha=-1, beta=1)
+        return Update(d, gain, rest.sign_(), self.ratio)
+
+
+@dataclass(frozen=True)
+class ErrorFeedback(Residual):
+    """It is kept and added to the next gradient, so that nothing is lost, only late (DCT-AdamW, LDAdam).
+
+    Costs a tensor of the size of the matrix, which `store` may shrink.
+
+    Args:
+        momentum: also what the moments lose when they are turned, times this; beta / (1 - beta) makes it exact.
+    """
+
+    store: Store
+    momentum: float = 0.0
+    scratch: ClassVar[int] = 1
+
+    def spec(self, shape: Shape) -> dict[str, Spec]:
+        return {"error": Spec(shape, store=self.store)}
+
+    def before(self, g: Tensor, st: State) -> Tensor:
+        whole = g + st["error"]
+        st["error"].zero_()
+        return whole
+
+    def turning_(self, recipe: Recipe, st: State, basis: State, sign: float) -> None:
+        if self.momentum:
+            recipe.basis.add_up_(st["error"], st["exp_avg"], basis, alpha=sign * self.momentum, beta=1)
+
+    def after(
+        self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
+    ) -> Update:
+        st["error"].add_(g)
+        recipe.basis.add_up_(st["error"], r, st, alpha=-1, beta=1)
+        return Update(d, gain)

@@ -2,36 +2,157 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..ops import round_to_bfloat16
-from ..ops.philox import Stream
+from ..ops import quantize, round_to_bfloat16
+from ..recipe import Kept, Noise, Shape, Spec, Store
 
 
 @dataclass(frozen=True)
-class Float32:
+class Float32(Store):
     """As they are: float32, or float64 for float64 parameters."""
 
-    def dtype(self, working: torch.dtype) -> torch.dtype:
-        return working
+    narrow: ClassVar[bool] = False
 
-    def close_(self, kept: Tensor, x: Tensor, key: int, stream: Stream, start: int) -> None:
-        kept.copy_(x)
+    def layout(self, shape: Shape, working: torch.dtype) -> tuple[Kept, ...]:
+        return (Kept(shape, working),)
+
+    def read(self, kept: Mapping[str, Tensor], shape: Shape, working: torch.dtype) -> Tensor:
+        return kept[""].to(working)
+
+    def write_(self, kept: Mapping[str, Tensor], x: Tensor, noise: Noise | None) -> None:
+        kept[""].copy_(x)
 
 
 @dataclass(frozen=True)
-class BFloat16:
+class BFloat16(Store):
     """Half the bytes, rounded stochastically.
 
     Rounded to nearest, a second moment with beta2 = 0.999 never decays: 0.1 % is less than half of bfloat16's last bit.
     Unbiased rounding keeps the average right.
     """
 
-    def dtype(self, working: torch.dtype) -> torch.dtype:
-        return torch.bfloat16
+    def layout(self, shape: Shape, working: torch.dtype) -> tuple[Kept, ...]:
+        return (Kept(shape, torch.bfloat16),)
 
-    def close_(self, kept: Tensor, x: Tensor, key: int, stream: Stream, start: int) -> None:
-        kept.copy_(round_to_bfloat16(x.float(), key, stream, start))
+    def read(self, kept: Mapping[str, Tensor], shape: Shape, working: torch.dtype) -> Tensor:
+        return kept[""].to(working)
+
+    def write_(self, kept: Mapping[str, Tensor], x: Tensor, noise: Noise | None) -> None:
+        kept[""].copy_(x if noise is None else round_to_bfloat16(x.float(), *noise))
+
+
+@dataclass(frozen=True)
+class _Quantized(Store):
+    """Codes, and some numbers per block. Blocks run along the row-major order of one matrix and never cross it.
+
+    Rounded to nearest: absmax keeps the size of a block exactly, so that a block of second moments decays as one, and
+    noise of the size of a code would drown the small entries.
+    """
+
+    def small(self) -> Store:
+        return Float32()
+
+    def _layout(self, shape: Shape, codes_per_byte: int, numbers: int) -> tuple[Kept, ...]:
+        size = math.prod(shape)
+        packed = shape if codes_per_byte == 1 else (-(-size // codes_per_byte),)
+        per_block = Kept((-(-size // self.block),), torch.float32, self.block)
+        return (Kept(packed, torch.uint8, codes_per_byte), *[per_block] * numbers)
+
+
+@dataclass(frozen=True)
+class Int8(_Quantized):
+    """One byte per element and a float32 per 256: the nearest entry of the dynamic map (Dettmers et al. 2022)."""
+
+    unsigned: bool = False
+    suffixes: ClassVar[tuple[str, ...]] = ("", "_absmax")
+    block: ClassVar[int] = 256
+
+    def of(self, spec: Spec) -> Store:
+        return replace(self, unsigned=spec.unsigned)
+
+    def layout(self, shape: Shape, working: torch.dtype) -> tuple[Kept, ...]:
+        return self._layout(shape, 1, 1)
+
+    def read(self, kept: Mapping[str, Tensor], shape: Shape, working: torch.dtype) -> Tensor:
+        codes, levels = _flat(kept[""], shape), quantize.dynamic_map(not self.unsigned, kept[""].device)
+        x = quantize.dequantize_blockwise(codes, kept["_absmax"], levels, self.block, working)
+        return x.view(kept[""].shape)
+
+    def write_(self, kept: Mapping[str, Tensor], x: Tensor, noise: Noise | None) -> None:
+        flat = x.reshape(*kept["_absmax"].shape[:-1], -1)
+        codes, absmax = quantize.quantize_blockwise(flat, quantize.dynamic_map(not self.unsigned, x.device), self.block)
+        kept[""].copy_(codes.view(kept[""].shape))
+        kept["_absmax"].copy_(absmax)
+
+
+@dataclass(frozen=True)
+class Int4(_Quantized):
+    """Half a byte per element and a float32 per 128.
+
+    The levels of second moments have no zero: a block keeps at least 1/16 of its largest entry in each, so that no
+    entry is divided by nothing.
+    """
+
+    unsigned: bool = False
+    suffixes: ClassVar[tuple[str, ...]] = ("", "_absmax")
+    block: ClassVar[int] = 128
+
+    def of(self, spec: Spec) -> Store:
+        return replace(self, unsigned=spec.unsigned)
+
+    def layout(self, shape: Shape, working: torch.dtype) -> tuple[Kept, ...]:
+        return self._layout(shape, 2, 1)
+
+    def read(self, kept: Mapping[str, Tensor], shape: Shape, working: torch.dtype) -> Tensor:
+        codes = quantize.unpack4(kept[""], math.prod(shape))
+        levels = quantize.four_bit_map(not self.unsigned, kept[""].device)
+        x = quantize.dequantize_blockwise(codes, kept["_absmax"], levels, self.block, working)
+        return x.view(*kept[""].shape[:-1], *shape)
+
+    def write_(self, kept: Mapping[str, Tensor], x: Tensor, noise: Noise | None) -> None:
+        flat = x.reshape(*kept["_absmax"].shape[:-1], -1)
+        codes, absmax = quantize.quantize_blockwise(flat, quantize.four_bit_map(not self.unsigned, x.device), self.block)
+        kept[""].copy_(quantize.pack4(codes))
+        kept["_absmax"].copy_(absmax)
+
+
+@dataclass(frozen=True)
+class Affine(_Quantized):
+    """Equal steps between the least and the largest element of each 256: for numbers whose size varies little.
+
+    Q-GaLore's bases and DCT-AdamW's error feedback. Least and step are floats, so a block that does not straddle zero
+    keeps its values, which a clamped integer zero point destroys.
+    """
+
+    bits: int
+    suffixes: ClassVar[tuple[str, ...]] = ("", "_scale", "_low")
+    block: ClassVar[int] = 256
+
+    def layout(self, shape: Shape, working: torch.dtype) -> tuple[Kept, ...]:
+        return self._layout(shape, 8 // self.bits, 2)
+
+    def read(self, kept: Mapping[str, Tensor], shape: Shape, working: torch.dtype) -> Tensor:
+        codes = quantize.unpack4(kept[""], math.prod(shape)) if self.bits == 4 else _flat(kept[""], shape)
+        x = quantize.dequantize_affine(codes, kept["_scale"], kept["_low"], self.block, working)
+        return x.view(*kept["_scale"].shape[:-1], *shape)
+
+    def write_(self, kept: Mapping[str, Tensor], x: Tensor, noise: Noise | None) -> None:
+        flat = x.reshape(*kept["_scale"].shape[:-1], -1)
+        codes, scale, low = quantize.quantize_affine(flat, self.bits, self.block)
+        kept[""].copy_(quantize.pack4(codes) if self.bits == 4 else codes.view(kept[""].shape))
+        kept["_scale"].copy_(scale)
+        kept["_low"].copy_(low)
+
+
+def _flat(codes: Tensor, shape: Shape) -> Tensor:
+    return codes.reshape(*codes.shape[: codes.dim() - len(shape)], -1)
+
+
+STORES: dict[str, Store] = {"float32": Float32(), "bfloat16": BFloat16(), "int8": Int8(), "int4": Int4()}

@@ -1,0 +1,82 @@
+"""Residuals whose length the subspace decides, and the limiter of their growth (Fira, APOLLO)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..distributed.algebra import Algebra
+from ..recipe import Clock, Exact, Recipe, Residual, Shape, Spec, State, Update
+
+FLOOR = 1e-3  # root mean square below which a residual says nothing about the size of the next one
+_TINY = 1e-8
+
+
+@dataclass(frozen=True)
+class _Limited(Residual):
+    """A residual that may grow by at most the factor `limit` from one step to the next; None: without limit.
+
+    Sizes are those of Adam's directions, about 1 per entry. One below `FLOOR` is not remembered: as published, a zero
+    gradient caps all later residuals at 1 % of growth per step from zero, and freezes them for two thousand steps.
+    """
+
+    granularity: Literal["channel", "tensor"] = "channel"
+    limit: float | None = 1.01
+    scratch: ClassVar[int] = 1
+
+    def spec(self, shape: Shape) -> dict[str, Spec]:
+        return {} if self.limit is None else {"residual_size": Spec((1, 1), store=Exact(torch.float32))}
+
+    def _ratio(self, algebra: Algebra, d: Tensor, r: Tensor) -> Tensor:
+        """How much the subspace's rule scales a gradient: per column of the turned matrix, or over all."""
+        over = -2 if self.granularity == "channel" else (-2, -1)
+        return algebra.norm(d, over) / (algebra.norm(r, over) + _TINY)
+
+    def _limit_(self, algebra: Algebra, st: State, rest: Tensor) -> Tensor:
+        if self.limit is None:
+            return rest
+        size, before = algebra.size(rest), st["residual_size"].to(rest.dtype)
+        most = torch.where(before > 0, self.limit * before, size)
+        shortened = torch.minimum(size, most)
+        st["residual_size"].copy_(torch.where(shortened >= FLOOR, shortened, before))
+        return rest.mul_(torch.where(size > 0, shortened / size.clamp(min=torch.finfo(size.dtype).tiny), 1.0))
+
+
+@dataclass(frozen=True)
+class NormScaled(_Limited):
+    """Fira: the rest of the gradient, scaled column by column as much as Adam scales the part in the subspace.
+
+    Args:
+        code_scale: None for the paper's form; `scale` of the group for that of its authors' code, which takes
+            `G - scale P R` for the rest, and does not multiply it by scale afterwards.
+    """
+
+    code_scale: float | None = None
+
+    def after(
+        self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
+    ) -> Update:
+        d, rest = d * gain, g.clone()
+        recipe.basis.add_up_(rest, r, st, alpha=-(self.code_scale or 1.0), beta=1)
+        rest = self._limit_(algebra, st, rest.mul_(self._ratio(algebra, d, r)))
+        return Update(d, 1.0, rest, 1.0 if self.code_scale is None else 1 / self.code_scale)
+
+
+@dataclass(frozen=True)
+class Rescaled(_Limited):
+    """APOLLO: the whole gradient, scaled by what Adam does in a random subspace, and nothing else.
+
+    Args:
+        front: a factor before the limiter.
+    """
+
+    front: float = 1.0
+
+    def after(
+        self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
+    ) -> Update:
+        ratio = self._ratio(algebra, d * gain, r) * self.front
+        return Update(None, rest=self._limit_(algebra, st, g * ratio))

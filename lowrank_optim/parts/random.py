@@ -1,0 +1,105 @@
+"""Which subspace? One that the gradient has no say in, or only by the size of its rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..distributed.algebra import Algebra
+from ..ops import orthonormalize
+from ..ops.philox import BLOCK
+from ..recipe import Basis, Draw, Exact, Reindex, Shape, Spec, State, Turn
+from .basis import OneSided
+
+
+@dataclass(frozen=True)
+class Random(OneSided):
+    """Gaussian, drawn anew at each refresh.
+
+    Args:
+        orthonormal: False: independent entries of variance 1/r, so that `E[P P^T] = I` (Flora, APOLLO). True: the
+            orthonormal basis of their span, uniform over all subspaces (GoLore).
+        kept: False keeps nothing: the matrix is a function of the seed and the number of refreshes, and is drawn at
+            each step.
+    """
+
+    orthonormal: bool = False
+    kept: bool = False
+
+    @property
+    def derives(self) -> bool:  # type: ignore[override]
+        return not self.kept
+
+    def spec(self, shape: Shape, rank: int) -> dict[str, Spec]:
+        return super().spec(shape, rank) if self.kept else {}
+
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, t: float) -> dict[str, Tensor]:
+        return {"basis": self._drawn(g.shape[0], rank, draw)} if self.kept else {}
+
+    def derive(self, g: Tensor, kept: State, rank: int, draw: Draw) -> dict[str, Tensor]:
+        return {"basis": self._drawn(g.shape[-2], rank, draw)} if self.derives else {}
+
+    def step_workspace(self, shape: Shape, rank: int) -> int:
+        return 0 if self.kept else self.fit_workspace(*shape, rank) + 2 * shape[0] * rank
+
+    def fit_workspace(self, m: int, n: int, rank: int) -> int:
+        drawing = m * rank + 16 * min(m * rank, 4 * BLOCK)
+        return max(drawing, 6 * m * rank + 8 * rank**2) if self.orthonormal else drawing + m * rank
+
+    def _drawn(self, m: int, rank: int, draw: Draw) -> Tensor:
+        x = draw((m, rank))
+        return orthonormalize(x) if self.orthonormal else x.mul_(rank**-0.5)
+
+
+@dataclass(frozen=True)
+class Rows(Basis):
+    """Some rows of the turned G: the largest (`"norm"`: GRASS, SN-SM's top-k) or any (`"random"`: FRUGAL).
+
+    Projecting is reading them; of the basis only the indices are kept.
+    """
+
+    choose: Literal["norm", "random"]
+    indexed: ClassVar[bool] = True
+
+    def spec(self, shape: Shape, rank: int) -> dict[str, Spec]:
+        return {"index": Spec((rank,), steady=True, store=Exact(torch.int32))}
+
+    def coordinates(self, shape: Shape, rank: int) -> Shape:
+        return rank, shape[1]
+
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, t: float) -> dict[str, Tensor]:
+        scores = algebra.energy(g, -1) if self.choose == "norm" else draw((g.shape[0],))
+        return {"index": top(scores, rank)}
+
+    def turn(self, algebra: Algebra, old: State, new: State) -> Turn:
+        return reindex(old["index"], new["index"])
+
+    def down(self, algebra: Algebra, g: Tensor, st: State) -> Tensor:
+        index = st["index"].long()
+        return g[index] if g.dim() == 2 else g.gather(-2, index.unsqueeze(-1).expand(*index.shape, g.shape[-1]))
+
+    def add_up_(self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float) -> None:
+        if beta != 1:
+            w.mul_(beta)
+        index = st["index"].long()
+        if w.dim() == 2:
+            w.index_add_(0, index, d, alpha=alpha)
+        else:
+            w.scatter_add_(-2, index.unsqueeze(-1).expand_as(d), d * alpha)
+
+    def fit_workspace(self, m: int, n: int, rank: int) -> int:
+        return m * n + 4 * m if self.choose == "norm" else 5 * m + 16 * min(m, 4 * BLOCK)
+
+
+def top(scores: Tensor, rank: int) -> Tensor:
+    """The positions of the largest scores, ascending, so that a slot keeps its vector for as long as it can."""
+    return scores.topk(rank).indices.sort().values.int()
+
+
+def reindex(old: Tensor, new: Tensor) -> Reindex:
+    """Of two ascending selections."""
+    slot = torch.searchsorted(old, new).clamp_(max=len(old) - 1)
+    return Reindex(torch.where(old[slot] == new, slot, torch.full_like(slot, -1)))

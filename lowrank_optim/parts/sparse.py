@@ -1,0 +1,81 @@
+"""The residual of GaLore+: exact Adam on the few entries where the projection errs most."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..distributed.algebra import Algebra
+from ..recipe import Clock, Exact, Recipe, Residual, Shape, Spec, State, Update
+from .moments import EMA, RMS
+
+_WORK = 1 << 20  # elements of gathered rows of P and columns of D at once
+
+
+@dataclass(frozen=True)
+class Sparse(Residual):
+    """`up(D) + weight (U - up(D))` on a sparse set of entries, with U what Adam itself would do there.
+
+    The set is the largest entries of `|G - P P^T G|` at the first refresh, and stays. Its moments see every gradient
+    since then, whatever becomes of the basis; with weight 1 these entries simply follow Adam.
+
+    Args:
+        density: share of the entries of a matrix.
+    """
+
+    density: float
+    weight: float
+    momentum: EMA
+    scaling: RMS
+    scratch: ClassVar[int] = 3
+
+    def spec(self, shape: Shape) -> dict[str, Spec]:
+        count = round(self.density * math.prod(shape))
+        whole = Exact(torch.int32)
+        return {
+            "entries": Spec((count,), store=whole),
+            "entries_age": Spec((1,), store=whole),
+            "entries_avg": Spec((count,)),
+            "entries_avg_sq": Spec((count,), unsigned=True),
+        }
+
+    def after(
+        self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
+    ) -> Update:
+        d = d * gain
+        if not st["entries"].numel():
+            return Update(d)
+        fresh = (st["entries_age"] == 0).squeeze(-1) & g.any(-1).any(-1)
+        if bool(fresh.any()):
+            self._choose_(recipe, st, g, r, fresh)
+        chosen = g.flatten(-2).gather(-1, st["entries"].long())
+        st["entries_age"].add_((st["entries_age"] > 0) | fresh.unsqueeze(-1))
+        t = st["entries_age"].clamp(min=1).to(g.dtype)
+        moments = {"exp_avg": st["entries_avg"], "exp_avg_sq": st["entries_avg_sq"]}
+        numerator, correction = self.momentum(moments, chosen, t)
+        exact = self.scaling(algebra, moments, numerator, chosen, t) * correction
+        return Update(d, entries=(st["entries"], (exact - _entries_of(recipe, st, d, g)) * self.weight))
+
+    def _choose_(self, recipe: Recipe, st: State, g: Tensor, r: Tensor, fresh: Tensor) -> None:
+        rest = g.clone()
+        recipe.basis.add_up_(rest, r, st, alpha=-1, beta=1)
+        entries = rest.abs_().flatten(-2).topk(st["entries"].shape[-1]).indices.sort().values.int()
+        st["entries"].copy_(torch.where(fresh.unsqueeze(-1), entries, st["entries"]))
+
+
+def _entries_of(recipe: Recipe, st: State, d: Tensor, g: Tensor) -> Tensor:
+    """`up(D)` at the entries alone: products of gathered rows of P and columns of D, some at a time."""
+    place, basis, columns = st["entries"].long(), st["basis"], d.mT
+    parts = []
+    for some in place.split(max(1, _WORK // basis.shape[-1]), dim=-1):
+        row, column = some // g.shape[-1], some % g.shape[-1]
+        if g.dim() == 2:
+            parts.append((basis[row] * columns[column]).sum(-1))
+        else:
+            batch = torch.arange(len(g), device=g.device).unsqueeze(-1)
+            parts.append((basis[batch, row] * columns[batch, column]).sum(-1))
+    return torch.cat(parts, dim=-1)

@@ -1,0 +1,155 @@
+"""One step of equal matrices: the lines of `recipe.py`, run on a chunk. Nothing here asks which part it holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .chunk import Chunk
+from .distributed.algebra import WHOLE, Algebra
+from .parts import fused
+from .plan import Plan
+from .recipe import Clock, Draw, Recipe, State, Store, Turn, Update
+
+
+def update_(chunk: Chunk, algebra: Algebra = WHOLE) -> None:
+    """Weights and state of a chunk, one step further. A negative lr ascends: every rule is odd in G."""
+    recipe, group = chunk.recipe, chunk.group
+    st = chunk.open()
+    g = recipe.residual.before(chunk.gradient(), st)
+    refreshed = _refresh(chunk, algebra, g, st)
+    _derive(chunk, g, st)
+    t, w = chunk.clock(st), chunk.weights()
+    lr, decay = float(group["lr"]), group["weight_decay"]
+    if group["maximize"] or not fused.step_(recipe, w, g, st, lr, decay, t):
+        change = _change(recipe, algebra, g, st, t, float(chunk.step))
+        length = recipe.step_size(algebra, lr, w, chunk.step) * (-recipe.scale if group["maximize"] else recipe.scale)
+        _apply_(recipe, w, st, change, length, 1 - lr * decay)
+    chunk.write_weights(w)
+    chunk.close(st, refreshed)
+
+
+def _change(recipe: Recipe, algebra: Algebra, g: Tensor, st: State, t: Clock, step: float) -> Update:
+    """What is subtracted from W, as a multiple of lr. Moments have seen t steps, those in full space `step`."""
+    scaling, full, before = recipe.scaling, recipe.scaling_in == "full", recipe.momentum_of == "update"
+    if full and before:
+        g = scaling(algebra, st, g, g, step)
+    r = recipe.basis.down(algebra, g, st)
+    if full:
+        d, gain = recipe.momentum(st, r, t)
+    elif before:
+        d, gain = recipe.momentum(st, scaling(algebra, st, r, r, t), t)
+    elif (direction := fused.direction(recipe, st, r, t)) is not None:
+        d, gain = direction
+    else:
+        numerator, gain = recipe.momentum(st, r, t)
+        d = scaling(algebra, st, numerator, r, t)
+    change = recipe.residual.after(algebra, recipe, st, g, r, d, gain)
+    if full and not before:
+        change = Update(None, rest=scaling(algebra, st, change.whole(recipe, st), g, step))
+    return change
+
+
+def _apply_(recipe: Recipe, w: Tensor, st: State, change: Update, length: Clock, keep: float) -> None:
+    """`W <- keep W - length change`."""
+    if change.d is None:
+        w.mul_(keep)
+    else:
+        d, alpha = _times(change.d, length * change.gain)
+        recipe.basis.add_up_(w, d, st, alpha=-alpha, beta=keep)
+    if change.rest is not None:
+        rest, alpha = _times(change.rest, length * change.rest_gain)
+        w.add_(rest, alpha=-alpha)
+    if change.entries is not None:
+        place, values = change.entries[0].long(), change.entries[1] * -length
+        where = place // w.shape[-1], place % w.shape[-1]
+        if w.dim() > 2:
+            where = (torch.arange(len(w), device=w.device).unsqueeze(-1).expand_as(place), *where)
+        w.index_put_(where, values, accumulate=True)
+
+
+def _times(x: Tensor, factor: Clock) -> tuple[Tensor, float]:
+    """A number stays outside, for kernels that multiply in passing; a tensor is multiplied in."""
+    return (x * factor, 1.0) if isinstance(factor, Tensor) else (x, factor)
+
+
+def _refresh(chunk: Chunk, algebra: Algebra, g: Tensor, st: State) -> bool:
+    """Refits the bases that are due, matrix by matrix. One with a zero gradient keeps its own and stays due."""
+    if not chunk.plans[0].projected:
+        return False
+    refresh, done = chunk.recipe.refresh, False
+    counted = refresh.counters().keys()
+    for plan, state, inner, outer in chunk.matrices():
+        count, last = state["refreshes"].view(-1), state["refreshed_at"].view(-1)
+        counters = {key: state[key].view(plan.count, *state[key].shape[len(plan.batch) :])[inner] for key in counted}
+        expert = chunk.first + inner
+        if not refresh.due(chunk.step - 1, int(last[inner]), plan.place + expert, counters):
+            continue
+        matrix = g if g.dim() == 2 else g[outer]
+        if float(algebra.largest(matrix)) == 0:  # finite it is: the norm was
+            continue
+        view = st if g.dim() == 2 else {key: tensor[outer] for key, tensor in st.items()}
+        draw = _draws(plan, expert, matrix)
+        turn = _refit(chunk, algebra, plan, int(count[inner]), matrix, view, draw)
+        if turn is not None:
+            refresh.note_(counters, turn)
+        count[inner] += 1
+        last[inner] = chunk.step - 1
+        done = True
+    return done
+
+
+def _refit(
+    chunk: Chunk, algebra: Algebra, plan: Plan, count: int, g: Tensor, st: State, draw: Callable[[int], Draw]
+) -> Turn | None:
+    """One matrix: a new basis, and the moments brought along. `st` are views that write through."""
+    recipe, basis, rank, seen = chunk.recipe, chunk.recipe.basis, cast(int, plan.rank), float(chunk.step - 1)
+    keys = basis.spec(plan.matrix, rank)
+    fitted = basis.fit(algebra, g, st if count else None, rank, draw(count), seen)
+    new = {key: cast(Store, chunk.spec[key].store).rounded(x, chunk.working) for key, x in fitted.items()}
+    turn = None
+    if count:
+        old = {key: st[key] for key in keys}
+        old |= basis.derive(g, old, rank, draw(count - 1))
+        derived = basis.derive(g, new, rank, draw(count))
+        turn = basis.turn(algebra, old, {**new, **derived})
+        recipe.residual.turning_(recipe, st, old, 1.0)
+        recipe.refresh.carry_(algebra, recipe, st, turn, seen)
+        recipe.residual.turning_(recipe, st, {**new, **derived}, -1.0)
+    for key, tensor in new.items():
+        st[key].copy_(tensor)
+    return turn
+
+
+def _derive(chunk: Chunk, g: Tensor, st: State) -> None:
+    """Adds to `st` what the basis needs and nobody keeps."""
+    basis = chunk.recipe.basis
+    if not (basis.derives and chunk.plans[0].projected):
+        return
+    parts: list[dict[str, Tensor]] = []
+    for plan, state, inner, outer in chunk.matrices():
+        matrix = g if g.dim() == 2 else g[outer]
+        kept = {key: st[key] if g.dim() == 2 else st[key][outer] for key in basis.spec(plan.matrix, plan.rank or 0)}
+        count = max(0, int(state["refreshes"].view(-1)[inner]) - 1)
+        draw = _draws(plan, chunk.first + inner, matrix)(count)
+        parts.append(basis.derive(matrix, kept, cast(int, plan.rank), draw))
+    for key in parts[0]:
+        st[key] = parts[0][key] if g.dim() == 2 else torch.stack([part[key] for part in parts])
+
+
+def _draws(plan: Plan, expert: int, g: Tensor) -> Callable[[int], Draw]:
+    """The random numbers of one matrix, for refresh number `count`."""
+
+    def of(count: int) -> Draw:
+        def draw(shape: tuple[int, ...], purpose: str = "sketch") -> Tensor:
+            stream = ops.stream_of(f"{purpose} {expert}", count)
+            return ops.normal(shape, plan.key, stream, g.device).to(g.dtype)
+
+        return draw
+
+    return of
