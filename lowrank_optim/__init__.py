@@ -2,19 +2,46 @@
 
 from .groups import param_groups
 from .memory import MemoryEstimate, estimate_memory
-from .methods.galore import GaLoreAdamW
+from .methods.apollo import APOLLO
+from .methods.apollo_mini import APOLLOMini
+from .methods.dct import DCTAdamW
+from .methods.fira import FiraAdamW
+from .methods.flora import Flora
+from .methods.frugal import FRUGAL
+from .methods.galore import GaLoreAdamW, GaLoreAdamW8bit
 from .methods.galore_adafactor import GaLoreAdafactor
+from .methods.galore_plus import GaLorePlusAdamW
+from .methods.golore import GoLoreAdamW
+from .methods.ldadam import LDAdamW
+from .methods.q_galore import QGaLoreAdamW
+from .methods.snsm import SNSMAdamW
+from .methods.subset_norm import SubsetNormAdamW
+from .methods.subspace_momentum import SubspaceMomentum
 from .optimizer import LowRankOptimizer
 from .report import Report, state_bytes
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "APOLLO",
+    "FRUGAL",
+    "APOLLOMini",
+    "DCTAdamW",
+    "FiraAdamW",
+    "Flora",
     "GaLoreAdafactor",
     "GaLoreAdamW",
+    "GaLoreAdamW8bit",
+    "GaLorePlusAdamW",
+    "GoLoreAdamW",
+    "LDAdamW",
     "LowRankOptimizer",
     "MemoryEstimate",
+    "QGaLoreAdamW",
     "Report",
+    "SNSMAdamW",
+    "SubsetNormAdamW",
+    "SubspaceMomentum",
     "estimate_memory",
     "param_groups",
     "state_bytes",

@@ -9,10 +9,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
@@ -75,7 +78,9 @@ def _beta1(name: str, value: Any) -> None:
 
 
 def _eps(name: str, value: Any) -> None:
-    """One number (Adam), or Adafactor's pair, whose first may be None."""
+    """One number (Adam), or Adafactor's pair, whose first may be None; None where a method knows its own."""
+    if value is None:
+        return
     if isinstance(value, (tuple, list)):
         if len(value) != 2:
             raise ValueError(f"{name} must be a number or a pair, got {value!r}")
@@ -106,6 +111,19 @@ def _whole(low: int) -> Check:
     return check
 
 
+def _limit(name: str, value: Any) -> None:
+    if value is not None:
+        _number(1, open_low=True, hint="None switches the limiter off")(name, value)
+
+
+def _subset_size(name: str, value: Any) -> None:
+    if value not in (None, "sqrt"):
+        try:
+            _whole(1)(name, value)
+        except ValueError as error:
+            raise ValueError(f"{error}; or None for whole rows or columns, or 'sqrt'") from None
+
+
 def _decay(name: str, value: Any) -> None:
     if not isinstance(value, numbers.Real) or not -1 <= float(value) < 0:
         raise ValueError(f"{name} must be a number in [-1, 0), got {value!r}; Adafactor's is -0.8")
@@ -123,7 +141,22 @@ _CHECKS: dict[str, Check] = {
     "update_proj_gap": _whole(1),
     "scale": _number(0, open_low=True),
     "proj_type": _one_of(*PROJ_TYPES),
-    "basis": _one_of("rsvd", "svd"),
+    "momentum": _number(0, 1),
+    "limit": _limit,
+    "rho": _number(0, 1),
+    "density": _number(0, math.nextafter(1, 2)),
+    "residual_scale": _number(0),
+    "sign_scale": _number(0),
+    "heads": _whole(1),
+    "queue": _whole(1),
+    "growth": _whole(1),
+    "threshold": _number(0),
+    "random_after": _whole(0),
+    "subset_size": _subset_size,
+    "store_projection": _flag,
+    "scale_front": _flag,
+    "orthonormal": _flag,
+    "fft": _flag,
     "moments": _one_of("keep", "rotate", "reset"),
     "stagger": _flag,
     "state_dtype": _one_of("float32", "bfloat16", "int8", "int4"),
@@ -151,16 +184,21 @@ def group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
             raise ValueError(f"unknown key {key!r} in a param group; {hint}")
 
 
-def hyperparameters(group: Mapping[str, Any]) -> None:
-    """Checks every number and option in a group, so that overrides and later groups are covered as well."""
+def hyperparameters(group: Mapping[str, Any], choices: Mapping[str, tuple[str, ...]]) -> None:
+    """Checks every number and option in a group, so that overrides and later groups are covered as well.
+
+    `choices` are those of the class, where it has its own.
+    """
     for key, value in group.items():
-        if key in _CHECKS:
+        if key in choices:
+            _one_of(*choices[key])(key, value)
+        elif key in _CHECKS:
             _CHECKS[key](key, value)
 
 
 def single(name: str, value: Any) -> Any:
     """The value, where a method takes one number and another takes a pair."""
-    if isinstance(value, (tuple, list)):
+    if value is None or isinstance(value, (tuple, list)):
         raise ValueError(f"{name} must be one number here, got {value!r}")
     return value
 
@@ -170,6 +208,29 @@ def pair(name: str, value: Any) -> tuple[Any, Any]:
     if not isinstance(value, (tuple, list)):
         raise ValueError(f"{name} must be a pair here, got {value!r}; for example (None, 0.001)")
     return value[0], value[1]
+
+
+def whole_heads(plan: Plan, heads: int) -> None:
+    """GaLore+: heads are equal blocks of the side that is not projected."""
+    if plan.matrix[1] % heads:
+        blocks = "rows" if plan.side == "right" else "columns"
+        raise ValueError(
+            f"{plan.name} {plan.shape} has {plan.matrix[1]} {blocks}, which {heads} heads do not divide. Set heads of its "
+            'group (1: no heads), or the side: proj_type="right" for query, key and value, "left" for the output'
+        )
+
+
+def stable_transfers(plan: Plan, group: Mapping[str, Any]) -> None:
+    """Flora: momentum must fade faster than the transfers to new random subspaces blow it up."""
+    growth = math.sqrt(1 + (plan.matrix[0] + 1) / cast(int, plan.rank))
+    beta, gap = group["betas"][0], group["update_proj_gap"]
+    if group["moments"] == "rotate" and not group["orthonormal"] and beta**gap * growth >= 1:
+        least = math.floor(-math.log(growth) / math.log(beta)) + 1
+        raise ValueError(
+            f"{plan.name}: momentum would grow without bound, because each transfer to a new subspace multiplies it by "
+            f"about {growth:.3g} and {gap} steps only fade it to {beta**gap:.3g}. Use update_proj_gap >= {least} "
+            "(the paper: 1000), or orthonormal=True"
+        )
 
 
 def unchanged(asked: tuple[Any, ...], before: tuple[Any, ...]) -> None:

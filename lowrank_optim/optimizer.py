@@ -7,7 +7,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from .report import Report, report
 from .state import follow, fresh, loaded
 from .update import update_
 
-_DEFAULT_RANK = 0.25
 _GROUP_ONLY = {"skip_embeddings": True, "as_matrix": "auto"}  # hyper-parameters that only groups set
 
 
@@ -34,15 +33,18 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     """
 
     rule = "AdamW"  # what the method is in full space
+    default_rank: int | float = 0.25  # of rank="auto"
+    ranked = True  # False: matrices are served whole, and `rank=None` in a group only leaves them out
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # options with values of this method's own
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], *, strict: bool = False) -> None:
         params = params if isinstance(params, Tensor) else list(params)  # torch's own error for a bare tensor
-        if defaults["rank"] == "auto":
+        if defaults.setdefault("rank", "auto") == "auto":
             # Groups written for the original package name a rank where they want projection and nowhere else.
             named = any(isinstance(group, dict) and group.get("rank") is not None for group in params)
-            defaults["rank"] = None if named else _DEFAULT_RANK
-        defaults = {**_GROUP_ONLY, **defaults, "strict": strict}
-        checks.hyperparameters(defaults)
+            defaults["rank"] = None if named else self.default_rank
+        defaults = {**_GROUP_ONLY, "proj_type": "std", **defaults, "strict": strict}
+        checks.hyperparameters(defaults, self.choices)
         self._plans: dict[Tensor, Plan] = {}
         self._decided: list[tuple[Any, ...]] = []  # what each group asked for when its plans were made
         super().__init__(params, defaults)
@@ -72,7 +74,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            checks.hyperparameters(group)
+            checks.hyperparameters(group, self.choices)
             self.recipe(group)
             plans = self._decide(group)
             if group["strict"]:
@@ -94,7 +96,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         names = group.get("param_names", [""] * len(group["params"]))
         for name, p in zip(names, group["params"], strict=True):
             index = len(self._plans) + len(plans)
-            plan = decide(name, index, taken, p.shape, group)
+            plan = decide(name, index, taken, p.shape, group, self.ranked)
             checks.parameter(plan.name, p)
             if plan.projected:
                 self.refuse(plan, group)
@@ -216,7 +218,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
                     group.setdefault(key, value)
         self._plans, self._decided = {}, []
         for group in self.param_groups:
-            checks.hyperparameters(group)
+            checks.hyperparameters(group, self.choices)
             self._plans.update(self._decide(group))
             self._decided.append(asked_of(group))
         if incoming is not None:

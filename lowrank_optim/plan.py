@@ -78,10 +78,13 @@ class Plan:
         return (x.mT if self.side == "right" else x).reshape(self.shape)
 
 
-def decide(name: str, index: int, place: int, shape: torch.Size, group: dict[str, Any]) -> Plan:
-    """The plan of parameter number `index`, which would be the `place`-th projected one."""
+def decide(name: str, index: int, place: int, shape: torch.Size, group: dict[str, Any], ranked: bool) -> Plan:
+    """The plan of parameter number `index`, which would be the `place`-th projected one.
+
+    `ranked`: False for methods that serve matrices whole; their rank is that of the matrix.
+    """
     batch, rows, columns = as_matrices(shape, group["as_matrix"])
-    reason, fallback = _why_plain(name, shape, rows, columns, group)
+    reason, fallback = _why_plain(name, shape, rows, columns, group, ranked)
     common: dict[str, Any] = {"reason": reason, "fallback": fallback, "shape": tuple(shape)}
     common |= {"name": name or f"param {index}", "key": key_of(group["seed"], _WRAPPERS.sub("", name) or str(index))}
     if reason:
@@ -90,7 +93,7 @@ def decide(name: str, index: int, place: int, shape: torch.Size, group: dict[str
         return Plan(**common, batch=batch, matrix=matrix, side="-", rank=None, place=0)
     side = resolve_side(group["proj_type"], rows, columns)
     matrix = (columns, rows) if side == "right" else (rows, columns)
-    rank = resolve_rank(group["rank"], rows, columns)
+    rank = resolve_rank(group["rank"], rows, columns) if ranked else min(rows, columns)
     return Plan(**common, batch=batch, matrix=matrix, side=side, rank=rank, place=place)
 
 
@@ -133,7 +136,9 @@ def names_say(name: str) -> str:
     return "head" if any(part in _HEAD_NAMES for part in parts) else ""
 
 
-def _why_plain(name: str, shape: torch.Size, rows: int, columns: int, group: dict[str, Any]) -> tuple[str, bool]:
+def _why_plain(
+    name: str, shape: torch.Size, rows: int, columns: int, group: dict[str, Any], ranked: bool
+) -> tuple[str, bool]:
     """(reason, fallback); ("", False) for a parameter that can be projected."""
     if group["rank"] is None:
         return "its group has no rank", False
@@ -143,6 +148,6 @@ def _why_plain(name: str, shape: torch.Size, rows: int, columns: int, group: dic
     if group["skip_embeddings"] and names_say(name):
         return f"{names_say(name)}, by its name", False
     rank = resolve_rank(group["rank"], rows, columns)
-    if rank >= min(rows, columns):
+    if ranked and rank >= min(rows, columns):
         return f"rank {rank} >= min{(rows, columns)}", True
     return "", False

@@ -13,7 +13,14 @@ from .chunk import COMPENSATION, is_packed, working_dtype
 from .plan import Plan
 from .recipe import Recipe, Store
 
-_COUNTERS = {"step", "skipped", "refreshes", "refreshed_at", "refresh_gap", "overlaps"}  # on the CPU, where reading them costs no synchronisation
+_COUNTERS = {
+    "step",
+    "skipped",
+    "refreshes",
+    "refreshed_at",
+    "refresh_gap",
+    "overlaps",
+}  # on the CPU, where reading them costs no synchronisation
 
 
 def fresh(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) -> dict[str, Tensor]:
@@ -27,7 +34,7 @@ def fresh(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) -> dict[
         state["refreshes"] = torch.zeros(plan.batch, dtype=torch.int64)
         state["refreshed_at"] = torch.full(plan.batch, -1)
         for key, counter in recipe.refresh.counters().items():
-            state[key] = counter.expand(*plan.batch, *counter.shape).clone()
+            state[key] = counter.expand(plan.batch + tuple(counter.shape)).clone()
     if _compensated(p, group):
         state[COMPENSATION] = torch.zeros_like(p)
     return state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import cast
 
@@ -67,10 +66,10 @@ def _apply_(recipe: Recipe, w: Tensor, st: State, change: Update, length: Clock,
         w.add_(rest, alpha=-alpha)
     if change.entries is not None:
         place, values = change.entries[0].long(), change.entries[1] * -length
-        where = place // w.shape[-1], place % w.shape[-1]
+        where = [place // w.shape[-1], place % w.shape[-1]]
         if w.dim() > 2:
-            where = (torch.arange(len(w), device=w.device).unsqueeze(-1).expand_as(place), *where)
-        w.index_put_(where, values, accumulate=True)
+            where.insert(0, torch.arange(len(w), device=w.device).unsqueeze(-1).expand_as(place))
+        w.index_put_(tuple(where), values, accumulate=True)
 
 
 def _times(x: Tensor, factor: Clock) -> tuple[Tensor, float]:

@@ -32,7 +32,7 @@ def matrix():
         ("proj_type", "standard", r"proj_type must be one of 'std', .*, got 'standard'; did you mean 'std'"),
         ("basis", "SVD ", r"basis must be one of 'rsvd', 'svd', got 'SVD '"),
         ("moments", "rotated", r"moments must be one of .*, got 'rotated'; did you mean 'rotate'\?"),
-        ("state_dtype", torch.bfloat16, r"state_dtype must be one of 'float32', 'bfloat16', got torch.bfloat16"),
+        ("state_dtype", torch.bfloat16, r"state_dtype must be one of 'float32', 'bfloat16', 'int8', 'int4', got torch.bfloat16"),
         ("bf16_update", "sr", r"bf16_update must be one of 'stochastic', 'kahan', 'none', got 'sr'"),
         ("nonfinite", None, r"nonfinite must be one of 'skip', 'raise', got None"),
         ("seed", -1, r"seed must be an int >= 0, got -1"),

@@ -4,15 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..parts import STORES, SVD, BFloat16, Drop, Every, SubspaceIteration, TwoSided
-from ..recipe import Basis
+from .. import checks
+from ..parts import (
+    EMA,
+    RMS,
+    STORES,
+    SVD,
+    Affine,
+    BFloat16,
+    Constant,
+    Drop,
+    Every,
+    Identity,
+    Never,
+    Random,
+    Rows,
+    SubspaceIteration,
+    TwoSided,
+)  # fmt: skip
+from ..recipe import Basis, Recipe, Store
 
 OPTIONS = """
     Options that every method has:
         maximize: ascend instead.
         foreach: stack equal matrices and update them together; None does so on accelerators and loops on CPU.
         state_dtype: "float32", "bfloat16" (rounded stochastically), "int8" or "int4" (blockwise; bases then in bfloat16;
-            vectors and parameters below 4096 elements stay float32), for moments and bases.
+            vectors and parameters below 4096 elements stay float32): of moments and bases.
         bf16_update: how bfloat16 weights are rounded, after float32 arithmetic: "stochastic" (unbiased), "kahan" (keeps
             what was lost, 2 bytes per weight; also for float16), "none" (to nearest: small updates vanish).
         nonfinite: "skip" leaves a parameter with a NaN or infinite gradient out of the step, counts it and warns once;
@@ -34,16 +51,54 @@ OPTIONS = """
 """
 
 
+ONE_SIDED = ("std", "reverse_std", "left", "right")  # proj_type of methods that cannot project both sides
+BASES: dict[str, Basis] = {
+    "rsvd": SubspaceIteration(),
+    "svd": SVD(),
+    "random": Random(orthonormal=True, kept=True),
+    "topk": Rows("norm"),
+    "rows": Rows("random"),
+}
+
+ERRORS: dict[str, Store | None] = {  # how error feedback is kept
+    "none": None, "float32": STORES["float32"], "bfloat16": BFloat16(), "int8": Affine(8), "int4": Affine(4),
+}  # fmt: skip
+
+
+def given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The options among the `locals()` of a constructor: what becomes the defaults of its groups."""
+    return {key: x for key, x in arguments.items() if key not in ("self", "params", "strict", "__class__")}
+
+
+def adam(group: dict[str, Any]) -> dict[str, Any]:
+    """Adam's two moments, and lr as it is."""
+    beta1, beta2 = group["betas"]
+    return {
+        "momentum": EMA(beta1),
+        "scaling": RMS(beta2, checks.single("eps", group["eps"])),
+        "step_size": Constant(),
+    }
+
+
+def adamw(group: dict[str, Any]) -> Recipe:
+    """AdamW in full space, for what is not projected."""
+    return Recipe(basis=Identity(), refresh=Never(), residual=Drop(), **adam(group), **stores(group))
+
+
 def subspace(group: dict[str, Any]) -> dict[str, Any]:
     """Basis, refresh, residual and store of a method with GaLore's options."""
-    basis: Basis = SVD() if group["basis"] == "svd" else SubspaceIteration()
+    basis = BASES[group["basis"]]
     return {
         "basis": TwoSided(basis) if group["proj_type"] == "full" else basis,
-        "refresh": Every(group["update_proj_gap"], group["moments"], group["stagger"]),
+        "refresh": schedule(group),
         "residual": Drop(),
         "scale": group["scale"],
         **stores(group),
     }
+
+
+def schedule(group: dict[str, Any]) -> Every:
+    return Every(group["update_proj_gap"], group["moments"], group["stagger"])
 
 
 def stores(group: dict[str, Any]) -> dict[str, Any]:

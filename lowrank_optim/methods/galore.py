@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
-from .. import checks
 from ..optimizer import LowRankOptimizer
-from ..parts import EMA, RMS, Constant
 from ..recipe import Recipe
-from ._shared import OPTIONS, subspace
+from ._shared import OPTIONS, adam, given, subspace
 
 
 class GaLoreAdamW(LowRankOptimizer):
@@ -56,6 +55,7 @@ class GaLoreAdamW(LowRankOptimizer):
     """
 
     __doc__ = (__doc__ or "") + OPTIONS
+    choices = {"basis": ("rsvd", "svd")}
 
     def __init__(
         self,
@@ -80,18 +80,13 @@ class GaLoreAdamW(LowRankOptimizer):
         strict: bool = False,
         seed: int = 0,
     ) -> None:
-        defaults = dict(
-            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, foreach=foreach, rank=rank,
-            update_proj_gap=update_proj_gap, scale=scale, proj_type=proj_type, basis=basis, moments=moments,
-            stagger=stagger, state_dtype=state_dtype, bf16_update=bf16_update, nonfinite=nonfinite, seed=seed,
-        )  # fmt: skip
-        super().__init__(params, defaults, strict=strict)
+        super().__init__(params, given(locals()), strict=strict)
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
-        beta1, beta2 = group["betas"]
-        return Recipe(
-            momentum=EMA(beta1),
-            scaling=RMS(beta2, checks.single("eps", group["eps"])),
-            step_size=Constant(),
-            **subspace(group),
-        )
+        return Recipe(**adam(group), **subspace(group))
+
+
+class GaLoreAdamW8bit(GaLoreAdamW):
+    """`GaLoreAdamW` with moments in int8, under the name that galore-torch gives it."""
+
+    __init__ = functools.partialmethod(GaLoreAdamW.__init__, state_dtype="int8")

@@ -11,7 +11,7 @@ from .. import checks
 from ..optimizer import LowRankOptimizer
 from ..parts import EMA, Factored, NoMomentum, Relative
 from ..recipe import Recipe
-from ._shared import OPTIONS, subspace
+from ._shared import OPTIONS, given, subspace
 
 
 class GaLoreAdafactor(LowRankOptimizer):
@@ -51,6 +51,7 @@ class GaLoreAdafactor(LowRankOptimizer):
 
     __doc__ = (__doc__ or "") + OPTIONS
     rule = "Adafactor"
+    choices = {"basis": ("rsvd", "svd")}
 
     def __init__(
         self,
@@ -79,13 +80,7 @@ class GaLoreAdafactor(LowRankOptimizer):
         strict: bool = False,
         seed: int = 0,
     ) -> None:
-        defaults = dict(
-            lr=lr, beta2_decay=beta2_decay, eps=eps, d=d, weight_decay=weight_decay, maximize=maximize, foreach=foreach,
-            beta1=beta1, scale_parameter=scale_parameter, relative_step=relative_step, rank=rank,
-            update_proj_gap=update_proj_gap, scale=scale, proj_type=proj_type, basis=basis, moments=moments,
-            stagger=stagger, state_dtype=state_dtype, bf16_update=bf16_update, nonfinite=nonfinite, seed=seed,
-        )  # fmt: skip
-        super().__init__(params, defaults, strict=strict)
+        super().__init__(params, given(locals()), strict=strict)
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
         (floor, least), beta1 = checks.pair("eps", group["eps"]), group["beta1"]

@@ -32,7 +32,7 @@ def coefficients(kind: str, g: Tensor, fast: bool) -> Tensor:
     return dictionary(kind, g.shape[-2], g.dtype, g.device).mT @ g
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def dictionary(kind: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The whole dictionary `(n, n)`, vectors as columns; one per width, dtype and device, made once in float64."""
     if kind in ("dct2", "dct3"):
@@ -50,7 +50,7 @@ def _cosines(kind: str, n: int, row: Tensor, column: Tensor) -> Tensor:
     products reach n^2, and cost 2e-4 of orthogonality at n = 4096."""
     frequency, place = (column, row) if kind == "dct2" else (row, column)
     angle = (frequency * (2 * place + 1)) % (4 * n)
-    size = torch.where(frequency == 0, math.sqrt(1 / n), math.sqrt(2 / n)).double()
+    size = torch.where(frequency == 0, 1.0, 2.0).double().div(n).sqrt()
     return size * torch.cos(angle.double() * (math.pi / (2 * n)))
 
 

@@ -92,9 +92,11 @@ def unpack4(packed: Tensor, k: int) -> Tensor:
     return codes
 
 
-def uniform_noise(shape: tuple[int, ...], key: int, stream: Stream, device: torch.device | str = "cpu") -> Tensor:
-    """Uniform numbers in (0, 1) for stochastic rounding: the midpoints of 65536 equal cells."""
-    bits = random_bits16(torch.Size(shape).numel(), key, stream, device=device)
+def uniform_noise(
+    shape: tuple[int, ...], key: int, stream: Stream, start: int = 0, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Uniform numbers in (0, 1) for stochastic rounding: the midpoints of 65536 equal cells, numbered from `start`."""
+    bits = random_bits16(torch.Size(shape).numel(), key, stream, start, device)
     return bits.float().add_(0.5).mul_(2.0**-16).view(shape)
 
 

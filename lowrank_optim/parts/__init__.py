@@ -6,7 +6,7 @@ from .dictionary import Dictionary
 from .limited import NormScaled, Rescaled
 from .moments import EMA, RMS, Factored, HeavyBall, NoMomentum, NoScaling, SubsetNorm
 from .random import Random, Rows
-from .refresh import Every, Lazy
+from .refresh import Every, Lazy, Never
 from .residual import Drop, ErrorFeedback, Raw, Sign
 from .sparse import Sparse
 from .step_size import Constant, Relative
@@ -33,6 +33,7 @@ __all__ = [
     "Int8",
     "Later",
     "Lazy",
+    "Never",
     "NoMomentum",
     "NoScaling",
     "NormScaled",

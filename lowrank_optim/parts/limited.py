@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..distributed.algebra import Algebra
-from ..recipe import Clock, Exact, Recipe, Residual, Shape, Spec, State, Update
+from ..recipe import Clock, Recipe, Residual, Shape, Spec, State, Update
+from .store import Float32
 
 FLOOR = 1e-3  # root mean square below which a residual says nothing about the size of the next one
 _TINY = 1e-8
@@ -28,7 +29,7 @@ class _Limited(Residual):
     scratch: ClassVar[int] = 1
 
     def spec(self, shape: Shape) -> dict[str, Spec]:
-        return {} if self.limit is None else {"residual_size": Spec((1, 1), store=Exact(torch.float32))}
+        return {} if self.limit is None else {"residual_size": Spec((1, 1), store=Float32())}
 
     def _ratio(self, algebra: Algebra, d: Tensor, r: Tensor) -> Tensor:
         """How much the subspace's rule scales a gradient: per column of the turned matrix, or over all."""
@@ -38,7 +39,7 @@ class _Limited(Residual):
     def _limit_(self, algebra: Algebra, st: State, rest: Tensor) -> Tensor:
         if self.limit is None:
             return rest
-        size, before = algebra.size(rest), st["residual_size"].to(rest.dtype)
+        size, before = algebra.size(rest), st["residual_size"]
         most = torch.where(before > 0, self.limit * before, size)
         shortened = torch.minimum(size, most)
         st["residual_size"].copy_(torch.where(shortened >= FLOOR, shortened, before))

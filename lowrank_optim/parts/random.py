@@ -43,7 +43,7 @@ class Random(OneSided):
         return {"basis": self._drawn(g.shape[-2], rank, draw)} if self.derives else {}
 
     def step_workspace(self, shape: Shape, rank: int) -> int:
-        return 0 if self.kept else self.fit_workspace(*shape, rank) + 2 * shape[0] * rank
+        return 0 if self.kept else self.fit_workspace(shape[0], shape[1], rank) + 2 * shape[0] * rank
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         drawing = m * rank + 16 * min(m * rank, 4 * BLOCK)
@@ -62,6 +62,7 @@ class Rows(Basis):
     """
 
     choose: Literal["norm", "random"]
+    power: int = 2  # of the norm
     indexed: ClassVar[bool] = True
 
     def spec(self, shape: Shape, rank: int) -> dict[str, Spec]:
@@ -71,7 +72,7 @@ class Rows(Basis):
         return rank, shape[1]
 
     def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, t: float) -> dict[str, Tensor]:
-        scores = algebra.energy(g, -1) if self.choose == "norm" else draw((g.shape[0],))
+        scores = algebra.energy(g, -1, self.power) if self.choose == "norm" else draw((g.shape[0],))
         return {"index": top(scores, rank)}
 
     def turn(self, algebra: Algebra, old: State, new: State) -> Turn:

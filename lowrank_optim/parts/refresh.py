@@ -67,6 +67,16 @@ class Every(Refresh):
 
 
 @dataclass(frozen=True)
+class Never(Every):
+    """For full space, where nothing is ever refitted."""
+
+    gap: int = 1
+
+    def due(self, step: int, last: int, place: int, counters: Mapping[str, Tensor]) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
 class Lazy(Every):
     """Twice as seldom (`growth`), as soon as the last `memory` refreshes changed little (Q-GaLore).
 

@@ -118,7 +118,9 @@ class Int4(_Quantized):
 
     def write_(self, kept: Mapping[str, Tensor], x: Tensor, noise: Noise | None) -> None:
         flat = x.reshape(*kept["_absmax"].shape[:-1], -1)
-        codes, absmax = quantize.quantize_blockwise(flat, quantize.four_bit_map(not self.unsigned, x.device), self.block)
+        codes, absmax = quantize.quantize_blockwise(
+            flat, quantize.four_bit_map(not self.unsigned, x.device), self.block
+        )
         kept[""].copy_(quantize.pack4(codes))
         kept["_absmax"].copy_(absmax)
 

@@ -1,0 +1,1 @@
+"""Layers and weights that are not stored as plain floats."""

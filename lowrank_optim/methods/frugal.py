@@ -1,0 +1,73 @@
+"""FRUGAL: memory-efficient optimization by reducing state overhead. Zmushko et al., ICML 2025, 2411.07837"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from ..optimizer import LowRankOptimizer
+from ..parts import Sign
+from ..recipe import Recipe
+from ._shared import BASES, ONE_SIDED, OPTIONS, adam, given, subspace
+
+
+class FRUGAL(LowRankOptimizer):
+    r"""AdamW on a part of each gradient, and its sign on the rest: full-rank steps with the state of a part.
+
+    With G turned so that its projected side m comes first:
+
+        every update_proj_gap steps:  P (m, r) <- r rows of the identity, drawn at random;  moments begin anew
+        R = P^T G;   D = Adam(R)                                      (r, n)
+        W <- (1 - lr weight_decay) W - lr scale (P D + sign_scale sign(G - P R))
+
+    Memory: `2 n r` elements per matrix and r indices; `m r` elements instead of the indices where P is dense.
+
+    Args:
+        params, lr, betas, eps, weight_decay, update_proj_gap, scale, moments, stagger: see `GaLoreAdamW`.
+        rank: rows with state; as a fraction, the paper's density.
+        sign_scale: step of the rest over that of Adam: 1 for pretraining, 0.1 for fine-tuning, in the paper.
+        basis: "rows", at random; "topk", those of largest norm; "random", "svd" and "rsvd": dense subspaces.
+        proj_type: the side that is projected: "std", "reverse_std", "left" or "right".
+
+    Example::
+
+        opt = lowrank_optim.FRUGAL(model.named_parameters(), lr=1e-3, rank=0.25)
+
+    Differences from the paper and from its authors' code: parts of every matrix are active, not whole matrices (the
+    code's default "block" mode, in which state would be created and freed as training goes); restarted moments have
+    their own clock for bias correction. `tests/reference/frugal.py` is the algorithm as a loop.
+    """
+
+    __doc__ = (__doc__ or "") + OPTIONS
+    choices = {"basis": tuple(BASES), "proj_type": ONE_SIDED}
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        rank: int | float | str | None = "auto",
+        update_proj_gap: int = 200,
+        scale: float = 1.0,
+        proj_type: str = "std",
+        sign_scale: float = 1.0,
+        basis: str = "rows",
+        moments: str = "reset",
+        stagger: bool = True,
+        state_dtype: str = "float32",
+        bf16_update: str = "stochastic",
+        nonfinite: str = "skip",
+        strict: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(params, given(locals()), strict=strict)
+
+    def recipe(self, group: dict[str, Any]) -> Recipe:
+        return Recipe(**{**adam(group), **subspace(group), "residual": Sign(group["sign_scale"])})

@@ -1,0 +1,421 @@
+"""Weights in 8 bits: to torch a tensor like any other, in memory a quarter, and trained by stochastic rounding."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
+
+from lowrank_optim import ops
+from lowrank_optim.layers.quantized import Int8Weight, quantize_weights
+
+KEY = ops.key_of(3, "layer.weight")
+
+
+def mlp(**options) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(40, 30, **options), nn.Tanh(), nn.Linear(30, 20, **options))
+
+
+def plain_twin(model: nn.Module) -> nn.Module:
+    """The same model with the values of its 8-bit weights as plain ones."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if isinstance(getattr(module, "weight", None), Int8Weight):
+            module.weight = nn.Parameter(module.weight.unpack())
+    return twin
+
+
+def same(a: Int8Weight, b: Int8Weight) -> bool:
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("codes", "scale", "low"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (30, 40), (64, 48), (3, 20, 17), (300,)])
+def test_round_trip(shape, dtype):
+    x = torch.randn(shape).to(dtype)
+    w = Int8Weight.quantize(x)
+    assert (w.shape, w.dtype, w.codes.dtype, w.codes.shape) == (shape, dtype, torch.uint8, shape)
+    assert type(w.unpack()) is torch.Tensor
+    assert w.unpack().dtype == dtype
+    matrix = x.numel() // (shape[0] if len(shape) == 3 else 1)
+    assert w.scale.shape == w.low.shape == (*shape[:-2], -(-matrix // 256))
+    steps = w.scale.repeat_interleave(256, dim=-1)[..., :matrix].reshape(shape)
+    assert ((w.unpack(torch.float32) - x.float()).abs() <= steps * 0.5 + 1e-6).all()
+
+
+def test_a_matrix_of_a_stack_has_blocks_of_its_own():
+    x = torch.randn(3, 20, 17)
+    stack = Int8Weight.quantize(x)
+    stack.pack_(x + 1, KEY, (1, 1))
+    for i in range(3):
+        alone = Int8Weight.quantize(x[i])
+        assert torch.equal(Int8Weight.quantize(x).unpack()[i], alone.unpack())
+        assert float(stack.low[i].min()) == pytest.approx(float(x[i].min()) + 1)
+
+
+def test_memory():
+    model = quantize_weights(nn.Sequential(nn.Linear(100, 64), nn.Linear(64, 33, bias=False)))
+    for weight, (m, n) in ((model[0].weight, (64, 100)), (model[1].weight, (33, 64))):
+        assert weight.stored_bytes() == m * n + 8 * -(-m * n // 256)
+        assert weight.stored_bytes() < weight.nbytes * 0.27
+    buffer = io.BytesIO()
+    torch.save(quantize_weights(nn.Linear(512, 512, bias=False)).state_dict(), buffer)
+    assert len(buffer.getvalue()) < 1.1 * 512 * 512, "a checkpoint is as small"
+
+
+def test_no_plain_weight_is_kept_for_backward():
+    model, saved = quantize_weights(mlp()), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x), x)[1], lambda x: x):
+        model(torch.randn(4, 40))
+    assert sum(isinstance(x, Int8Weight) for x in saved) == 2
+    assert not any(x.numel() in (1200, 600) for x in saved if not isinstance(x, Int8Weight))
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_and_gradients_are_those_of_the_plain_weight(dtype, bias, batch):
+    model = quantize_weights(mlp(bias=bias).to(dtype))
+    twin = plain_twin(model)
+    x = torch.randn(*batch, 40, dtype=dtype)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, z = model(ours), twin(theirs)
+    assert torch.equal(y, z)
+    y.square().sum().backward()
+    z.square().sum().backward()
+    close = dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(ours.grad, theirs.grad, **close)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert type(p.grad) is torch.Tensor
+        assert (p.grad.dtype, p.grad.shape) == (p.dtype, p.shape)
+        torch.testing.assert_close(p.grad, q.grad, **close)
+
+
+def test_autocast_as_for_the_plain_weight():
+    model = quantize_weights(mlp())
+    twin, x = plain_twin(model), torch.randn(6, 40)
+    for m in (model, twin):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = m(x)
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert p.grad.dtype == torch.float32
+        torch.testing.assert_close(p.grad, q.grad, rtol=2e-2, atol=2e-2)
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(x.bfloat16())
+
+
+def test_other_ways_to_use_a_weight():
+    """Through ops that know nothing of it, checkpointing, offloaded activations, frozen, or in an attention module."""
+    model = quantize_weights(mlp())
+    twin, x = plain_twin(model), torch.randn(6, 40)
+
+    def gradient(m, run):
+        m.zero_grad()
+        run(m).square().sum().backward()
+        return m[0].weight.grad
+
+    def offloaded(m):
+        with torch.autograd.graph.save_on_cpu():
+            return m(x)
+
+    ways = [
+        lambda m: x @ m[0].weight.mT, lambda m: torch.einsum("bi,oi->bo", x, m[0].weight), lambda m: m[0].weight.norm(),
+        lambda m: m[0].weight[3], lambda m: m[0].weight.to(torch.float64) + 1, lambda m: m[0].weight.clone(), offloaded,
+        lambda m: checkpoint(m, x, use_reentrant=False), lambda m: F.linear(x, 2 * m[0].weight),
+        lambda m: torch.func.functional_call(m, dict(m.named_parameters()), (x,)),
+    ]  # fmt: skip
+    for way in ways:
+        torch.testing.assert_close(gradient(model, way), gradient(twin, way), rtol=1e-5, atol=1e-5)
+    w = model[0].weight.requires_grad_(False)
+    assert model(x).requires_grad, "by its bias"
+    model(x).sum().backward()
+    assert torch.equal(w + 0, w.unpack())
+    assert w.tolist() == w.unpack().tolist() == torch.tensor(w.numpy()).tolist() == torch.from_dlpack(w).tolist()
+    assert "Int8Weight(tensor(" in repr(w)
+    attention = quantize_weights(nn.MultiheadAttention(40, 4))
+    assert isinstance(attention.out_proj.weight, Int8Weight)
+    attention(x, x, x)[0].sum().backward()
+    assert attention.out_proj.weight.grad.shape == (40, 40)
+
+
+def test_second_derivatives_are_refused():
+    model, x = quantize_weights(mlp()), torch.randn(4, 40, requires_grad=True)
+    (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
+
+
+def test_casts_and_moves_keep_the_codes():
+    model = quantize_weights(mlp())
+    weight, before = model[0].weight, copy.deepcopy(model[0].weight)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.float32):
+        model.to(dtype)
+        assert model[0].weight is weight, "an optimizer holds it"
+        assert (weight.dtype, weight.codes.dtype, weight.scale.dtype) == (dtype, torch.uint8, torch.float32)
+        assert isinstance(weight, nn.Parameter)
+        assert weight.requires_grad
+        assert same(weight, before)
+    meta = copy.deepcopy(model).to("meta")[0].weight
+    assert isinstance(meta, Int8Weight)
+    assert meta.codes.is_meta
+    assert weight.to(torch.int32).dtype == torch.int32
+    assert isinstance(weight.detach(), Int8Weight)
+    assert weight.detach().codes is weight.codes
+    assert weight.clone().codes is not weight.codes
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w)), lambda w: w.clone()])
+def test_copies_share_nothing(make):
+    model = quantize_weights(mlp())
+    model(torch.randn(3, 40)).sum().backward()
+    weight = model[0].weight
+    other = make(weight)
+    assert isinstance(other, Int8Weight)
+    assert same(other, weight)
+    before = weight.unpack()
+    with torch.no_grad():
+        other.copy_(before + 1)
+    assert torch.equal(weight.unpack(), before)
+    assert not torch.equal(other.unpack(), before)
+
+
+def test_a_deepcopy_is_a_parameter_with_its_gradient():
+    model = quantize_weights(mlp())
+    model(torch.randn(3, 40)).sum().backward()
+    twin = copy.deepcopy(model)[0].weight
+    assert isinstance(twin, nn.Parameter)
+    assert twin.requires_grad
+    assert torch.equal(twin.grad, model[0].weight.grad)
+    assert twin.grad is not model[0].weight.grad
+
+
+def saved(thing) -> io.BytesIO:
+    buffer = io.BytesIO()
+    torch.save(thing, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+def test_save_and_load():
+    model, other = quantize_weights(mlp()), quantize_weights(mlp())
+    state = torch.load(saved(model.state_dict()), weights_only=True)
+    assert isinstance(state["0.weight"], Int8Weight)
+    keep = other[0].weight
+    other.load_state_dict(state)
+    assert other[0].weight is keep
+    assert all(same(a.weight, b.weight) for a, b in ((model[0], other[0]), (model[2], other[2]))), "bit for bit"
+    assert other[0].weight.codes.data_ptr() != state["0.weight"].codes.data_ptr()
+    whole = torch.load(saved(model), weights_only=False)
+    assert same(whole[0].weight, model[0].weight)
+    assert isinstance(whole[0].weight, nn.Parameter)
+
+
+def test_load_between_plain_and_8_bits():
+    model, plain = quantize_weights(mlp()), mlp()
+    model.load_state_dict(plain.state_dict())
+    assert same(model[0].weight, Int8Weight.quantize(plain[0].weight)), "to nearest"
+    plain.load_state_dict(model.state_dict())
+    assert type(plain[0].weight) is nn.Parameter
+    assert torch.equal(plain[0].weight, model[0].weight.unpack())
+
+
+def test_pack_is_deterministic_and_touches_no_generator():
+    x, w = torch.randn(50, 70), Int8Weight.quantize(torch.randn(50, 70))
+    other, state = copy.deepcopy(w), torch.get_rng_state()
+    w.pack_(x, KEY, ops.stream_of("weight", 3))
+    other.pack_(x.mT.contiguous().mT, KEY, ops.stream_of("weight", 3))
+    assert same(w, other)
+    for key, step in ((KEY + 1, 3), (KEY, 4)):
+        other.pack_(x, key, ops.stream_of("weight", step))
+        assert not torch.equal(w.codes, other.codes)
+        assert torch.equal(w.scale, other.scale)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_pack_is_unbiased():
+    x, draws = 0.1 * torch.randn(20, 30), 4000
+    w, total, square = Int8Weight.quantize(x), torch.zeros(20, 30, dtype=torch.float64), 0.0
+    for step in range(draws):
+        w.pack_(x, KEY, ops.stream_of("weight", step))
+        error = w.unpack(torch.float64) - x
+        total, square = total + error, square + error.square()
+    step_size = w.scale.repeat_interleave(256)[:600].view(20, 30).double()
+    assert (square > 0).float().mean() > 0.95, "nearly all elements lie between grid points"
+    mean = total / draws / step_size * draws**0.5  # in units that have standard deviation at most 1/2
+    assert mean.abs().max() < 0.5 * 5
+    assert abs(float(mean.mean())) < 0.5 * 5 / 600**0.5
+
+
+@pytest.mark.parametrize("shape", [(700, 300), (2, 300, 301), (1, 1), (257, 1)])
+def test_pack_in_pieces_is_pack_at_once(shape):
+    """Noise is numbered by element, whatever the pieces that the work is cut into."""
+    x = torch.randn(shape)
+    w = Int8Weight.quantize(torch.zeros(shape))
+    w.pack_(x, KEY, (5, 6))
+    flat = x.flatten(-2)
+    noise = ops.quantize.uniform_noise(flat.shape, KEY, (5, 6))
+    codes, scale, low = ops.quantize.quantize_affine(flat, 8, 256, noise)
+    assert same(w, Int8Weight(codes.view(shape), scale, low, torch.float32))
+
+
+def test_what_no_update_touches_does_not_drift():
+    w = Int8Weight.quantize(torch.randn(64, 64))
+    start = w.unpack()
+    for step in range(50):
+        w.pack_(w.unpack(torch.float32), KEY, ops.stream_of("weight", step))
+    assert (w.unpack() - start).abs().max() <= 1.01 * w.scale.max()
+    assert (w.unpack() - start).abs().mean() < 0.02 * w.scale.mean()
+
+
+def test_updates_far_below_one_step_survive_on_average():
+    """SGD by hand with updates of 1/50 of a quantization step: rounding to nearest would not move at all."""
+    x = torch.randn(64, 64)
+    w, nearest = Int8Weight.quantize(x), Int8Weight.quantize(x)
+    inner = torch.ones(64, 64)
+    inner.view(-1, 256).scatter_(1, torch.stack([x.view(-1, 256).argmin(1), x.view(-1, 256).argmax(1)], 1), 0)
+    update = inner * (w.scale.repeat_interleave(256).view(64, 64) / 50)  # the ends of a grid stay where they are
+    start = w.unpack()
+    for step in range(200):
+        w.pack_(w.unpack(torch.float32) + update, KEY, ops.stream_of("weight", step))
+        with torch.no_grad():
+            nearest.copy_(nearest.unpack() + update)
+    moved = (w.unpack() - start) / (update * 200).clamp(min=1e-12)
+    assert float(moved[inner > 0].mean()) == pytest.approx(1, abs=0.05)
+    assert (nearest.unpack() - start).abs().max() < 0.01 * update.max()
+
+
+def test_writing_other_than_copy_and_pack_is_refused():
+    model = quantize_weights(mlp())
+    weight, before = model[0].weight, model[0].weight.unpack()
+    model(torch.randn(3, 40)).sum().backward()
+
+    def item(w):
+        w[0] = 0
+
+    def data(w):
+        w.data = torch.randn(30, 40)
+
+    writes = [
+        lambda w: w.add_(1), lambda w: w.zero_(), lambda w: torch._foreach_mul_([w], 2), nn.init.zeros_, item, data,
+        lambda w: torch.add(before, 1, out=w), lambda w: torch.optim.AdamW([w]).step(),
+    ]  # fmt: skip
+    for write in writes:
+        with torch.no_grad(), pytest.raises(RuntimeError, match="would write to an 8-bit weight.* copy_ .* pack_"):
+            write(weight)
+        assert torch.equal(weight.unpack(), before)
+    with pytest.raises(ValueError, match=r"shape \(30, 40\), got \(40, 30\)"):
+        weight.pack_(before.mT, KEY, (1, 1))
+    plain = torch.zeros(30, 40)
+    assert torch.equal(plain.copy_(weight.detach()), before), "it may be read into a plain one"
+
+
+@pytest.mark.parametrize("write", [lambda w: w.pack_(w.unpack() + 1, KEY, (1, 1)), lambda w: w.copy_(w.unpack() + 1)])
+def test_backward_through_a_value_that_is_gone_is_an_error(write):
+    model = quantize_weights(mlp())
+    y = model(torch.randn(3, 40))
+    with torch.no_grad():
+        write(model[0].weight)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+class Language(nn.Module):
+    def __init__(self, tie: bool = False) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(50, 16)
+        self.up, self.down = nn.Linear(16, 40), nn.Linear(40, 16)
+        self.norm = nn.LayerNorm(16)
+        self.lm_head = nn.Linear(16, 50, bias=False)
+        if tie:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, tokens):
+        return self.lm_head(self.norm(self.down(self.up(self.embed_tokens(tokens)).relu())))
+
+
+def quantized(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if isinstance(p, Int8Weight)}
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_embeddings_and_head_stay(tie):
+    model = Language(tie)
+    names = [name for name, _ in model.named_parameters()]
+    assert quantize_weights(model) is model
+    assert quantized(model) == {"up.weight", "down.weight"}
+    assert [name for name, _ in model.named_parameters()] == names, "in the old order"
+    model(torch.randint(0, 50, (2, 7))).sum().backward()
+    assert (model.lm_head.weight is model.embed_tokens.weight) == tie
+
+
+def test_include_and_exclude():
+    assert quantized(quantize_weights(Language(), include=["lm_head"])) == {
+        "up.weight",
+        "down.weight",
+        "lm_head.weight",
+    }
+    assert quantized(quantize_weights(Language(), exclude=["up", "embed"])) == {"down.weight"}
+    frozen = Language()
+    frozen.up.weight.requires_grad_(False)
+    assert not quantize_weights(frozen).up.weight.requires_grad
+    twice = quantize_weights(Language(), exclude=["up"])
+    keep = twice.down.weight
+    assert quantized(quantize_weights(twice)) == {"up.weight", "down.weight"}
+    assert twice.down.weight is keep, "what is in 8 bits already stays"
+
+
+def test_tied_linear_layers_stay_tied():
+    model = mlp()
+    model.append(nn.Linear(40, 30))
+    model[3].weight = model[0].weight
+    quantize_weights(model)
+    assert model[3].weight is model[0].weight
+    assert quantized(model) == {"0.weight", "2.weight", "3.weight"}
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (
+            lambda: Language(tie=True),
+            {"include": ["embed"]},
+            r"embed_tokens.weight is shared by Embedding, Linear; only",
+        ),
+        (lambda: nn.Conv2d(3, 4, 3), {}, "Conv2d has no linear layers"),
+        (lambda: quantize_weights(mlp()), {}, "Sequential has no linear layers with float weights"),
+        (Language, {"exclude": ["weight"]}, "every linear layer is excluded"),
+        (Language, {"include": ["norm"]}, "include pattern 'norm' matches no parameter"),
+        (Language, {"exclude": ["nothing"]}, "exclude pattern 'nothing' matches no parameter"),
+        (Language, {"include": "up"}, "must be a list of regular expressions"),
+    ],
+)
+def test_errors_leave_the_model_as_it_was(make, options, message):
+    model = make()
+    before = quantized(model)
+    with pytest.raises(ValueError, match=message):
+        quantize_weights(model, **options)
+    assert quantized(model) == before
+
+
+def test_weights_that_are_not_finite_are_refused():
+    model = Language()
+    with torch.no_grad():
+        model.down.weight[3, 3] = float("nan")
+    with pytest.raises(ValueError, match=r"down.weight has entries that are not finite"):
+        quantize_weights(model)
+    assert not quantized(model)
+
+
+def test_meta_models_can_be_planned():
+    with torch.device("meta"):
+        model = quantize_weights(Language())
+    assert model.up.weight.stored_bytes() == 640 + 8 * 3
+    assert model.up.weight.codes.is_meta
