@@ -9,14 +9,23 @@ import warnings
 
 import pytest
 import torch
-from cases import Net, every_case, gradients, train
+from cases import CASES, Net, every_case, gradients, train
 from torch import nn
 
 import lowrank_optim
+from lowrank_optim import ops
 
 
 def weights(model):
     return torch.cat([p.detach().float().flatten() for p in model.parameters()])
+
+
+def subspace(case, optimizer, p):
+    """What says which subspace p is in; where that is the random stream alone, the number of refreshes."""
+    return optimizer.state[p][case.basis or "refreshes"].clone()
+
+
+fitted = pytest.mark.parametrize("case", [c for c in CASES if c.make.ranked], ids=lambda case: case.name)  # have a basis
 
 
 def pair(case, shape=(12, 20), **options):
@@ -99,7 +108,7 @@ def test_one_parameter_at_a_time_equals_one_step(case):
 @every_case
 def test_large_plain_parameters_are_cut_into_slices(case, monkeypatch):
     finals = []
-    for size in (1 << 18, 7):
+    for size in (1 << 18, 16):  # whole vector registers: what a kernel does with the elements left over differs
         monkeypatch.setattr("lowrank_optim.chunk.SLICE", size)
         torch.manual_seed(2)
         for dtype in (torch.float32, torch.bfloat16):
@@ -165,7 +174,7 @@ def test_add_param_group_later(case):
     first, late = nn.Parameter(torch.randn(12, 20)), nn.Parameter(torch.randn(9, 9))
     optimizer = case.build([("first", first)], rank=3)
     optimizer.add_param_group({"params": [("late", late)], "rank": 2, "lr": 0.5})
-    assert optimizer.state[late]["basis"].shape == (9, 2)
+    assert optimizer.report()[-1].rank == (2 if case.make.ranked else 9)
     assert optimizer.report()[-1].name == "late"
     before = late.detach().clone()
     late.grad = torch.randn(9, 9)
@@ -173,7 +182,7 @@ def test_add_param_group_later(case):
     assert not torch.equal(late, before)
 
 
-@every_case
+@fitted
 def test_groups_override_every_number(case):
     p, q = nn.Parameter(torch.randn(16, 12)), nn.Parameter(torch.randn(12, 16))
     groups = [{"params": [p], "rank": 2, "lr": 0.0, "proj_type": "left"}, {"params": [q], "rank": 0.5, "scale": 2.0}]
@@ -192,8 +201,10 @@ def test_groups_written_for_the_original_package(case):
     matrices = [model.up.weight, model.down.weight, model.embed.weight]
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
     galore = {"params": matrices, "rank": 4, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
-    optimizer = case.make([{"params": rest}, galore], lr=0.01)
-    assert [row.rank for row in optimizer.report()][-3:] == [4, 4, 4]
+    if not case.has("update_proj_gap"):
+        del galore["update_proj_gap"]
+    optimizer = case.build([{"params": rest}, galore], lr=0.01)
+    assert [row.rank for row in optimizer.report()][-3:] == ([4, 4, 4] if case.make.ranked else [12, 12, 11])
     assert all(row.rank is None for row in optimizer.report()[:-3])
     train(model, optimizer, 3)
 
@@ -319,14 +330,14 @@ def test_the_first_step_on_zero_gradients_is_inert(case):
     assert torch.equal(weights(models[0]), weights(models[1]))
 
 
-@every_case
+@fitted
 def test_no_basis_from_a_zero_gradient(case):
     """A zero-initialised output projection has one at first; the basis comes with the first real gradient."""
     p, q, optimizer = pair(case)
     p.grad, q.grad = torch.zeros(12, 20), torch.ones(5)
     optimizer.step()
     assert optimizer.state[p]["refreshes"] == 0
-    assert not optimizer.state[p]["basis"].any()
+    assert not subspace(case, optimizer, p).any()
     before = p.detach().clone()
     p.grad = torch.randn(12, 20)
     optimizer.step()
@@ -337,26 +348,26 @@ def test_no_basis_from_a_zero_gradient(case):
     assert moved > 1e-4, "and it must move at once"
 
 
-@every_case
+@fitted
 def test_a_zero_gradient_when_a_refresh_is_due_keeps_the_basis(case):
-    p, _, optimizer = pair(case, stagger=False, update_proj_gap=2)
+    p, _, optimizer = pair(case, stagger=False, update_proj_gap=2, error_feedback="none", orthonormal=True)
     for g in gradients((12, 20), 2):
         p.grad = g
         optimizer.step()
-    basis = optimizer.state[p]["basis"].clone()
+    basis = subspace(case, optimizer, p)
     p.grad = torch.zeros(12, 20)
     optimizer.step()
-    assert torch.equal(optimizer.state[p]["basis"], basis)
+    assert torch.equal(subspace(case, optimizer, p), basis)
     p.grad = torch.randn(12, 20)
     optimizer.step()
     assert optimizer.state[p]["refreshes"] == 2
-    assert not torch.equal(optimizer.state[p]["basis"], basis)
+    assert not torch.equal(subspace(case, optimizer, p), basis)
 
 
-@every_case
+@fitted
 def test_experts_without_tokens_get_their_basis_later(case):
     experts, other = nn.Parameter(torch.randn(3, 10, 20)), nn.Parameter(torch.randn(5))
-    optimizer = case.build([experts, other], rank=3, stagger=False)
+    optimizer = case.build([experts, other], rank=3, stagger=False, update_proj_gap=7)
     for active in ([0], [0], [1], [0, 1, 2]):
         experts.grad = torch.zeros(3, 10, 20)
         experts.grad[active] = torch.randn(len(active), 10, 20)
@@ -364,11 +375,15 @@ def test_experts_without_tokens_get_their_basis_later(case):
     state = optimizer.state[experts]
     assert state["refreshes"].tolist() == [1, 1, 1]
     assert state["refreshed_at"].tolist() == [0, 2, 3]
-    assert ((state["basis"].mT @ state["basis"]) - torch.eye(3)).abs().max() < 1e-5
+    if case.basis == "basis":
+        assert ((state["basis"].mT @ state["basis"]) - torch.eye(3)).abs().max() < 1e-5
 
 
 @every_case
-def test_a_stack_of_experts_equals_separate_matrices(case):
+def test_a_stack_of_experts_equals_separate_matrices(case, monkeypatch):
+    """Each expert draws its own random numbers; here all draw the same, so that the rest can be compared."""
+    normal = ops.normal
+    monkeypatch.setattr("lowrank_optim.ops.normal", lambda shape, key, stream, device: normal(shape, 1, (0, stream[1])))
     stack = nn.Parameter(0.2 * torch.randn(3, 10, 20, dtype=torch.float64))
     single = [nn.Parameter(expert.detach().clone()) for expert in stack]
     options = dict(rank=3, basis="svd", moments="reset", update_proj_gap=4)  # staggered: each expert at its own time
@@ -435,7 +450,7 @@ def test_the_global_generators_are_left_alone(case):
     assert torch.equal(before, torch.get_rng_state())
 
 
-@every_case
+@pytest.mark.parametrize("case", [c for c in CASES if c.has("basis", "rsvd") and c.name != "frugal"], ids=lambda c: c.name)
 def test_random_numbers_follow_seed_and_name(case):
     def basis(name, seed):
         p = nn.Parameter(torch.zeros(40, 40))
@@ -459,9 +474,10 @@ def test_bf16_weights_follow_fp32(case):
     moved, start = {}, torch.full((96, 96), 1.0)
     for mode in ("fp32", "stochastic", "kahan", "none"):
         dtype = torch.float32 if mode == "fp32" else torch.bfloat16
-        p = nn.Parameter(start.to(dtype))
+        p = nn.Parameter(start.to(dtype, copy=True))
         bf16_update = "none" if mode == "fp32" else mode
-        optimizer = case.build([p], lr=2e-5, weight_decay=0.0, rank=8, bf16_update=bf16_update)
+        numbers = dict(lr=2e-5, weight_decay=0.0, rank=8, random_after=1000)
+        optimizer = case.build([p], bf16_update=bf16_update, **numbers)
         for _ in range(100):
             p.grad = torch.linspace(0.5, 1.5, 96).expand(96, 96).to(dtype)
             optimizer.step()
@@ -497,7 +513,7 @@ def test_bf16_state_tracks_fp32_state(case):
             p.grad, q.grad = g, h
             optimizer.step()
         finals.append(p.detach())
-        moments = [t for key, t in optimizer.state[p].items() if key in ("basis", "exp_avg", "exp_avg_sq", "row_var")]
+        moments = [t for key, t in optimizer.state[p].items() if key in ("exp_avg", "exp_avg_sq", "row_var")]
         assert all(t.dtype == getattr(torch, state_dtype) for t in moments)
     start = 30 * 0.0037
     assert (finals[0] - finals[1]).abs().mean() < 0.05 * start
@@ -533,7 +549,8 @@ def test_meta_parameters_get_state_when_they_have_memory(case):
     torch.utils.swap_tensors(meta, data)
     meta.grad = torch.randn(9, 9)
     late.step()
-    assert late.state[meta]["basis"].any()
+    assert late.state[meta]["step"] == 1
+    assert not late.state[meta]["step"].is_meta
 
 
 @every_case
@@ -596,7 +613,7 @@ def test_float64_gradients_of_any_size(case, size):
     optimizer = case.build([p], rank=4)
     p.grad = size * torch.randn(16, 16, dtype=torch.float64)
     optimizer.step()
-    assert optimizer.state[p]["refreshes"] == 1
+    assert optimizer.state[p]["refreshes"] == case.make.ranked
     if size > 1:
         assert p.abs().max() > 1e-6
 
@@ -633,7 +650,7 @@ def test_kahan_after_the_model_was_cast(case):
     optimizer.load_state_dict(optimizer.state_dict())
 
 
-@every_case
+@fitted
 def test_numbers_of_numpy(case):
     import numpy as np
 

@@ -308,7 +308,7 @@ def test_writing_other_than_copy_and_pack_is_refused():
         lambda w: torch.add(before, 1, out=w), lambda w: torch.optim.AdamW([w]).step(),
     ]  # fmt: skip
     for write in writes:
-        with torch.no_grad(), pytest.raises(RuntimeError, match="would write to an 8-bit weight.* copy_ .* pack_"):
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"would write to an 8-bit weight.* copy_ .* pack_"):
             write(weight)
         assert torch.equal(weight.unpack(), before)
     with pytest.raises(ValueError, match=r"shape \(30, 40\), got \(40, 30\)"):

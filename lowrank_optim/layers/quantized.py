@@ -259,7 +259,7 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
 
 # Methods that torch does not dispatch: they read memory, write to a view (here a copy) or exchange memory.
 _READERS = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__}
-_WRITERS = {Tensor.__setitem__: "assignment to elements", Tensor.data.__set__: "assignment to .data"}
+_WRITERS = {Tensor.__setitem__: "assignment to elements", Tensor.data.__set__: "assignment to .data"}  # type: ignore[attr-defined]
 
 
 def _refuse_writes(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
