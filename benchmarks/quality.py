@@ -1,9 +1,13 @@
 """The learning-rate sweep behind the defaults of the main job, and the comparison it ends in.
 
-    python -m benchmarks.quality sweep      every candidate of `GRID`, one seed
-    python -m benchmarks.quality final      the best of each method, two seeds
+    python -m benchmarks.quality sweep      for each method its relative step of the matrices, one seed
+    python -m benchmarks.quality final      the best of each method, two seeds; and GaLore with its state in few bits
 
-Each run is `examples/pretrain.py` (preset nano, the default text, equal steps) in its own process with one thread.
+Each run is `examples/pretrain.py` (preset nano, the default text, equal steps) in its own process with one thread. A run
+is a function of its arguments: one that is in results/quality_sweep.json is not made again.
+
+The sweep has one rule for all. From the preset's value it goes downhill in steps of a factor, until the best value has a
+worse neighbour on each side; `LIMIT` values at most. Everything that is not projected keeps the preset's lr.
 """
 
 from __future__ import annotations
@@ -11,114 +15,238 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import record
+from benchmarks import nano, record
 
-ROOT = Path(__file__).parent.parent
 SWEEP = record.RESULTS / "quality_sweep.json"
+PRESET = nano.example("presets").PRESETS["nano"]
+LIMIT = 7  # values of one method
+SIGNS = "diverged", "non-finite weights"  # of a run that failed because its step was too long
 
-# method -> optimizer, and the candidates: (lr, keywords). Steps of 2x in lr.
-GRID: dict[str, tuple[str, list[tuple[float, dict[str, Any]]]]] = {
-    "GaLoreAdamW": (
-        "galore",
-        [(lr, {"scale": scale, "moments": "keep"}) for lr in (8e-3, 16e-3, 32e-3) for scale in (0.125, 0.25)]
-        + [(16e-3, {"scale": scale, "moments": "rotate"}) for scale in (0.125, 0.25)]
-        + [(lr, {"scale": 0.0625, "moments": "keep"}) for lr in (16e-3, 32e-3, 64e-3)]
-        + [(32e-3, {"scale": 0.03125, "moments": "keep"})],
-    ),
-    "AdamW": ("adamw", [(lr, {"matrix_lr_scale": 1.0}) for lr in (1e-3, 2e-3, 4e-3, 8e-3)]),
-    "AdamW, own lr for the matrices": (
-        "adamw",
-        [(lr, {"matrix_lr_scale": scale}) for lr in (8e-3, 16e-3, 32e-3) for scale in (0.0625, 0.125, 0.25)]
-        + [(lr, {"matrix_lr_scale": 0.03125}) for lr in (16e-3, 32e-3, 64e-3)]
-        + [(lr, {"matrix_lr_scale": 0.015625}) for lr in (32e-3, 64e-3)],
-    ),
-    "GaLoreAdafactor": (
-        "galore_adafactor",
-        [
-            (lr, {"scale": scale, "beta1": 0.9, "relative_step": False, "scale_parameter": False})
-            for lr, scale in ((4e-3, 1.0), (8e-3, 1.0), (8e-3, 0.25), (16e-3, 0.125))
-        ],
-    ),
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimizer of the preset, the keyword that is swept and by which factor, and keywords that stay.
+
+    `start`: where the preset's own value is not the place to start.
+    """
+
+    optimizer: str
+    swept: str = "scale"
+    factor: float = 2.0
+    keywords: Row = field(default_factory=dict)
+    start: float | None = None
+
+    @property
+    def first(self) -> float:
+        return float(self.start or PRESET.optimizers[self.optimizer][self.swept])
+
+    def candidate(self, value: float) -> tuple[float, Row]:
+        """lr and keywords of one run."""
+        if self.swept == "lr":
+            return value, dict(self.keywords)
+        return float(PRESET.optimizers[self.optimizer]["lr"]), {self.swept: value, **self.keywords}
+
+
+_FACTORED = {"beta1": 0.9, "relative_step": False, "scale_parameter": False}
+METHODS = {
+    "AdamW": Method("AdamW", "lr", keywords={"matrix_lr_scale": 1.0}, start=0.002),
+    "AdamW, own lr for the matrices": Method("AdamW", "matrix_lr_scale"),
+    "Adafactor": Method("Adafactor", "matrix_lr_scale"),
+    "Muon": Method("Muon", "matrix_lr_scale"),
+    "GaLoreAdamW": Method("GaLoreAdamW", keywords={"moments": "keep"}),
+    "GaLoreAdafactor": Method("GaLoreAdafactor", keywords=_FACTORED),
+    "GaLorePlusAdamW": Method("GaLorePlusAdamW"),
+    "QGaLoreAdamW": Method("QGaLoreAdamW"),
+    "FiraAdamW": Method("FiraAdamW"),
+    "APOLLO": Method("APOLLO", factor=4.0),  # whose scale acts by its square root
+    "APOLLOMini": Method("APOLLOMini", factor=4.0),
+    "LDAdamW": Method("LDAdamW"),
+    "FRUGAL": Method("FRUGAL"),
+    "GoLoreAdamW": Method("GoLoreAdamW"),
+    "DCTAdamW": Method("DCTAdamW"),
+    "Flora": Method("Flora"),
+    "SubsetNormAdamW": Method("SubsetNormAdamW"),
+    "SubspaceMomentum": Method("SubspaceMomentum", "lr", factor=4.0),  # SGD everywhere, so one lr
+    "SNSMAdamW": Method("SNSMAdamW"),
+}
+BASELINES = "AdamW", "AdamW, own lr for the matrices"
+# Not swept: the best of another method, with other keywords.
+VARIANTS = {
+    "GaLoreAdamW, int8 state": ("GaLoreAdamW", {"state_dtype": "int8"}),
+    "GaLoreAdamW, int4 state": ("GaLoreAdamW", {"state_dtype": "int4"}),
 }
 
 
-def run(optimizer: str, lr: float, keywords: dict[str, Any], seed: int, steps: int | None) -> dict[str, Any]:
-    """One training run in a process of its own; its row of summary.json."""
+def run(optimizer: str, lr: float, keywords: Row, seed: int, steps: int) -> Row:
+    """One training run in a process of its own: its loss (None if it diverged), its state and what it was made with."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), "--optimizer", optimizer, "--lr", str(lr)]
-        command += ["--seed", str(seed), "--out", f"{folder}/run"]
-        command += ["--steps", str(steps)] if steps else []
+        command = [sys.executable, str(nano.ROOT / "examples" / "pretrain.py"), "--optimizer", optimizer]
+        command += ["--lr", str(lr), "--seed", str(seed), "--steps", str(steps), "--out", f"{folder}/run"]
         command += ["--set", *(f"{key}={value}" for key, value in keywords.items())] if keywords else []
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=environment, cwd=nano.ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
-            return {"error": done.stderr.strip().splitlines()[-1] if done.stderr else f"exit code {done.returncode}"}
-        return dict(json.loads((Path(folder) / "run" / "summary.json").read_text())["runs"][0])
+            if any(sign in done.stderr for sign in SIGNS):
+                return {"validation_loss": None}
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr.strip()}")
+        result = json.loads((Path(folder) / "run" / "summary.json").read_text())["runs"][0]
+    job, state = result["job"], result["bytes"]["optimizer_measured"]
+    made_with = {key: job[key] for key in ("lr", "matrix_lr_scale", "keywords")}
+    return {"validation_loss": result["validation_loss"], "state_bytes": state, "job": made_with}
 
 
-def _done() -> list[dict[str, Any]]:
-    """Rows of earlier sweeps; a run is a function of its arguments, so none is made twice."""
-    return [row for row in json.loads(SWEEP.read_text())["rows"] if row["validation_loss"]] if SWEEP.exists() else []
+class Store:
+    """All runs there are, in one file; threads may ask for runs at the same time."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.lock = steps, threading.Lock()
+        rows = json.loads(SWEEP.read_text())["rows"] if SWEEP.exists() else []
+        self.rows: list[Row] = [{"seed": 0, "steps": PRESET.steps, **row} for row in rows]
+
+    def of(self, method: str, seed: int = 0) -> list[Row]:
+        """The runs of one method, best first."""
+        same = {"method": method, "seed": seed, "steps": self.steps}
+        return sorted((row for row in self.rows if same.items() <= row.items()), key=loss)
+
+    def get(self, method: str, optimizer: str, lr: float, keywords: Row, seed: int = 0) -> Row:
+        """One run; made now if it is not there."""
+        for row in self.of(method, seed):
+            if (row["lr"], row["keywords"]) == (lr, keywords):
+                return row
+        row = {"method": method, "optimizer": optimizer, "lr": lr, "keywords": keywords}
+        row |= {"seed": seed, "steps": self.steps, **run(optimizer, lr, keywords, seed, self.steps)}
+        with self.lock:
+            self.rows = sorted([*self.rows, row], key=lambda row: (row["method"], row["seed"], loss(row)))
+            record.write(SWEEP.stem, {"rows": self.rows}, quiet=True)
+        print(f"{method:<32}seed {seed}  lr {lr:<8g}{keywords!s:<60}{row['validation_loss']}", flush=True)
+        return row
 
 
-def sweep(workers: int, steps: int | None) -> None:
-    rows = _done()
-    known = [(row["method"], row["lr"], row["keywords"]) for row in rows]
-    jobs = [(method, name, lr, kw) for method, (name, candidates) in GRID.items() for lr, kw in candidates]
-    jobs = [job for job in jobs if (job[0], *job[2:]) not in known]
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(run, name, lr, kw, 0, steps): (method, name, lr, kw) for method, name, lr, kw in jobs}
-        for future in concurrent.futures.as_completed(futures):
-            method, name, lr, kw = futures[future]
-            loss = future.result().get("validation_loss")
-            rows.append({"method": method, "optimizer": name, "lr": lr, "keywords": kw, "validation_loss": loss})
-            print(f"{method:<32}{lr:<8g}{kw!s:<60}{loss}", flush=True)
-            rows.sort(key=lambda row: (row["method"], row["validation_loss"] or 1e9))
-            record.write(SWEEP.stem, {"seed": 0, "rows": rows})
+def loss(row: Row) -> float:
+    """Infinite for a run that diverged."""
+    return math.inf if row["validation_loss"] is None else float(row["validation_loss"])
 
 
-def final(workers: int, steps: int | None, seeds: int) -> None:
+def search(store: Store, name: str) -> None:
+    """Downhill from the first value to one whose neighbours are both worse."""
+    method = METHODS[name]
+    tried = _tried(store, name)
+    value: float | None = method.first
+    while value is not None and len(tried) < LIMIT:
+        if value not in tried:
+            tried[value] = loss(store.get(name, method.optimizer, *method.candidate(value)))
+        value = next(_untried(tried, method.factor), None)
+    if value is not None:
+        print(f"{name}: the best of {len(tried)} values is at their edge", flush=True)
+
+
+def _tried(store: Store, name: str) -> dict[float, float]:
+    """value -> loss, of the runs that differ in nothing else."""
+    method, found = METHODS[name], {}
+    for row in store.of(name):
+        value = row["lr"] if method.swept == "lr" else row["keywords"][method.swept]
+        if method.candidate(value) == (row["lr"], row["keywords"]):
+            found[value] = loss(row)
+    return found
+
+
+def _untried(tried: dict[float, float], factor: float) -> Iterable[float]:
+    """Neighbours of the best value that are not known; below the least one as long as all diverge."""
+    best = min(tried, key=lambda value: (tried[value], value))
+    return iter([value for value in (best / factor, best * factor) if value not in tried])
+
+
+def inside(store: Store, name: str) -> bool:
+    """Has the best value a worse neighbour on each side? Known for methods that were swept."""
+    tried = _tried(store, name)
+    return bool(tried) and not list(_untried(tried, METHODS[name].factor))
+
+
+def sweep(store: Store, names: list[str], workers: int) -> None:
+    _together(workers, [lambda name=name: search(store, name) for name in names])  # type: ignore[misc]
+
+
+def final(store: Store, names: list[str], workers: int, seeds: int) -> None:
     """The best candidate of each method with more seeds; seed 0 is the sweep's own run."""
-    best: dict[str, dict[str, Any]] = {}
-    for row in _done():
-        best.setdefault(row["method"], row)  # sorted by loss within a method
-    results = []
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        futures = {
-            method: [
-                pool.submit(run, row["optimizer"], row["lr"], row["keywords"], seed, steps) for seed in range(1, seeds)
-            ]
-            for method, row in best.items()
-        }
-        for method, row in best.items():
-            losses = [row["validation_loss"], *(future.result()["validation_loss"] for future in futures[method])]
-            results.append({**row, "validation_loss": statistics.mean(losses), "losses": losses})
-            print(f"{method:<32}{row['lr']:<8g}{statistics.mean(losses):.4f}  {losses}", flush=True)
-    baseline = min(row["validation_loss"] for row in results if row["optimizer"] == "adamw")
-    for row in results:
+    best: dict[str, tuple[str, float, Row]] = {}
+    for name in names:
+        source, changed = VARIANTS.get(name, (name, {}))
+        found = store.of(source)
+        if not found or math.isinf(loss(found[0])):
+            print(f"{name}: no run in {SWEEP.name}; sweep it first. Left out")
+            continue
+        best[name] = found[0]["optimizer"], found[0]["lr"], {**found[0]["keywords"], **changed}
+    jobs = [(name, *settings, seed) for name, settings in best.items() for seed in range(seeds)]
+    _together(workers, [lambda job=job: store.get(*job) for job in jobs])  # type: ignore[misc]
+    rows = [_summary(store, name, *settings, seeds) for name, settings in best.items()]
+    baseline = min((row["validation_loss"] for row in rows if row["method"] in BASELINES), default=math.nan)
+    state = next((row["state_bytes"] for row in rows if row["method"] in BASELINES), math.nan)
+    for row in rows:
         row["over_better_adamw"] = row["validation_loss"] / baseline
-    record.write("quality", {"seeds": seeds, "rows": results})
+        row["state_over_adamw"] = row["state_bytes"] / state
+    show(rows)
+    record.write("quality", {"seeds": seeds, "steps": store.steps, "rows": rows})
+
+
+def _summary(store: Store, name: str, optimizer: str, lr: float, keywords: Row, seeds: int) -> Row:
+    runs = [store.get(name, optimizer, lr, keywords, seed) for seed in range(seeds)]
+    losses = [loss(row) for row in runs]
+    row: Row = {"method": name, "optimizer": optimizer, "lr": lr, "keywords": keywords}
+    row |= {"validation_loss": statistics.mean(losses), "losses": losses}
+    row["state_bytes"] = next((row["state_bytes"] for row in runs if "state_bytes" in row), math.nan)
+    return row | {"inside": inside(store, name) if name in METHODS else None}
+
+
+def show(rows: list[Row]) -> None:
+    print("| method | lr | keywords | loss | over that of the better AdamW | state, MiB | of AdamW's |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        settings = ", ".join(f"{key} {value}" for key, value in row["keywords"].items())
+        settings += " (at the edge)" if row["inside"] is False else ""
+        numbers = f"{row['validation_loss']:.4f} | {row['over_better_adamw']:.4f} | {row['state_bytes'] / 2**20:.2f}"
+        print(f"| {row['method']} | {row['lr']:g} | {settings} | {numbers} | {row['state_over_adamw']:.3f} |")
+
+
+def _together(workers: int, jobs: list[Callable[[], Any]]) -> None:
+    """All jobs, a few at a time; the first failure ends them when those that run are done."""
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(job) for job in jobs]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["sweep", "final"])
+    parser.add_argument("--only", nargs="+", choices=[*METHODS, *VARIANTS], metavar="METHOD", help="default: all")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--steps", type=int, help="default: the preset's")
+    parser.add_argument("--steps", type=int, default=PRESET.steps)
     parser.add_argument("--seeds", type=int, default=2)
     arguments = parser.parse_args()
+    store = Store(arguments.steps)
+    names = arguments.only or [*METHODS, *VARIANTS]
     if arguments.what == "sweep":
-        sweep(arguments.workers, arguments.steps)
+        sweep(store, [name for name in names if name in METHODS], arguments.workers)
     else:
-        final(arguments.workers, arguments.steps, arguments.seeds)
+        final(store, names, arguments.workers, arguments.seeds)
 
 
 if __name__ == "__main__":

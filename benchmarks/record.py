@@ -16,14 +16,17 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def write(name: str, result: dict[str, Any]) -> Path:
-    """`results/<name>.json`; returns its path."""
+def write(name: str, result: dict[str, Any], quiet: bool = False) -> Path:
+    """`results/<name>.json`, whole or not at all; returns its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     record = {"command": _command(), "date": datetime.date.today().isoformat(), "machine": _machine()}
     record["versions"] = _versions("torch", "numpy", "lowrank_optim", "galore-torch", "transformers", "tokenizers")
-    path.write_text(json.dumps({**record, **result}, indent=1) + "\n")
-    print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps({**record, **result}, indent=1) + "\n")
+    os.replace(part, path)
+    if not quiet:
+        print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
     return path
 
 

@@ -29,7 +29,7 @@ def spectrum(m: int, n: int, power: float) -> Tensor:
     return (left * torch.arange(1, k + 1) ** -power) @ right.mT
 
 
-def draw(shape: tuple[int, ...]) -> Tensor:
+def draw(shape: tuple[int, ...], purpose: str = "") -> Tensor:
     return ops.normal(shape, 1, (0, 0))
 
 

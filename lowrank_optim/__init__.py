@@ -1,9 +1,11 @@
 """Low-rank, memory-efficient training methods as drop-in torch.optim classes."""
 
 from .groups import param_groups
+from .layers.quantized import Int8Weight, quantize_weights
 from .memory import MemoryEstimate, estimate_memory
 from .methods.apollo import APOLLO
 from .methods.apollo_mini import APOLLOMini
+from .methods.composed import Composed, compose
 from .methods.dct import DCTAdamW
 from .methods.fira import FiraAdamW
 from .methods.flora import Flora
@@ -26,6 +28,7 @@ __all__ = [
     "APOLLO",
     "FRUGAL",
     "APOLLOMini",
+    "Composed",
     "DCTAdamW",
     "FiraAdamW",
     "Flora",
@@ -34,6 +37,7 @@ __all__ = [
     "GaLoreAdamW8bit",
     "GaLorePlusAdamW",
     "GoLoreAdamW",
+    "Int8Weight",
     "LDAdamW",
     "LowRankOptimizer",
     "MemoryEstimate",
@@ -42,7 +46,9 @@ __all__ = [
     "SNSMAdamW",
     "SubsetNormAdamW",
     "SubspaceMomentum",
+    "compose",
     "estimate_memory",
     "param_groups",
+    "quantize_weights",
     "state_bytes",
 ]

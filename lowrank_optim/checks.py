@@ -215,8 +215,8 @@ def whole_heads(plan: Plan, heads: int) -> None:
     if plan.matrix[1] % heads:
         blocks = "rows" if plan.side == "right" else "columns"
         raise ValueError(
-            f"{plan.name} {plan.shape} has {plan.matrix[1]} {blocks}, which {heads} heads do not divide. Set heads of its "
-            'group (1: no heads), or the side: proj_type="right" for query, key and value, "left" for the output'
+            f"{plan.name} {plan.shape} has {plan.matrix[1]} {blocks}, which {heads} heads do not divide. Set heads of "
+            'its group (1: no heads), or the side: proj_type="right" for query, key and value, "left" for the output'
         )
 
 
@@ -231,6 +231,14 @@ def stable_transfers(plan: Plan, group: Mapping[str, Any]) -> None:
             f"about {growth:.3g} and {gap} steps only fade it to {beta**gap:.3g}. Use update_proj_gap >= {least} "
             "(the paper: 1000), or orthonormal=True"
         )
+
+
+def compatible(group: Mapping[str, Any], clashes: Iterable[tuple[Mapping[str, tuple[str, ...]], str]]) -> None:
+    """Refuses choices that mean nothing together."""
+    for clash, reason in clashes:
+        if all(group[slot] in choices for slot, choices in clash.items()):
+            named = ", ".join(f"{slot}={group[slot]!r}" for slot in clash)
+            raise ValueError(f"{named} mean nothing together: {reason}")
 
 
 def unchanged(asked: tuple[Any, ...], before: tuple[Any, ...]) -> None:

@@ -100,7 +100,7 @@ class Chunk:
     def clock(self, st: State) -> Clock:
         """Steps that the moments have seen, this one included."""
         if AGE in st:
-            return cast(Tensor, st[AGE].add_(1)).to(self.working).unsqueeze(-1)
+            return st[AGE].add_(1).to(self.working).unsqueeze(-1)
         if not self.recipe.refresh.restarts or not self.plans[0].projected:
             return float(self.step)
         births = torch.cat([state["refreshed_at"].view(-1) for state in self.states])

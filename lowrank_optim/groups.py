@@ -14,6 +14,13 @@ from .plan import as_matrices, names_say
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
+# What attention modules call their projections (queries first, which all must have; outputs may be elsewhere), and the
+# number of their heads.
+_INPUTS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"))
+_OUTPUTS = ("o_proj", "out_proj", "o")
+_COUNTS = ("num_heads", "num_attention_heads", "n_heads")
+
+Heads = tuple[int, str]  # their number, and the side that is projected where they are equal blocks of the other one
 
 
 def param_groups(
@@ -24,6 +31,7 @@ def param_groups(
     exclude: Iterable[str] = (),
     min_dim: int = 16,
     decay_vectors: bool = False,
+    heads: bool = False,
     verbose: bool = True,
     **options: Any,
 ) -> list[dict[str, Any]]:
@@ -39,11 +47,18 @@ def param_groups(
         include, exclude: regular expressions, searched in parameter names, that decide before anything else.
         min_dim: smallest side that is worth projecting.
         decay_vectors: False gives vectors and scalars `weight_decay=0`, as is customary.
+        heads: for `GaLorePlusAdamW`: True gives the matrices of attention modules groups with `heads` and `proj_type`:
+            query, key and value their heads as blocks of rows ("right"), the output as blocks of columns ("left").
+            Understood are torch's MultiheadAttention, and modules with linear layers `q_proj`, `k_proj`, `v_proj`
+            (or `query`, `key`, `value`; or `q`, `k`, `v`), an output `o_proj`, `out_proj` or `o`, and a `head_dim`,
+            `num_heads`, `num_attention_heads` or `n_heads` of their own or of their `config`.
         verbose: print one line that says what was decided.
-        options: further keys for the groups that are projected, such as `scale=0.25`.
+        options: further keys for the groups that are projected, such as `scale=0.25`. A `proj_type` is for the matrices
+            without heads.
 
     Raises:
-        ValueError: a pattern of `include` or `exclude` that matches no parameter, or a model without parameters.
+        ValueError: a pattern of `include` or `exclude` that matches no parameter, a model without parameters, or
+            heads=True where no attention module is found among what is projected.
 
     Example::
 
@@ -67,13 +82,85 @@ def param_groups(
             table = kind == "auto" and bool(names_say(name))  # a bare parameter, such as an embedding of positions
             kind = "plain" if table or min(as_matrices(p.shape, kind)[1:]) < min_dim else kind
         members[kind].append((name, p))
+    headed = _headed(model, members, heads)
     if verbose:
-        print(_summary(members))
+        print(_summary(members, headed))
     projected = {"skip_embeddings": False, **options} | ({} if rank is None else {"rank": rank})
-    keys: dict[str, dict[str, Any]] = {kind: {**projected, "as_matrix": kind} for kind in ("auto", "flatten", "batch")}
-    keys["plain"] = {"rank": None}
-    keys["vector"] = {"rank": None} if decay_vectors else {"rank": None, "weight_decay": 0.0}
-    return [{"params": params, **keys[kind]} for kind, params in members.items() if params]
+    groups: list[dict[str, Any]] = []
+    for kind in ("auto", "flatten", "batch"):
+        for part, keys in _by_heads(members[kind], headed):
+            groups.append({"params": part, **projected, "as_matrix": kind, **keys})
+    groups.append({"params": members["plain"], "rank": None})
+    groups.append({"params": members["vector"], "rank": None} | ({} if decay_vectors else {"weight_decay": 0.0}))
+    return [group for group in groups if group["params"]]
+
+
+def _headed(model: nn.Module, members: dict[str, list[tuple[str, Tensor]]], wanted: bool) -> dict[int, Heads]:
+    """The heads of the matrices that are projected, by the id of the parameter; empty if they are not wanted."""
+    if not isinstance(wanted, bool):
+        raise ValueError(
+            f"heads must be True (read them from the attention modules) or False, got {wanted!r}; give a number to the "
+            "optimizer, or to a group as the key 'heads'"
+        )
+    if not wanted:
+        return {}
+    projected = {id(p) for kind in ("auto", "flatten", "batch") for _, p in members[kind]}
+    headed = {key: found for key, found in _heads(model) if key in projected}
+    if not headed:
+        raise ValueError(
+            f"heads=True finds no attention module in {type(model).__name__} whose matrices are projected. It looks "
+            f"for nn.MultiheadAttention, and for linear layers {', '.join('/'.join(names) for names in _INPUTS)} in a "
+            f"module with head_dim or {'/'.join(_COUNTS)}. Without heads=True, groups may have the keys 'heads' and "
+            "'proj_type' of your own"
+        )
+    return headed
+
+
+def _heads(model: nn.Module) -> Iterator[tuple[int, Heads]]:
+    """(id of a parameter, its heads) for the projections of attention modules."""
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            width = module.head_dim
+            inputs: list[Tensor | None] = [module.in_proj_weight]
+            inputs += [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+            output: Tensor | None = module.out_proj.weight
+        else:
+            children = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
+            names = next((names for names in _INPUTS if children.keys() >= set(names)), ())
+            inputs = [children[name].weight for name in names]
+            width = _head_width(module, children[names[0]].weight.shape[0]) if names else 0
+            output = next((children[name].weight for name in _OUTPUTS if name in children), None)
+        if width:
+            # Key and value have fewer heads than query where queries are grouped, and so fewer rows.
+            yield from (
+                (id(w), (w.shape[0] // width, "right")) for w in inputs if w is not None and not w.shape[0] % width
+            )
+            if output is not None and not output.shape[1] % width:
+                yield id(output), (output.shape[1] // width, "left")
+
+
+def _head_width(module: nn.Module, hidden: int) -> int:
+    """Rows of one head among the `hidden` rows of the query, 0 if the module does not say."""
+    width = getattr(module, "head_dim", None)
+    if isinstance(width, int):
+        return width
+    for holder in (module, getattr(module, "config", None)):
+        for name in _COUNTS:
+            count = getattr(holder, name, None)
+            if isinstance(count, int) and count > 0:
+                return 0 if hidden % count else hidden // count
+    return 0
+
+
+def _by_heads(
+    named: list[tuple[str, Tensor]], headed: dict[int, Heads]
+) -> Iterator[tuple[list[tuple[str, Tensor]], dict[str, Any]]]:
+    """The parameters without heads, then those with, one part per number and side; and their keys."""
+    parts: dict[Heads | None, list[tuple[str, Tensor]]] = {None: []}
+    for name, p in named:
+        parts.setdefault(headed.get(id(p)), []).append((name, p))
+    for heads, part in parts.items():
+        yield part, {} if heads is None else {"heads": heads[0], "proj_type": heads[1]}
 
 
 def _rules(model: nn.Module) -> Iterator[tuple[int, str]]:
@@ -110,10 +197,11 @@ def _must_match(named: list[tuple[str, Tensor]], **options: Iterable[str]) -> No
                 raise ValueError(f"{option} pattern {pattern!r} matches no parameter; the first is {named[0][0]!r}")
 
 
-def _summary(members: dict[str, list[tuple[str, Tensor]]]) -> str:
+def _summary(members: dict[str, list[tuple[str, Tensor]]], headed: dict[int, Heads]) -> str:
     def count(*kinds: str) -> str:
         tensors = [p for kind in kinds for _, p in members[kind]]
         return f"{len(tensors)} ({sum(p.numel() for p in tensors) / 1e6:.2f}M)"
 
-    matrices = count("auto", "flatten", "batch")
-    return f"param_groups: {matrices} matrices to project, {count('plain')} other matrices, {count('vector')} vectors"
+    matrices = count("auto", "flatten", "batch") + " matrices to project"
+    matrices += f" ({len(headed)} of them with heads)" if headed else ""
+    return f"param_groups: {matrices}, {count('plain')} other matrices, {count('vector')} vectors"

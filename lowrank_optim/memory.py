@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .chunk import CHUNK_BYTES, SLICE, working_dtype
+from .chunk import CHUNK_BYTES, SLICE, is_packed, working_dtype
 from .groups import param_groups
 from .ops.philox import WORKSPACE
 from .optimizer import LowRankOptimizer
 from .plan import Plan
-from .recipe import Recipe
+from .recipe import Recipe, Store
 from .report import human, state_bytes
 
 Groups = list[dict[str, Any]]
@@ -31,6 +31,7 @@ class MemoryEstimate:
         weights, gradients: of the parameters that are trained.
         states: moments and counters; exact.
         bases: exact.
+        shared: dictionaries, one per width of matrix, which come with the first step and are in no checkpoint.
         step_workspace: the most that a step without a refresh holds for one matrix. Where equal matrices are stacked
             (on accelerators, or with `foreach=True`), the stack takes up to 64 MiB per operand instead. Gradients with
             strides of their own are copied, which is not counted.
@@ -41,6 +42,7 @@ class MemoryEstimate:
     gradients: int
     states: int
     bases: int
+    shared: int
     step_workspace: int
     refresh_workspace: int
 
@@ -52,10 +54,12 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """Everything at the moment when it is most: while the largest matrix refits its basis within a step."""
-        return self.weights + self.gradients + self.optimizer + self.step_workspace + self.refresh_workspace
+        return (
+            self.weights + self.gradients + self.optimizer + self.shared + self.step_workspace + self.refresh_workspace
+        )
 
     def __str__(self) -> str:
-        rows = ("weights", "gradients", "states", "bases", "step_workspace", "refresh_workspace", "total")
+        rows = ("weights", "gradients", "states", "bases", "shared", "step_workspace", "refresh_workspace", "total")
         return "\n".join(f"{row.replace('_', ' '):<18}{human(getattr(self, row)):>12}" for row in rows)
 
 
@@ -87,17 +91,21 @@ def estimate_memory(
     low_rank = issubclass(optimizer, LowRankOptimizer)
     groups = _meta_groups(source, dtype, low_rank)
     params = [p for group in groups for _, p in group["params"]]
-    weights = sum(p.nbytes for p in params)
+    gradients = sum(p.nbytes for p in params)
+    weights = sum(getattr(p, "packed_bytes", p.nbytes) for p in params)
     instance = optimizer(groups, **options)
     if not isinstance(instance, LowRankOptimizer):
-        return MemoryEstimate(weights, weights, _bytes_after_step(instance, params), 0, 0, 0)
+        return MemoryEstimate(weights, gradients, _bytes_after_step(instance, params), 0, 0, 0, 0)
     states = bases = step = refresh = 0
+    shared: dict[str, int] = {}
     for p, group in instance._members():
         plan = instance._plans[p]
         recipe = instance._recipe_of(plan, group)
+        specs = recipe.spec(plan.matrix, plan.rank or 0, plan.small)
         fitted = recipe.basis.spec(plan.matrix, plan.rank or 0)
+        of_bases = {key + suffix for key in fitted for suffix in cast(Store, specs[key].store).suffixes}
         for key, tensor in instance._fresh_state(p, group).items():
-            if key in fitted:
+            if key in of_bases:
                 bases += tensor.nbytes
             else:
                 states += tensor.nbytes
@@ -105,8 +113,9 @@ def estimate_memory(
         step = max(step, _step_bytes(p, plan, recipe, group))
         if plan.projected:
             m, n = plan.matrix
+            shared |= {key: count * working for key, count in recipe.basis.shared(plan.matrix).items()}
             refresh = max(refresh, recipe.basis.fit_workspace(m, n, plan.rank or 0) * working)
-    return MemoryEstimate(weights, weights, states, bases, step, refresh)
+    return MemoryEstimate(weights, gradients, states, bases, sum(shared.values()), step, refresh)
 
 
 def _step_bytes(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) -> int:
@@ -117,15 +126,30 @@ def _step_bytes(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) ->
         share = min(1.0, SLICE / max(1, size))
     elif plan.batch:
         share = min(1.0, max(1 / plan.count, CHUNK_BYTES / max(1, size * working.itemsize)))
-    coordinates = plan.count * math.prod(recipe.basis.coordinates(plan.matrix, rank))
-    elements = coordinates * (1 + recipe.scaling.scratch)
-    elements += plan.count * recipe.basis.step_workspace(plan.matrix, rank) if plan.projected else 0
+    elements = plan.count * _working_elements(plan, recipe, rank)
     specs = [spec for spec in recipe.spec(plan.matrix, rank, plan.small).values() if spec.store and spec.store.narrow]
-    elements += 2 * plan.count * sum(math.prod(spec.shape) for spec in specs)
-    elements += plan.count * math.prod(plan.matrix) * recipe.residual.scratch if plan.projected else 0
+    # opened, and for what changes at each step rounded
+    elements += plan.count * sum(math.prod(spec.shape) * (1 if spec.steady else 2) for spec in specs)
     elements += 4 * size if p.dtype != working else 0
-    rounds = bool(specs) or (group["bf16_update"] == "stochastic" and p.dtype == torch.bfloat16)
+    rounds = any(not spec.steady for spec in specs) or (
+        group["bf16_update"] == "stochastic" and p.dtype == torch.bfloat16
+    )
     return int(share * elements * working.itemsize) + (WORKSPACE if rounds else 0)
+
+
+def _working_elements(plan: Plan, recipe: Recipe, rank: int) -> int:
+    """What the lines of `update.py` hold at once for one matrix, beside G, W and the state."""
+    shape, size = plan.matrix, math.prod(plan.matrix)
+    r = math.prod(recipe.basis.coordinates(shape, rank))
+    rest, scratch = recipe.residual.workspace(shape, r), recipe.scaling.scratch
+    if recipe.scaling_in == "subspace":
+        most = r * (1 + scratch) + rest
+    elif recipe.momentum_of == "gradient":
+        most = r + max(rest, r + size * (1 + scratch))
+    else:
+        most = max(size * scratch, size + r + rest)
+    derived = recipe.basis.derived(shape, rank) * (2 if plan.batch else 1)
+    return max(recipe.basis.derive_workspace(shape, rank), derived + recipe.basis.step_workspace(shape, rank) + most)
 
 
 def _meta_groups(source: Any, dtype: torch.dtype | None, low_rank: bool) -> list[dict[str, Any]]:
@@ -149,7 +173,10 @@ def _empty(shape: Any) -> Tensor:
 
 def _meta(entry: Any, index: int, dtype: torch.dtype | None) -> tuple[str, nn.Parameter]:
     name, p = entry if isinstance(entry, tuple) else (f"{index}", entry)
-    return name, nn.Parameter(torch.empty(p.shape, dtype=dtype or p.dtype, device="meta"))
+    meta = nn.Parameter(torch.empty(p.shape, dtype=dtype or p.dtype, device="meta"))
+    if is_packed(p):
+        cast(Any, meta).packed_bytes = cast(Any, p).stored_bytes()
+    return name, meta
 
 
 def _bytes_after_step(optimizer: Optimizer, params: list[nn.Parameter]) -> int:

@@ -35,7 +35,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -184,7 +184,7 @@ class Basis(abc.ABC):
         """
 
     def derive(self, g: Tensor, kept: State, rank: int, draw: Draw) -> dict[str, Tensor]:
-        """What a step needs for `g (m, n)` and nobody keeps: it follows from what is kept, or from the random stream."""
+        """What a step needs for `g (m, n)` and nobody keeps: it follows from what is kept or from the random stream."""
         return {}
 
     @abc.abstractmethod
@@ -200,15 +200,23 @@ class Basis(abc.ABC):
         """`W <- beta W + alpha up(D)` in one pass over `w (m, n)`, without a second (m, n) tensor."""
 
     def step_workspace(self, shape: Shape, rank: int) -> int:
-        """Elements that `derive`, `down` and `add_up_` hold beyond R and W; for `estimate_memory`."""
+        """Elements that `down` and `add_up_` hold beyond R and W; for `estimate_memory`, like the next ones."""
+        return 0
+
+    def derived(self, shape: Shape, rank: int) -> int:
+        """Elements that `derive` gives for one matrix."""
+        return 0
+
+    def derive_workspace(self, shape: Shape, rank: int) -> int:
+        """Elements that `derive` holds at once for one matrix."""
         return 0
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
-        """Elements that `fit` holds at once for one matrix, beyond g; for `estimate_memory`."""
+        """Elements that `fit` holds at once for one matrix, beyond g."""
         return 0
 
     def shared(self, shape: Shape) -> dict[str, int]:
-        """Elements of tensors that all matrices of an equal width share, by name; for `estimate_memory`."""
+        """Elements of tensors that all matrices of an equal width share, by name."""
         return {}
 
 
@@ -240,7 +248,9 @@ class Refresh(abc.ABC):
     def carry_(self, algebra: Algebra, recipe: Recipe, st: State, turn: Turn, t: Clock) -> None:
         """Brings the moments, which have seen t steps, from the old coordinates to the new ones."""
 
-    def note_(self, counters: Mapping[str, Tensor], turn: Turn) -> None:
+    def note_(  # noqa: B027
+        self, counters: Mapping[str, Tensor], turn: Turn
+    ) -> None:
         """Called after each refresh but the first, for schedules that learn from it."""
 
 
@@ -303,28 +313,32 @@ class Update(NamedTuple):
     rest_gain: Clock = 1.0
     entries: tuple[Tensor, Tensor] | None = None
 
-    def whole(self, recipe: Recipe, st: State) -> Tensor:
-        """It all as one new (m, n) tensor; for rules that need its norm, or a second moment in full space."""
-        assert self.rest is not None
-        whole = self.rest * self.rest_gain
-        if self.d is not None:
-            recipe.basis.add_up_(whole, self.d * self.gain, st, alpha=1, beta=1)
+    def whole(self, recipe: Recipe, st: State, like: Tensor) -> Tensor:
+        """It all as one new tensor `like` G (m, n); for rules that need its norm, or a second moment in full space."""
+        if self.d is None:
+            return cast(Tensor, self.rest) * self.rest_gain
+        whole = like.clone() if self.rest is None else self.rest * self.rest_gain
+        recipe.basis.add_up_(whole, self.d * self.gain, st, alpha=1, beta=0 if self.rest is None else 1)
         return whole
 
 
 class Residual(abc.ABC):
     """What of `G - P P^T G`, the part of the gradient outside the subspace?"""
 
-    scratch: ClassVar[int] = 0  # tensors of the size of G that it holds during a step, for `estimate_memory`
-
     def spec(self, shape: Shape) -> dict[str, Spec]:
         return {}
+
+    def workspace(self, shape: Shape, coordinates: int) -> int:
+        """Elements that it holds beside G, R and D, R having `coordinates` elements; for `estimate_memory`."""
+        return 0
 
     def before(self, g: Tensor, st: State) -> Tensor:
         """The gradient that the step uses; error feedback adds here what was lost before."""
         return g
 
-    def turning_(self, recipe: Recipe, st: State, basis: State, sign: float) -> None:
+    def turning_(  # noqa: B027
+        self, recipe: Recipe, st: State, basis: State, sign: float
+    ) -> None:
         """Called around the turn of the moments of one matrix: before it with the old basis and 1, after it with the
         new one and -1."""
 

@@ -50,7 +50,7 @@ def _change(recipe: Recipe, algebra: Algebra, g: Tensor, st: State, t: Clock, st
         d = scaling(algebra, st, numerator, r, t)
     change = recipe.residual.after(algebra, recipe, st, g, r, d, gain)
     if full and not before:
-        change = Update(None, rest=scaling(algebra, st, change.whole(recipe, st), g, step))
+        change = Update(None, rest=scaling(algebra, st, change.whole(recipe, st, g), g, step))
     return change
 
 

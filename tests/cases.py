@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import torch
 from reference import (
-    apollo, dct, fira, flora, frugal, galore, galore_plus, golore, ldadam, q_galore, subset_norm,
+    apollo,
+    dct,
+    fira,
+    flora,
+    frugal,
+    galore,
+    galore_plus,
+    golore,
+    ldadam,
+    q_galore,
+    subset_norm,
 )  # fmt: skip
 from torch import Tensor, nn
 
@@ -69,13 +79,23 @@ class Case:
 
     def build(self, params: Any, **overrides: Any) -> LowRankOptimizer:
         """With those of the overrides that the class has: a test of all methods names the options of GaLore."""
-        own = {"basis"} & self.kwargs.keys()  # a basis that is the method's point
-        known = {key: x for key, x in overrides.items() if self.has(key, x) and not (key in own and x in ("svd", "rsvd"))}
-        return self.make(params, **{**self.kwargs, **known})
+        return self.make(params, **{**self.kwargs, **self.fitting(overrides)})
+
+    def fitting(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Without options that only GaLore has, and without its values of options where this class has its own."""
+
+        def fits(key: str, value: Any) -> bool:
+            own = key == "basis" and "basis" in self.kwargs  # a basis that is the method's point
+            return self.has(key) and not (value in _GALORES.get(key, ()) and (own or not self.has(key, value)))
+
+        return {key: value for key, value in options.items() if fits(key, value)}
 
     def has(self, option: str, value: Any = None) -> bool:
         known = option in inspect.signature(self.make).parameters
         return known and (value is None or option not in self.make.choices or value in self.make.choices[option])
+
+
+_GALORES = {"basis": ("svd", "rsvd"), "proj_type": ("full",)}
 
 
 class AveragedSGD(torch.optim.Optimizer):
@@ -158,8 +178,8 @@ CASES = [
         {**_LOOP, "rho": 0.85}, lambda m, n, r: replace(_galore(m, n, r), other=4 * m * n),
     ),
     Case(
-        "frugal", lowrank_optim.FRUGAL, {**_OURS, "sign_scale": 0.3, "basis": "rows"}, _FULL, frugal.frugal, {**_LOOP, "ratio": 0.3},
-        _selected, (({"basis": "topk"}, {"choose": "norm"}),), basis="index",
+        "frugal", lowrank_optim.FRUGAL, {**_OURS, "sign_scale": 0.3, "basis": "rows"}, _FULL, frugal.frugal,
+        {**_LOOP, "ratio": 0.3}, _selected, (({"basis": "topk"}, {"choose": "norm"}),), basis="index",
     ),
     Case(
         "golore", lowrank_optim.GoLoreAdamW, {**_OURS, "random_after": 10}, _FULL, golore.golore_adamw,
@@ -213,7 +233,7 @@ CASES = [
         ),
         (
             torch.optim.Adafactor, dict(lr=0.03, beta2_decay=-0.7, eps=(1e-5, 2e-3), d=1.1, weight_decay=0.1),
-            {"betas": (0.0, 0.97), "relative_step": True},
+            {"betas": (0.0, 0.97)},  # torch has no momentum here
         ),
         flora.flora,
         dict(
@@ -236,14 +256,19 @@ CASES = [
         (({"density": 0.0}, {"density": 0.0}), ({"density": 0.5}, {"density": 0.5})),
     ),
     Case(
-        "q_galore", lowrank_optim.QGaLoreAdamW, {**_OURS, "state_dtype": "float32", "threshold": 0.35, "queue": 2}, _FULL,
+        "q_galore", lowrank_optim.QGaLoreAdamW,
+        {**_OURS, "state_dtype": "float32", "threshold": 0.35, "queue": 2}, _FULL,
         q_galore.q_galore_adamw, {**_LOOP, "gap": 7, "threshold": 0.35, "queue": 2}, _galore,
-        (({"update_proj_gap": 2}, {"gap": 2}), ({"update_proj_gap": 2, "threshold": 0.9}, {"gap": 2, "threshold": 0.9})),
+        (
+            ({"update_proj_gap": 2}, {"gap": 2}),
+            ({"update_proj_gap": 2, "threshold": 0.9}, {"gap": 2, "threshold": 0.9}),
+        ),
         counters=8 + 4 * 2,
     ),
 ]  # fmt: skip
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+ranked = pytest.mark.parametrize("case", [case for case in CASES if case.make.ranked], ids=lambda case: case.name)
 
 
 class Net(nn.Module):

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from cases import CASES, Net, every_case, gradients, train
+from cases import CASES, Net, every_case, gradients, ranked, train
 from torch import nn
 
 import lowrank_optim
@@ -23,9 +23,6 @@ def weights(model):
 def subspace(case, optimizer, p):
     """What says which subspace p is in; where that is the random stream alone, the number of refreshes."""
     return optimizer.state[p][case.basis or "refreshes"].clone()
-
-
-fitted = pytest.mark.parametrize("case", [c for c in CASES if c.make.ranked], ids=lambda case: case.name)  # have a basis
 
 
 def pair(case, shape=(12, 20), **options):
@@ -182,7 +179,7 @@ def test_add_param_group_later(case):
     assert not torch.equal(late, before)
 
 
-@fitted
+@ranked
 def test_groups_override_every_number(case):
     p, q = nn.Parameter(torch.randn(16, 12)), nn.Parameter(torch.randn(12, 16))
     groups = [{"params": [p], "rank": 2, "lr": 0.0, "proj_type": "left"}, {"params": [q], "rank": 0.5, "scale": 2.0}]
@@ -330,7 +327,7 @@ def test_the_first_step_on_zero_gradients_is_inert(case):
     assert torch.equal(weights(models[0]), weights(models[1]))
 
 
-@fitted
+@ranked
 def test_no_basis_from_a_zero_gradient(case):
     """A zero-initialised output projection has one at first; the basis comes with the first real gradient."""
     p, q, optimizer = pair(case)
@@ -348,7 +345,7 @@ def test_no_basis_from_a_zero_gradient(case):
     assert moved > 1e-4, "and it must move at once"
 
 
-@fitted
+@ranked
 def test_a_zero_gradient_when_a_refresh_is_due_keeps_the_basis(case):
     p, _, optimizer = pair(case, stagger=False, update_proj_gap=2, error_feedback="none", orthonormal=True)
     for g in gradients((12, 20), 2):
@@ -364,7 +361,7 @@ def test_a_zero_gradient_when_a_refresh_is_due_keeps_the_basis(case):
     assert not torch.equal(subspace(case, optimizer, p), basis)
 
 
-@fitted
+@ranked
 def test_experts_without_tokens_get_their_basis_later(case):
     experts, other = nn.Parameter(torch.randn(3, 10, 20)), nn.Parameter(torch.randn(5))
     optimizer = case.build([experts, other], rank=3, stagger=False, update_proj_gap=7)
@@ -450,7 +447,9 @@ def test_the_global_generators_are_left_alone(case):
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.has("basis", "rsvd") and c.name != "frugal"], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.has("basis", "rsvd") and c.name != "frugal"], ids=lambda c: c.name
+)
 def test_random_numbers_follow_seed_and_name(case):
     def basis(name, seed):
         p = nn.Parameter(torch.zeros(40, 40))
@@ -650,7 +649,7 @@ def test_kahan_after_the_model_was_cast(case):
     optimizer.load_state_dict(optimizer.state_dict())
 
 
-@fitted
+@ranked
 def test_numbers_of_numpy(case):
     import numpy as np
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, Net, every_case
+from cases import CASES, Net, every_case, ranked
 from torch import nn
 
 import lowrank_optim
@@ -30,9 +30,13 @@ def matrix():
         ("update_proj_gap", 2.5, r"update_proj_gap must be an int >= 1, got 2.5"),
         ("scale", 0.0, r"scale must be a number > 0, got 0.0"),
         ("proj_type", "standard", r"proj_type must be one of 'std', .*, got 'standard'; did you mean 'std'"),
-        ("basis", "SVD ", r"basis must be one of 'rsvd', 'svd', got 'SVD '"),
+        ("basis", "SVD ", r"basis must be one of '.*', got 'SVD '"),
         ("moments", "rotated", r"moments must be one of .*, got 'rotated'; did you mean 'rotate'\?"),
-        ("state_dtype", torch.bfloat16, r"state_dtype must be one of 'float32', 'bfloat16', 'int8', 'int4', got torch.bfloat16"),
+        (
+            "state_dtype",
+            torch.bfloat16,
+            r"state_dtype must be one of 'float32', 'bfloat16', 'int8', 'int4', got torch.bfloat16",
+        ),
         ("bf16_update", "sr", r"bf16_update must be one of 'stochastic', 'kahan', 'none', got 'sr'"),
         ("nonfinite", None, r"nonfinite must be one of 'skip', 'raise', got None"),
         ("seed", -1, r"seed must be an int >= 0, got -1"),
@@ -43,6 +47,8 @@ def matrix():
 )
 @pytest.mark.parametrize("where", ["constructor", "group", "later group"])
 def test_values_out_of_range(case, option, value, message, where):
+    if not case.has(option) and option != "as_matrix":
+        return  # not an option of this method
     if where == "constructor":
         if option == "as_matrix":
             return  # groups only
@@ -100,7 +106,7 @@ def test_unknown_group_keys(case, key, message):
         case.build([{"params": [matrix()], key: 1}])
 
 
-@every_case
+@ranked
 def test_nothing_to_project(case):
     with pytest.raises(ValueError, match=r"(?s)found nothing to project.*param 0: a vector or scalar.*use DDP instead"):
         case.build([nn.Parameter(torch.randn(200))])
@@ -112,7 +118,7 @@ def test_nothing_to_project(case):
         case.build([nn.Parameter(torch.randn(3)) for _ in range(8)])
 
 
-@every_case
+@ranked
 def test_strict_refuses_a_fallback(case):
     model = Net()
     assert case.build(model.named_parameters(), strict=True, rank=3), "vectors and embeddings are no fallback"
@@ -147,7 +153,7 @@ def test_messages_name_the_class():
             case.build([nn.Parameter(torch.randn(3))])
 
 
-@every_case
+@ranked
 def test_strict_also_covers_later_groups(case):
     optimizer = case.build([matrix()], rank=9, strict=True)
     with pytest.raises(ValueError, match=r"param 1 cannot be projected \(rank 9 >= min\(4, 32\)\)"):

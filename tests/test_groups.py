@@ -8,7 +8,7 @@ from cases import Net
 from torch import nn
 
 import lowrank_optim
-from lowrank_optim import GaLoreAdamW, param_groups
+from lowrank_optim import GaLoreAdamW, GaLorePlusAdamW, param_groups
 from lowrank_optim.plan import names_say
 
 
@@ -164,6 +164,136 @@ def test_patterns_must_match():
 def test_meta_models_can_be_grouped():
     with torch.device("meta"):
         assert kinds(ViT()) == kinds(ViT())
+
+
+def with_heads(model, **options):
+    """{name: (heads, side)} of the matrices that have heads, after checking that groups are no more than needed."""
+    groups = param_groups(model, heads=True, verbose=False, **{"rank": 4, "min_dim": 4, **options})
+    keys = [tuple(sorted((key, x) for key, x in group.items() if key != "params")) for group in groups]
+    assert len(set(keys)) == len(keys)
+    found = {}
+    for group in groups:
+        assert ("heads" in group) <= (group["rank"] is not None)
+        found |= {name: (group["heads"], group["proj_type"]) for name, _ in group["params"] if "heads" in group}
+    plain = kinds(model, **{"rank": 4, "min_dim": 4, **options})
+    assert kinds(model, heads=True, **{"rank": 4, "min_dim": 4, **options}) == plain, "heads change no other decision"
+    assert set(found) <= {name for name, kind in plain.items() if kind == "matrix"}
+    return found
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("options", [{}, {"head_dim": 12}])
+def test_heads_of_grouped_queries(device, options, capsys):
+    with torch.device(device):
+        model = llama(num_key_value_heads=2, **options)
+    found = with_heads(model)
+    assert len(found) == 2 * 4
+    for layer in range(2):
+        name = f"model.layers.{layer}.self_attn."
+        assert found[name + "q_proj.weight"] == (4, "right")
+        assert found[name + "k_proj.weight"] == found[name + "v_proj.weight"] == (2, "right")
+        assert found[name + "o_proj.weight"] == (4, "left")
+    groups = param_groups(model, rank=4, heads=True, proj_type="reverse_std", scale=0.5)
+    assert "M) matrices to project (8 of them with heads), 2 (" in capsys.readouterr().out
+    sides = {(group.get("heads"), group["proj_type"]) for group in groups if group["rank"]}
+    assert sides == {(None, "reverse_std"), (4, "right"), (2, "right"), (4, "left")}
+    assert all(group["scale"] == 0.5 and group["as_matrix"] == "flatten" for group in groups if group["rank"])
+    assert len(groups) == 4 + 2
+    optimizer = GaLorePlusAdamW(groups, lr=1e-2)
+    rows = {row.name: (row.rank, row.side) for row in optimizer.report()}
+    assert rows["model.layers.1.self_attn.k_proj.weight"] == (4, "right")
+    assert rows["model.layers.1.self_attn.o_proj.weight"] == (4, "left")
+    assert rows["model.layers.1.mlp.up_proj.weight"] == (4, "left"), "48 x 32, and reverse_std"
+
+
+def test_heads_train_a_llama():
+    model = llama(num_key_value_heads=2)
+    optimizer = GaLorePlusAdamW(param_groups(model, rank=12, heads=True), lr=1e-2, update_proj_gap=3)
+    tokens, losses = torch.randint(0, 64, (4, 12)), []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.2
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_heads_of_torchs_attention(device):
+    with torch.device(device):
+        model = nn.TransformerEncoderLayer(32, 4, 64)
+        apart = nn.MultiheadAttention(32, 4, kdim=20, vdim=24)
+    assert with_heads(model) == {"self_attn.in_proj_weight": (12, "right"), "self_attn.out_proj.weight": (4, "left")}
+    inputs = {f"{name}_proj_weight": (4, "right") for name in "qkv"}
+    assert with_heads(apart) == {**inputs, "out_proj.weight": (4, "left")}
+    for one in (model, apart):
+        GaLorePlusAdamW(param_groups(one, rank=4, heads=True, verbose=False))
+    assert [group.get("heads") for group in param_groups(model, rank=4, heads=True, verbose=False)] == [
+        12, None, 4, None,
+    ]  # fmt: skip
+
+
+class Attention(nn.Module):
+    """Names as given; the number of heads under `count`, of the module or of its config."""
+
+    def __init__(self, names, count, configured=False, size=32, heads=4):
+        super().__init__()
+        for name in names:
+            self.add_module(name, nn.Linear(size, size))
+        holder = self
+        if configured:
+            self.config = holder = type("Config", (), {})()
+        setattr(holder, count, heads)
+
+
+BERT, T5, OPT = ("query", "key", "value"), ("q", "k", "v", "o"), ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+@pytest.mark.parametrize("configured", [False, True])
+@pytest.mark.parametrize("names", [BERT, T5, OPT])
+@pytest.mark.parametrize("count", ["num_heads", "num_attention_heads", "n_heads"])
+def test_heads_of_modules_by_name(names, count, configured):
+    found = with_heads(nn.Sequential(Attention(names, count, configured), nn.Linear(32, 32)))
+    want = {f"0.{name}.weight": (4, "left" if name in ("o", "out_proj") else "right") for name in names}
+    assert found == want
+
+
+def test_heads_of_bert_and_vit():
+    transformers = pytest.importorskip("transformers", reason="BERT comes from transformers (extra: examples)")
+    small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    bert = transformers.BertModel(transformers.BertConfig(vocab_size=64, **small))
+    found = with_heads(bert)
+    assert {name.split(".")[-2]: heads for name, heads in found.items()} == dict.fromkeys(BERT, (4, "right"))
+    vit = transformers.ViTModel(transformers.ViTConfig(image_size=16, patch_size=4, **small))
+    assert sorted(with_heads(vit).values()) == [(4, "left"), *[(4, "right")] * 3]
+
+
+def test_heads_only_of_what_is_projected():
+    model = nn.Sequential(Attention(OPT, "num_heads"), Attention(OPT, "num_heads"))
+    model[1].requires_grad_(False)
+    found = with_heads(model, exclude=["q_proj"])
+    assert set(found) == {f"0.{name}.weight" for name in ("k_proj", "v_proj", "out_proj")}
+
+
+def test_heads_that_cannot_be_read():
+    odd = nn.Sequential(Attention(OPT, "number"), Attention(("q_proj", "o_proj"), "num_heads"))
+    with pytest.raises(ValueError, match=r"heads=True finds no attention module in Sequential .* q_proj/k_proj/v_proj"):
+        param_groups(odd, heads=True)
+    with pytest.raises(ValueError, match="heads=True finds no attention module"):
+        param_groups(nn.Sequential(Attention(OPT, "num_heads")), heads=True, exclude=["_proj"])
+    with pytest.raises(ValueError, match=r"heads must be True .* or False, got 4"):
+        param_groups(Net(), heads=4)
+    indivisible = nn.Sequential(Attention(OPT, "num_heads", heads=5), Attention(OPT, "num_heads"))
+    assert {name[0] for name in with_heads(indivisible)} == {"1"}
+
+
+def test_without_heads_groups_are_as_they_were():
+    model = llama(num_key_value_heads=2)
+    groups = param_groups(model, rank=4, proj_type="reverse_std", verbose=False)
+    assert [sorted(group.keys() - {"params"}) for group in groups] == [
+        ["as_matrix", "proj_type", "rank", "skip_embeddings"], ["rank"], ["rank", "weight_decay"],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from cases import Net, every_case, gradients, train
 from torch import nn
 
 from lowrank_optim import LowRankOptimizer
-from lowrank_optim.parts import EMA, SVD, Constant, Drop, Every, Float32, Identity, NoMomentum
-from lowrank_optim.recipe import Recipe, Scaling
+from lowrank_optim.parts import EMA, SVD, Constant, Drop, Every, Float32, Identity, NoMomentum, NoScaling
+from lowrank_optim.recipe import Recipe
 
 
 @every_case
 def test_without_projection_it_is_the_rule_in_full_space(case):
     """Vectors, embeddings, head and every matrix of a group without rank, beside one projected matrix."""
-    make, options = case.full
+    make, options, overrides = case.full
     ours, theirs = Net().double(), Net().double()
     theirs.load_state_dict(ours.state_dict())
     extra = nn.Parameter(torch.zeros(8, 8, dtype=torch.float64))
-    mine = case.build([{"params": [extra], "rank": 2}, {"params": list(ours.parameters()), "rank": None}])
+    mine = case.build([{"params": [extra], "rank": 2}, {"params": list(ours.parameters()), "rank": None}], **overrides)
     if make is torch.optim.Adafactor:  # beyond two dimensions torch factors the last two and clips the whole tensor
         for model in (ours, theirs):
             model.experts.requires_grad_(False)
@@ -30,23 +28,6 @@ def test_without_projection_it_is_the_rule_in_full_space(case):
     assert train(ours, mine, 20) == pytest.approx(train(theirs, their, 20), abs=1e-12)
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert (p - q).abs().max() < 1e-12
-
-
-@dataclass(frozen=True)
-class NoScaling(Scaling):
-    """The direction is the numerator. No method uses it yet, so it lives here."""
-
-    def spec(self, shape):
-        return {}
-
-    def __call__(self, algebra, st, x, r, t):
-        return x
-
-    def turn_(self, algebra, st, turn, mean, t):
-        pass
-
-    def reset_(self, st):
-        pass
 
 
 class _Linear(LowRankOptimizer):

@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from cases import CASES, SHAPES, every_case, gradients
+from cases import CASES, SHAPES, every_case, gradients, ranked
 from reference import galore
 
 from lowrank_optim import ops
@@ -117,15 +117,13 @@ def test_moments_at_a_refresh(dtype, shape, rank, proj_type, moments):
     assert (got - kept).abs().max() > 1e-3, "the option must make a difference here, or the test shows nothing"
 
 
-@every_case
+@ranked
 @every_dtype
 @pytest.mark.parametrize("shape_rank", [s for s in SHAPES if s[1] >= min(s[0])])
 def test_a_rank_that_saves_nothing_is_the_rule_in_full_space(case, dtype, shape_rank):
     shape, rank = shape_rank
     weight, grads = problem(shape, dtype)
     make, options, overrides = case.full
-    if not case.make.ranked or overrides.get("relative_step"):
-        pytest.skip("its rank is the matrix's own, or torch has its rule only with a relative step")
     got, optimizer = engine(case, weight, grads, rank=rank if max(shape) > 8 or rank < 8 else 7, **overrides)
     p = torch.nn.Parameter(weight.clone())
     full = make([p], **options)

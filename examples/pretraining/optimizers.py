@@ -4,20 +4,100 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 import lowrank_optim
+from lowrank_optim.plan import names_say
 
 from .errors import PretrainError
 from .job import Job
 from .presets import Preset
 
 OURS = "lr", "matrix_lr_scale"  # keywords of this program; all others go to the optimizer
-UNSUITED = {"LBFGS": "it needs a closure", "SparseAdam": "it needs sparse gradients", "Muon": "it takes matrices only"}
+UNSUITED = {"LBFGS": "it needs a closure", "SparseAdam": "it needs sparse gradients"}
+RANDOM_AFTER = 0.8  # GoLore's bases become random after this share of the steps, as in its paper
+
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon for matrices that are neither embedding nor head, AdamW for the rest, in one optimizer.
+
+    Both keep their state here, and see their own groups for as long as a step takes: schedules, checkpoints and hooks
+    work as with any optimizer.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        adjust_lr_fn: str = "match_rms_adamw",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        common = {"lr": lr, "weight_decay": weight_decay}
+        muon = {**common, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
+        muon |= {"adjust_lr_fn": adjust_lr_fn}
+        self.parts: list[torch.optim.Optimizer] = []
+        matrices, rest = _by_kind(list(params))
+        if matrices:
+            self.parts.append(torch.optim.Muon(matrices, **muon))
+        if rest:
+            self.parts.append(torch.optim.AdamW(rest, **common, betas=betas, eps=eps))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+            part.step()
+        return loss
+
+
+def _by_kind(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The groups' matrices and everything else, each parameter in a group with the keys of its old one."""
+    kinds: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for group in groups:
+        for kind, wanted in zip(kinds, (True, False), strict=True):
+            params = [(name, p) for name, p in group["params"] if (p.dim() == 2 and not names_say(name)) == wanted]
+            kind.extend([{**group, "params": params}] if params else [])
+    return kinds
+
+
+class Adafactor(torch.optim.Adafactor):
+    """torch's. On the meta device, where its step needs numbers, it makes its state: so that memory can be estimated."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        if not all(p.is_meta for group in self.param_groups for p in group["params"]):
+            return super().step(closure)  # type: ignore[no-any-return]
+        for group in self.param_groups:
+            self._init_group(group, *([] for _ in range(6)))
+        return None
+
+
+class GoLoreAdamW(lowrank_optim.GoLoreAdamW):
+    """Ours, with a value for `random_after`: `build` makes it RANDOM_AFTER of the job's steps, unless it is given."""
+
+    __init__ = functools.partialmethod(lowrank_optim.GoLoreAdamW.__init__, random_after=0)  # type: ignore[assignment]
+
+
+_STAND_INS: dict[str, type[torch.optim.Optimizer]] = {
+    "Muon": Muon, "Adafactor": Adafactor, "GoLoreAdamW": GoLoreAdamW,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,7 +150,7 @@ def _classes(module: Any) -> dict[str, type[torch.optim.Optimizer]]:
     found = {name: getattr(module, name) for name in getattr(module, "__all__", None) or dir(module)}
     bases = {"Optimizer", "LowRankOptimizer"}
     return {
-        name: value
+        name: _STAND_INS.get(name, value)
         for name, value in found.items()
         if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and name not in bases
     }
@@ -111,7 +191,7 @@ def _suited(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimize
 
 
 def is_low_rank(optimizer: type[torch.optim.Optimizer]) -> bool:
-    return optimizer in _classes(lowrank_optim).values()
+    return issubclass(optimizer, lowrank_optim.LowRankOptimizer)
 
 
 def accepted(optimizer: type[torch.optim.Optimizer]) -> list[str]:
@@ -150,7 +230,9 @@ def settings(choice: Choice, preset: Preset, lr: float | None, dtype: str) -> di
 
 def build(model: torch.nn.Module, job: Job) -> torch.optim.Optimizer:
     optimizer = find(job.optimizer)
-    groups = lowrank_optim.param_groups(model, verbose=False)
+    # GaLore+ shares a subspace between the heads of an attention layer.
+    heads = {"heads": True} if "heads" in accepted(optimizer) else {}
+    groups = lowrank_optim.param_groups(model, verbose=False, **heads)
     if not is_low_rank(optimizer):
         groups = [_plain_group(group, job, accepted(optimizer)) for group in groups]
     return _make(optimizer, groups, job)
@@ -163,8 +245,11 @@ def check(job: Job) -> None:
 
 
 def _make(optimizer: Any, groups: list[dict[str, Any]], job: Job) -> torch.optim.Optimizer:
+    keywords = {"lr": job.lr, **job.keywords}
+    if "random_after" in accepted(optimizer):
+        keywords.setdefault("random_after", int(RANDOM_AFTER * job.steps))
     try:
-        made: torch.optim.Optimizer = optimizer(groups, **{"lr": job.lr, **job.keywords})
+        made: torch.optim.Optimizer = optimizer(groups, **keywords)
         return made
     except (TypeError, ValueError, RuntimeError) as error:
         raise PretrainError(f"{job.label} does not accept its arguments: {error}") from error

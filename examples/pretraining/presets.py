@@ -31,20 +31,32 @@ def _paper(rank: int, update_proj_gap: int = 200) -> dict[str, dict[str, Any]]:
     return {"AdamW": {"lr": 1e-3}, "GaLoreAdamW": {"lr": 1e-2, **low}, "GaLoreAdafactor": {"lr": 1e-2, **low}}
 
 
-# The best of `python -m benchmarks.quality sweep`. AdamW gets an lr of its own for the matrices, as `scale` gives
-# GaLore: with one lr for everything its best loss there is a fifth higher.
-_SWEPT: dict[str, dict[str, Any]] = {
+# What `python -m benchmarks.quality sweep` starts from, and ends in: `scale` and `matrix_lr_scale` make the lr of the
+# matrices another one than that of the rest, which is the best that AdamW found. With one lr for everything AdamW's
+# best loss is a fifth higher, so torch's optimizers get such a factor as well.
+_RANK: dict[str, Any] = {"rank": 0.25}
+_LOW: dict[str, Any] = {**_RANK, "update_proj_gap": 50}
+_FACTORED: dict[str, Any] = {"relative_step": False, "scale_parameter": False}
+_NANO: dict[str, dict[str, Any]] = {
     "AdamW": {"lr": 0.032, "matrix_lr_scale": 0.03125},
-    "GaLoreAdamW": {"lr": 0.032, "scale": 0.0625, "rank": 0.25, "update_proj_gap": 50},
-    "GaLoreAdafactor": {
-        "lr": 0.016,
-        "scale": 0.125,
-        "rank": 0.25,
-        "update_proj_gap": 50,
-        "beta1": 0.9,
-        "relative_step": False,
-        "scale_parameter": False,
-    },
+    "Adafactor": {"lr": 0.032, "matrix_lr_scale": 1.0},
+    "Muon": {"lr": 0.032, "matrix_lr_scale": 0.03125},
+    "GaLoreAdamW": {"lr": 0.032, "scale": 0.0625, **_LOW},
+    "GaLoreAdamW8bit": {"lr": 0.032, "scale": 0.0625, **_LOW},
+    "GaLoreAdafactor": {"lr": 0.016, "scale": 0.125, **_LOW, "beta1": 0.9, **_FACTORED},
+    "GaLorePlusAdamW": {"lr": 0.032, "scale": 0.0625, **_LOW},
+    "QGaLoreAdamW": {"lr": 0.032, "scale": 0.0625, **_LOW},
+    "FiraAdamW": {"lr": 0.032, "scale": 0.0625, **_LOW},
+    "APOLLO": {"lr": 0.032, "scale": 1 / 256, **_LOW},
+    "APOLLOMini": {"lr": 0.032, "scale": 0.25, "update_proj_gap": 50},
+    "LDAdamW": {"lr": 0.032, "scale": 0.0625, **_RANK},
+    "FRUGAL": {"lr": 0.032, "scale": 0.03125, **_LOW},
+    "GoLoreAdamW": {"lr": 0.032, "scale": 0.0625, **_LOW},
+    "DCTAdamW": {"lr": 0.032, "scale": 0.0625, **_RANK},
+    "Flora": {"lr": 0.016, "scale": 0.125, **_RANK, "update_proj_gap": 100, "scale_parameter": False},
+    "SubsetNormAdamW": {"lr": 0.032, "scale": 0.03125, "reduce": "mean"},
+    "SubspaceMomentum": {"lr": 1.0, "scale": 1.0, **_LOW},
+    "SNSMAdamW": {"lr": 0.032, "scale": 0.03125, **_LOW, "reduce": "mean"},
 }
 
 PRESETS = {
@@ -61,7 +73,7 @@ PRESETS = {
         eval_every=100,
         save_every=100,
         val_tokens=2**15,
-        optimizers=_SWEPT,
+        optimizers=_NANO,
     ),
     "60m": Preset(512, 1376, 8, 8, 10_000, optimizers=_paper(128)),
     "130m": Preset(768, 2048, 12, 12, 20_000, optimizers=_paper(256)),

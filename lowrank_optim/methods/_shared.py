@@ -28,8 +28,8 @@ OPTIONS = """
     Options that every method has:
         maximize: ascend instead.
         foreach: stack equal matrices and update them together; None does so on accelerators and loops on CPU.
-        state_dtype: "float32", "bfloat16" (rounded stochastically), "int8" or "int4" (blockwise; bases then in bfloat16;
-            vectors and parameters below 4096 elements stay float32): of moments and bases.
+        state_dtype: "float32", "bfloat16" (rounded stochastically), "int8" or "int4" (blockwise; then bases in
+            bfloat16; vectors and parameters below 4096 elements stay float32): of moments and bases.
         bf16_update: how bfloat16 weights are rounded, after float32 arithmetic: "stochastic" (unbiased), "kahan" (keeps
             what was lost, 2 bytes per weight; also for float16), "none" (to nearest: small updates vanish).
         nonfinite: "skip" leaves a parameter with a NaN or infinite gradient out of the step, counts it and warns once;
@@ -104,4 +104,4 @@ def schedule(group: dict[str, Any]) -> Every:
 def stores(group: dict[str, Any]) -> dict[str, Any]:
     """How state is kept. A basis in few bits would no longer be orthonormal, and it is the smaller part."""
     narrow = group["state_dtype"] in ("int8", "int4")
-    return {"store": STORES[group["state_dtype"]], "basis_store": BFloat16() if narrow else None}
+    return {"store": STORES[group["state_dtype"]], "basis_store": BFloat16(widen_small=True) if narrow else None}

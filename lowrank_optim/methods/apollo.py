@@ -40,8 +40,8 @@ class APOLLO(LowRankOptimizer):
 
         opt = lowrank_optim.APOLLO(lowrank_optim.param_groups(model, rank=256), lr=1e-2)
 
-    Differences from the paper and from its authors' code: P is not kept (the code keeps it, the paper counts a seed) and
-    is the same on every device; bias correction inside the factor (the code: in lr; the same but for the limiter);
+    Differences from the paper and from its authors' code: P is not kept (the code keeps it, the paper counts a
+    seed), the same on every device; bias correction inside the factor (the code: in lr; the same but for the limiter);
     decay before the update (the code: after); eps after bias correction, 1e-8 (the code: 1e-6); the limiter does not
     remember sizes below 1e-3, see `FiraAdamW`. `tests/reference/apollo.py` is the algorithm as a loop.
     """

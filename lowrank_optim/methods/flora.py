@@ -30,7 +30,7 @@ class Flora(LowRankOptimizer):
     base="adamw" averages G instead, and divides by Adam's full second moment after bias correction.
 
     Memory: `n r + m + n` elements per matrix (base="adamw": `n r + m n`): P is drawn again at each step from the seed
-    and the number of refreshes. A step holds two (m, n) tensors. What is not projected gets Adafactor with momentum, or AdamW.
+    and the number of refreshes. A step holds two (m, n) tensors. The rest gets Adafactor with momentum, or AdamW.
 
     Args:
         params, lr, weight_decay, rank, scale, stagger: see `GaLoreAdamW`.
@@ -50,8 +50,8 @@ class Flora(LowRankOptimizer):
         opt = lowrank_optim.Flora(model.named_parameters(), lr=1e-3, rank=256)
 
     Differences from the paper and from its authors' code: momentum of scaled gradients (the code's rule; the paper: of
-    gradients); the transfer comes before the step; decay with lr (the code: with a); torch's Adafactor; no filter on the
-    ratio of the sides; P is the same on every device. `tests/reference/flora.py` is the algorithm as a loop.
+    gradients); the transfer comes before the step; decay with lr (the code: with a); torch's Adafactor; matrices of any
+    ratio of sides; P is the same on every device. `tests/reference/flora.py` is the algorithm as a loop.
     """
 
     __doc__ = (__doc__ or "") + OPTIONS

@@ -21,7 +21,7 @@ class QGaLoreAdamW(LowRankOptimizer):
     As `GaLoreAdamW`, with
 
         P kept in int4: equal steps between the least and the largest of each 256 elements, floats both
-        at each refresh:  o = |P_new^T P_old|^2 / r;   if the mean of the last `queue` o >= threshold:  gap <- growth gap
+        at each refresh:  o = |P_new^T P_old|^2 / r;   if the mean of `queue` o >= threshold:  gap <- growth gap
 
     Weights in int8 come from `lowrank_optim.quantize_weights(model)`: they are updated in float32 and rounded
     stochastically. Any optimizer here can train them.
@@ -44,8 +44,8 @@ class QGaLoreAdamW(LowRankOptimizer):
         opt = lowrank_optim.QGaLoreAdamW(lowrank_optim.param_groups(model, rank=128), lr=1e-2, scale=0.25)
 
     Differences from the paper and from its authors' code: overlap of whole subspaces (the code: the signed cosine of
-    the first vectors); a float offset (the code's clamped zero point destroys blocks that do not straddle zero); int4 is
-    packed (the code stores it in bytes); AdamW's decay, before the update. `tests/reference/q_galore.py` is the loop.
+    the first vectors); a float offset (the code's clamped zero point destroys blocks that do not straddle zero); packed
+    int4 (the code stores it in bytes); AdamW's decay, before the update. `tests/reference/q_galore.py` is the loop.
     """
 
     __doc__ = (__doc__ or "") + OPTIONS

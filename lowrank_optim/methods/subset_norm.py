@@ -17,7 +17,7 @@ class SubsetNormAdamW(LowRankOptimizer):
     r"""AdamW whose second moment is one number per subset of a matrix, instead of one per entry.
 
         M <- beta1 M + (1 - beta1) G                                  (m, n)
-        v_i <- beta2 v_i + (1 - beta2) sum of G^2 over subset i       subsets: rows of a tall matrix, columns of a wide one
+        v_i <- beta2 v_i + (1 - beta2) sum of G^2 over subset i       rows of a tall matrix, columns of a wide one
         W <- (1 - lr weight_decay) W - lr scale M / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 
     Memory: `m n + max(m, n)` elements per matrix, against `2 m n`. Not a subspace method: matrices are served whole.

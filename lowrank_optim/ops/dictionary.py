@@ -1,4 +1,4 @@
-"""Fixed orthonormal dictionaries of n vectors, and the coefficients of a matrix in them; all in one formula per kind."""
+"""Fixed orthonormal dictionaries of n vectors, and the coefficients of a matrix in them; one formula per kind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS = ("dct2", "dct3", "hadamard", "random")
 
 
 def atoms(kind: str, n: int, index: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
-    """The vectors number `index (..., r)` as columns, `(..., n, r)`; read from the dictionary, or computed if `fast`."""
+    """The vectors number `index (..., r)` as columns `(..., n, r)`; read from the dictionary, or computed if `fast`."""
     if fast and kind in ("dct2", "dct3"):
         rows = torch.arange(n, device=index.device).unsqueeze(-1)
         return _cosines(kind, n, rows, index.long().unsqueeze(-2)).to(dtype)

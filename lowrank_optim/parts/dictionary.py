@@ -44,8 +44,11 @@ class Dictionary(OneSided):
     def turn(self, algebra: Algebra, old: State, new: State) -> Turn:
         return reindex(old["index"], new["index"])
 
-    def step_workspace(self, shape: Shape, rank: int) -> int:
-        return (7 if self.fast else 1) * shape[0] * rank  # the atoms; computed, also their angles in 64 bits
+    def derived(self, shape: Shape, rank: int) -> int:
+        return shape[0] * rank
+
+    def derive_workspace(self, shape: Shape, rank: int) -> int:
+        return (9 if self.fast else 3) * shape[0] * rank  # computed in 64 bits, or read through 64-bit indices
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         return (8 if self.fast else 2) * m * n

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,10 +26,12 @@ class _Limited(Residual):
 
     granularity: Literal["channel", "tensor"] = "channel"
     limit: float | None = 1.01
-    scratch: ClassVar[int] = 1
 
     def spec(self, shape: Shape) -> dict[str, Spec]:
         return {} if self.limit is None else {"residual_size": Spec((1, 1), store=Float32())}
+
+    def workspace(self, shape: Shape, coordinates: int) -> int:
+        return shape[0] * shape[1] + coordinates + 8 * shape[1]
 
     def _ratio(self, algebra: Algebra, d: Tensor, r: Tensor) -> Tensor:
         """How much the subspace's rule scales a gradient: per column of the turned matrix, or over all."""

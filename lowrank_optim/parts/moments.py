@@ -212,7 +212,8 @@ class SubsetNorm(Scaling):
     def _reduced(self, algebra: Algebra, r: Tensor, size: int) -> Tensor:
         m = r.shape[-2]
         whole = m // size * size
-        parts = [algebra.energy(r[..., :whole, :].unflatten(-2, (m // size, size)), -2)]
+        runs = r[..., :whole, :].reshape(*r.shape[:-2], m // size, size, r.shape[-1])
+        parts = [algebra.energy(runs, -2)]
         if whole < m:
             parts.append(algebra.energy(r[..., whole:, :], -2).unsqueeze(-2))
         sums = torch.cat(parts, dim=-2)

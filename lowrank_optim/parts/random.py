@@ -42,8 +42,11 @@ class Random(OneSided):
     def derive(self, g: Tensor, kept: State, rank: int, draw: Draw) -> dict[str, Tensor]:
         return {"basis": self._drawn(g.shape[-2], rank, draw)} if self.derives else {}
 
-    def step_workspace(self, shape: Shape, rank: int) -> int:
-        return 0 if self.kept else self.fit_workspace(shape[0], shape[1], rank) + 2 * shape[0] * rank
+    def derived(self, shape: Shape, rank: int) -> int:
+        return 0 if self.kept else shape[0] * rank
+
+    def derive_workspace(self, shape: Shape, rank: int) -> int:
+        return 0 if self.kept else self.fit_workspace(shape[0], shape[1], rank)
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         drawing = m * rank + 16 * min(m * rank, 4 * BLOCK)

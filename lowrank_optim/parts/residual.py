@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -36,6 +36,9 @@ class Raw(Residual):
     corrected: bool = False
     clip: float | None = None
 
+    def workspace(self, shape: Shape, coordinates: int) -> int:
+        return 3 * coordinates + (0 if self.clip is None else math.prod(shape))
+
     def after(
         self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
     ) -> Update:
@@ -43,7 +46,7 @@ class Raw(Residual):
         update = Update(d * gain - r * weight, 1.0, g, weight)
         if self.clip is None:
             return update
-        whole = update.whole(recipe, st)
+        whole = update.whole(recipe, st, g)
         return Update(None, rest=whole.div_((algebra.size(whole) / self.clip).clamp_(min=1)))
 
 
@@ -52,7 +55,9 @@ class Sign(Residual):
     """Its signs, `ratio` times as long as a step of Adam in the subspace: no state, and full rank (FRUGAL)."""
 
     ratio: float = 1.0
-    scratch: ClassVar[int] = 1
+
+    def workspace(self, shape: Shape, coordinates: int) -> int:
+        return math.prod(shape)
 
     def after(
         self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
@@ -74,10 +79,12 @@ class ErrorFeedback(Residual):
 
     store: Store
     momentum: float = 0.0
-    scratch: ClassVar[int] = 1
 
     def spec(self, shape: Shape) -> dict[str, Spec]:
         return {"error": Spec(shape, store=self.store)}
+
+    def workspace(self, shape: Shape, coordinates: int) -> int:
+        return math.prod(shape)
 
     def before(self, g: Tensor, st: State) -> Tensor:
         whole = g + st["error"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from ..distributed.algebra import Algebra
 from ..recipe import Clock, Exact, Recipe, Residual, Shape, Spec, State, Update
 from .moments import EMA, RMS
 
-_WORK = 1 << 20  # elements of gathered rows of P and columns of D at once
+_WORK = 1 << 18  # elements of gathered rows of P and columns of D at once
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,6 @@ class Sparse(Residual):
     weight: float
     momentum: EMA
     scaling: RMS
-    scratch: ClassVar[int] = 3
 
     def spec(self, shape: Shape) -> dict[str, Spec]:
         count = round(self.density * math.prod(shape))
@@ -42,6 +40,10 @@ class Sparse(Residual):
             "entries_avg": Spec((count,)),
             "entries_avg_sq": Spec((count,), unsigned=True),
         }
+
+    def workspace(self, shape: Shape, coordinates: int) -> int:
+        count, rank = round(self.density * math.prod(shape)), coordinates // shape[1]
+        return 2 * math.prod(shape) + coordinates + 12 * count + 3 * min(count * rank, _WORK + rank)
 
     def after(
         self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
@@ -71,7 +73,7 @@ def _entries_of(recipe: Recipe, st: State, d: Tensor, g: Tensor) -> Tensor:
     """`up(D)` at the entries alone: products of gathered rows of P and columns of D, some at a time."""
     place, basis, columns = st["entries"].long(), st["basis"], d.mT
     parts = []
-    for some in place.split(max(1, _WORK // basis.shape[-1]), dim=-1):
+    for some in torch.split(place, max(1, _WORK // basis.shape[-1]), dim=-1):
         row, column = some // g.shape[-1], some % g.shape[-1]
         if g.dim() == 2:
             parts.append((basis[row] * columns[column]).sum(-1))

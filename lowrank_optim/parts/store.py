@@ -36,7 +36,15 @@ class BFloat16(Store):
 
     Rounded to nearest, a second moment with beta2 = 0.999 never decays: 0.1 % is less than half of bfloat16's last bit.
     Unbiased rounding keeps the average right.
+
+    Args:
+        widen_small: keep vectors and small matrices in float32, as the stores in fewer bits do.
     """
+
+    widen_small: bool = False
+
+    def small(self) -> Store:
+        return Float32() if self.widen_small else self
 
     def layout(self, shape: Shape, working: torch.dtype) -> tuple[Kept, ...]:
         return (Kept(shape, torch.bfloat16),)
