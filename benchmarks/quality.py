@@ -3,11 +3,11 @@
     python -m benchmarks.quality sweep      for each method its relative step of the matrices, one seed
     python -m benchmarks.quality final      the best of each method, two seeds; and GaLore with its state in few bits
 
-Each run is `examples/pretrain.py` (preset nano, the default text, equal steps) in its own process with one thread. A run
-is a function of its arguments: one that is in results/quality_sweep.json is not made again.
+Each run is `examples/pretrain.py` (preset nano, the default text, equal steps) in its own process with one thread. A
+run is a function of its arguments: one that is in results/quality_sweep.json is not made again.
 
-The sweep has one rule for all. From the preset's value it goes downhill in steps of a factor, until the best value has a
-worse neighbour on each side; `LIMIT` values at most. Everything that is not projected keeps the preset's lr.
+The sweep has one rule for all. From the preset's value it goes downhill in steps of a factor, until the best value has
+a worse neighbour on each side; `LIMIT` values at most. Everything that is not projected keeps the preset's lr.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ def search(store: Store, name: str) -> None:
     while value is not None and len(tried) < LIMIT:
         if value not in tried:
             tried[value] = loss(store.get(name, method.optimizer, *method.candidate(value)))
-        value = next(_untried(tried, method.factor), None)
+        value = next(iter(_untried(tried, method.factor)), None)
     if value is not None:
         print(f"{name}: the best of {len(tried)} values is at their edge", flush=True)
 
@@ -164,16 +164,16 @@ def _tried(store: Store, name: str) -> dict[float, float]:
     return found
 
 
-def _untried(tried: dict[float, float], factor: float) -> Iterable[float]:
+def _untried(tried: dict[float, float], factor: float) -> list[float]:
     """Neighbours of the best value that are not known; below the least one as long as all diverge."""
     best = min(tried, key=lambda value: (tried[value], value))
-    return iter([value for value in (best / factor, best * factor) if value not in tried])
+    return [value for value in (best / factor, best * factor) if value not in tried]
 
 
 def inside(store: Store, name: str) -> bool:
     """Has the best value a worse neighbour on each side? Known for methods that were swept."""
     tried = _tried(store, name)
-    return bool(tried) and not list(_untried(tried, METHODS[name].factor))
+    return bool(tried) and not _untried(tried, METHODS[name].factor)
 
 
 def sweep(store: Store, names: list[str], workers: int) -> None:

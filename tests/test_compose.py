@@ -51,7 +51,11 @@ def train(optimizer, params, steps, first=0):
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(f"{slot}={value}" for slot, value in pair))
 def test_every_pair_works_or_says_why_not(pair):
     options = completed(pair)
-    params = [nn.Parameter(0.2 * torch.randn(80, 64)), nn.Parameter(torch.randn(2, 10, 17)), nn.Parameter(torch.randn(5))]
+    params = [
+        nn.Parameter(0.2 * torch.randn(80, 64)),
+        nn.Parameter(torch.randn(2, 10, 17)),
+        nn.Parameter(torch.randn(5)),
+    ]
     if clash_of(options) is not None:
         with pytest.raises(ValueError, match="mean nothing together"):
             lowrank_optim.compose(params, lr=1e-3, rank=4, update_proj_gap=3, **options)
@@ -110,13 +114,17 @@ def test_published_methods_are_compositions(make, options, slots):
 
 def test_the_reason_is_in_the_message():
     p = nn.Parameter(torch.randn(9, 9))
-    with pytest.raises(ValueError, match=r"residual='raw', scaling='rms', scaling_in='subspace' mean nothing .*take scal"):
+    with pytest.raises(
+        ValueError, match=r"residual='raw', scaling='rms', scaling_in='subspace' mean nothing .*take scal"
+    ):
         lowrank_optim.compose([p], rank=2, residual="raw")
     with pytest.raises(ValueError, match=r"residual must be one of .*, got 'fire'; did you mean 'fira'\?"):
         lowrank_optim.compose([p], rank=2, residual="fire")
     optimizer = lowrank_optim.compose([p], rank=2)
     with pytest.raises(ValueError, match="mean nothing together"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.randn(9, 9))], "basis": "identity", "residual": "sign"})
+        optimizer.add_param_group(
+            {"params": [nn.Parameter(torch.randn(9, 9))], "basis": "identity", "residual": "sign"}
+        )
     assert len(optimizer.param_groups) == 1
 
 

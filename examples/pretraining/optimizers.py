@@ -43,13 +43,13 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        common = {"lr": lr, "weight_decay": weight_decay}
-        muon = {**common, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
+        common: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+        muon: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
         muon |= {"adjust_lr_fn": adjust_lr_fn}
         self.parts: list[torch.optim.Optimizer] = []
         matrices, rest = _by_kind(list(params))
         if matrices:
-            self.parts.append(torch.optim.Muon(matrices, **muon))
+            self.parts.append(torch.optim.Muon(matrices, **common, **muon))
         if rest:
             self.parts.append(torch.optim.AdamW(rest, **common, betas=betas, eps=eps))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
@@ -79,11 +79,11 @@ def _by_kind(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[d
 
 
 class Adafactor(torch.optim.Adafactor):
-    """torch's. On the meta device, where its step needs numbers, it makes its state: so that memory can be estimated."""
+    """torch's; on the meta device, where its step would need numbers, it makes its state, so that we can estimate it."""
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         if not all(p.is_meta for group in self.param_groups for p in group["params"]):
-            return super().step(closure)  # type: ignore[no-any-return]
+            return super().step(closure)  # type: ignore[no-any-return,no-untyped-call]
         for group in self.param_groups:
             self._init_group(group, *([] for _ in range(6)))
         return None
@@ -92,7 +92,7 @@ class Adafactor(torch.optim.Adafactor):
 class GoLoreAdamW(lowrank_optim.GoLoreAdamW):
     """Ours, with a value for `random_after`: `build` makes it RANDOM_AFTER of the job's steps, unless it is given."""
 
-    __init__ = functools.partialmethod(lowrank_optim.GoLoreAdamW.__init__, random_after=0)  # type: ignore[assignment]
+    __init__ = functools.partialmethod(lowrank_optim.GoLoreAdamW.__init__, random_after=0)
 
 
 _STAND_INS: dict[str, type[torch.optim.Optimizer]] = {
@@ -231,8 +231,7 @@ def settings(choice: Choice, preset: Preset, lr: float | None, dtype: str) -> di
 def build(model: torch.nn.Module, job: Job) -> torch.optim.Optimizer:
     optimizer = find(job.optimizer)
     # GaLore+ shares a subspace between the heads of an attention layer.
-    heads = {"heads": True} if "heads" in accepted(optimizer) else {}
-    groups = lowrank_optim.param_groups(model, verbose=False, **heads)
+    groups = lowrank_optim.param_groups(model, verbose=False, heads="heads" in accepted(optimizer))
     if not is_low_rank(optimizer):
         groups = [_plain_group(group, job, accepted(optimizer)) for group in groups]
     return _make(optimizer, groups, job)

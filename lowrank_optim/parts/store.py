@@ -76,7 +76,11 @@ class _Quantized(Store):
 
 @dataclass(frozen=True)
 class Int8(_Quantized):
-    """One byte per element and a float32 per 256: the nearest entry of the dynamic map (Dettmers et al. 2022)."""
+    """One byte per element and a float32 per 256: the nearest entry of the dynamic map (Dettmers et al. 2022).
+
+    A second moment is never rounded to zero: its first moment spans only the square root of its range, would not vanish
+    with it, and be divided by eps alone. It becomes the smallest positive entry instead, and the update is small.
+    """
 
     unsigned: bool = False
     suffixes: ClassVar[tuple[str, ...]] = ("", "_absmax")
@@ -96,6 +100,8 @@ class Int8(_Quantized):
     def write_(self, kept: Mapping[str, Tensor], x: Tensor, noise: Noise | None) -> None:
         flat = x.reshape(*kept["_absmax"].shape[:-1], -1)
         codes, absmax = quantize.quantize_blockwise(flat, quantize.dynamic_map(not self.unsigned, x.device), self.block)
+        if self.unsigned:
+            codes.clamp_(min=1)
         kept[""].copy_(codes.view(kept[""].shape))
         kept["_absmax"].copy_(absmax)
 
