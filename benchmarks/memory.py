@@ -31,7 +31,7 @@ OPTIMIZER, BOTH = "optimizer", "weights + optimizer"
 
 @dataclass(frozen=True)
 class Published:
-    """Figures in units of 10^9 bytes ("G"; which of GB and GiB the papers mean they do not say), by size."""
+    """Figures by size in "G", as the papers write; whether GB or GiB they do not say."""
 
     method: str
     what: str
@@ -40,35 +40,28 @@ class Published:
     rank: float = 1.0  # times the size's, where it is another one
 
 
+def _four(*figures: float) -> dict[str, float]:
+    return dict(zip(("60M", "130M", "350M", "1B"), figures, strict=True))
+
+
 _GALORE, _APOLLO, _QGALORE = "arXiv 2403.03507", "arXiv 2412.05270", "arXiv 2407.08296"
+_COAP, _SNSM = "README of COAP's examples", "README of the code of arXiv 2411.07120"
 PUBLISHED = [
-    Published(
-        "torch AdamW",
-        BOTH,
-        {"60M": 0.36, "130M": 0.76, "350M": 2.06, "1B": 7.80},
-        f"{_GALORE}, table of pretraining results",
-    ),
-    Published(
-        "GaLoreAdamW", OPTIMIZER, {"60M": 0.13, "130M": 0.28, "350M": 0.54, "1B": 1.78}, f"{_GALORE}, memory estimates"
-    ),
-    Published(
-        "GaLoreAdamW",
-        BOTH,
-        {"60M": 0.24, "130M": 0.52, "350M": 1.22, "1B": 4.38},
-        f"{_GALORE}, table of pretraining results",
-    ),
-    Published("GaLoreAdamW", OPTIMIZER, {"1B": 1.94}, "COAP's README of examples, for GaLore's shapes"),
-    Published("GaLoreAdamW8bit", BOTH, {"7B": 18.0}, f"{_GALORE}, 7B with 8-bit state"),
-    Published("GaLoreAdamW8bit", OPTIMIZER, {"7B": 5.25}, "COAP's README of examples, for GaLore's shapes"),
-    Published("QGaLoreAdamW", BOTH, {"60M": 0.18, "130M": 0.39, "350M": 0.88, "1B": 3.08, "7B": 15.0}, _QGALORE),
-    Published("APOLLO", BOTH, {"60M": 0.24, "130M": 0.52, "350M": 1.22, "1B": 4.38}, f"{_APOLLO}, rank 1/4"),
-    Published("APOLLO", BOTH, {"60M": 0.18, "130M": 0.39, "350M": 0.95, "1B": 3.49}, f"{_APOLLO}, rank 1/8", 0.5),
+    Published("torch AdamW", BOTH, _four(0.36, 0.76, 2.06, 7.80), _GALORE),
+    Published("torch AdamW", OPTIMIZER, {"1B": 4.99}, _SNSM),
+    Published("GaLoreAdamW", BOTH, _four(0.24, 0.52, 1.22, 4.38), _GALORE),
+    Published("GaLoreAdamW", OPTIMIZER, _four(0.13, 0.28, 0.54, 1.78), _GALORE),
+    Published("GaLoreAdamW", OPTIMIZER, {"1B": 1.94}, _COAP),
+    Published("GaLoreAdamW8bit", BOTH, {"7B": 18.0}, _GALORE),
+    Published("GaLoreAdamW8bit", OPTIMIZER, {"7B": 5.25}, _COAP),
+    Published("QGaLoreAdamW", BOTH, {**_four(0.18, 0.39, 0.88, 3.08), "7B": 15.0}, _QGALORE),
+    Published("APOLLO", BOTH, _four(0.24, 0.52, 1.22, 4.38), _APOLLO),
+    Published("APOLLO", BOTH, _four(0.18, 0.39, 0.95, 3.49), f"{_APOLLO}, half the rank", 0.5),
     Published("APOLLO", OPTIMIZER, {"7B": 1.6}, f"{_APOLLO}, rank 256", 0.25),
-    Published("APOLLOMini", BOTH, {"60M": 0.12, "130M": 0.25, "350M": 0.69, "1B": 2.60}, _APOLLO),
+    Published("APOLLOMini", BOTH, _four(0.12, 0.25, 0.69, 2.60), _APOLLO),
     Published("APOLLOMini", OPTIMIZER, {"7B": 0.0}, _APOLLO),
-    Published("torch AdamW", OPTIMIZER, {"1B": 4.99}, "README of the code of arXiv 2411.07120"),
-    Published("SubsetNormAdamW", OPTIMIZER, {"1B": 2.62}, "README of the code of arXiv 2411.07120"),
-    Published("SNSMAdamW", OPTIMIZER, {"1B": 0.84}, "README of the code of arXiv 2411.07120; without its bases"),
+    Published("SubsetNormAdamW", OPTIMIZER, {"1B": 2.62}, _SNSM),
+    Published("SNSMAdamW", OPTIMIZER, {"1B": 0.84}, f"{_SNSM}; without its bases"),
 ]
 
 
@@ -116,6 +109,10 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 
+def _figures(row: dict[str, Any]) -> list[str]:
+    return [f"{x:.2f}" for x in (row["bytes"] / 2**30, row["bytes"] / 1e9, row["published_g"])]
+
+
 def main() -> None:
     sizes = [size for size in SIZES if size != "130M"]  # which is there for what is published
     names = [*methods.TORCH, *methods.OURS]
@@ -125,9 +122,14 @@ def main() -> None:
         row["over_adamw"] = row["optimizer"] / adamw["optimizer"]
     found = {(row["method"], row["size"]): row for row in rows}
     ranks = [f"{size}, rank {SIZES[size][3]}" for size in sizes]
-    print("Optimizer memory, GiB (over that of AdamW); weights and state in bfloat16, or int8 where the method has it\n")
+    print(
+        "Optimizer memory, GiB (over that of AdamW); weights and state in bfloat16, or int8 where the method has it\n"
+    )
     cells = [
-        [name, *(f"{row['optimizer'] / 2**30:.2f} ({row['over_adamw']:.3f})" for row in (found[name, s] for s in sizes))]
+        [
+            name,
+            *(f"{row['optimizer'] / 2**30:.2f} ({row['over_adamw']:.3f})" for row in (found[name, s] for s in sizes)),
+        ]
         for name in names
     ]
     weights = ["weights", *(f"{found[names[0], size]['weights'] / 2**30:.2f}" for size in sizes)]
@@ -136,12 +138,8 @@ def main() -> None:
     print(f"of which dictionaries that matrices share: {', '.join(shared)}\n" if shared else "", end="")
     print("Published beside ours\n")
     comparison = [row for published in PUBLISHED for row in compare(published)]
-    cells = [
-        [row["method"], row["size"], row["what"], f"{row['bytes'] / 2**30:.2f} GiB, {row['bytes'] / 1e9:.2f} GB"]
-        + [f"{row['published_g']:.2f} G", row["source"]]
-        for row in comparison
-    ]
-    print(table(["", "size", "of", "ours", "published", "where"], cells))
+    cells = [[row["method"], row["size"], row["what"], *_figures(row), row["source"]] for row in comparison]
+    print(table(["", "size", "of", "ours, GiB", "GB", "published, G", "where"], cells))
     record.write("memory", {"rows": rows, "published": comparison})
 
 

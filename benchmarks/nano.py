@@ -24,8 +24,6 @@ def example(name: str) -> Any:
 
 def gradients(at: list[int]) -> Iterator[dict[str, Tensor]]:
     """The gradients of all projected matrices after so many steps of AdamW, for each entry of `at`, ascending."""
-    from tqdm import tqdm
-
     arguments, corpus, loop = example("arguments"), example("corpus"), example("loop")
     # A small lr keeps the gradients of full rank; at the swept one they collapse onto a few directions early on.
     command = ["--optimizer", "adamw", "--lr", "0.001", "--set", "matrix_lr_scale=1.0"]
@@ -34,7 +32,7 @@ def gradients(at: list[int]) -> Iterator[dict[str, Tensor]]:
     with tempfile.TemporaryDirectory() as folder:
         job = arguments.job(args, arguments.choices(args)[0], data)
         run = loop.Run(job, Path(folder), loop.Interrupt())
-        with tqdm(disable=True) as bar:
+        with loop.tqdm(disable=True) as bar:
             for step in at:
                 while run.step < step:
                     run._train_step(bar)

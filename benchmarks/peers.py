@@ -25,6 +25,6 @@ def _stand_in(path: str, **names: Any) -> None:
         return
     for depth in range(1, len(parts) + 1):
         module = types.ModuleType(".".join(parts[:depth]))
-        module.__path__ = []  # type: ignore[attr-defined]
+        module.__path__ = []
         sys.modules[module.__name__] = module
     vars(module).update(names)

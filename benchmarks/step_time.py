@@ -1,8 +1,11 @@
-"""The cost of a step beside torch's AdamW and galore-torch: `python -m benchmarks.step_time [--model 60m|h1024]`.
+"""The cost of a step beside torch's AdamW: `python -m benchmarks.step_time [--model 60m|h1024] [--all]`.
 
-All optimizers step alternately in one process on the same gradients; the ratio to fused AdamW is taken round by round
-and its median reported, so that a noisy machine disturbs all of them alike. A refresh step is one in which every basis
-is recomputed; amortised over the gap, `steady + (refresh - steady) / gap`.
+Without --all: GaLore, galore-torch and the kinds of AdamW, all of them alternately. With --all: every method with its
+default options, each alternately with fused AdamW, so that only two are in memory.
+
+All step in one process on the same gradients; the ratio to fused AdamW is taken round by round and its median reported,
+so that a noisy machine disturbs all of them alike. A refresh step is one in which every basis is recomputed; amortised
+over the gap, `steady + (refresh - steady) / gap`. Methods that refresh at each step by default are steady in that.
 """
 
 from __future__ import annotations
@@ -17,10 +20,14 @@ import torch
 from torch import nn
 
 import lowrank_optim
-from benchmarks import llama, peers, record
+from benchmarks import llama, methods, peers, record
 
-GAP = 200
+GAP = 200  # where a method has no default of its own
 NEVER = 10**9
+HEAD = 64  # columns of an attention head, for GaLore+
+Params = dict[str, nn.Parameter]
+Make = Callable[[Params], Any]
+
 MODELS = {  # hidden, mlp, layers, vocabulary, rank
     "60m": (512, 1376, 8, 32000, 128),
     "h1024": (1024, 2736, 2, 256, 256),
@@ -29,14 +36,14 @@ MODELS = {  # hidden, mlp, layers, vocabulary, rank
 
 
 class Contestant:
-    """One optimizer on its own copy of the parameters, all with the same gradients."""
+    """One optimizer on its own copy of the parameters, all with the same gradients; `gap` as it is used."""
 
-    def __init__(self, name: str, grads: dict[str, torch.Tensor], make: Callable[[Any, int], Any]) -> None:
-        self.name = name
+    def __init__(self, name: str, grads: dict[str, torch.Tensor], make: Make, gap: int = GAP) -> None:
+        self.name, self.gap = name, gap
         self.params = {key: nn.Parameter(torch.zeros_like(grad)) for key, grad in grads.items()}
         for key, p in self.params.items():
             p.grad = grads[key]
-        self.optimizer = make(self.params, GAP)
+        self.optimizer = make(self.params)
 
     def step(self) -> tuple[float, float]:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -45,6 +52,8 @@ class Contestant:
 
     def refresh(self) -> tuple[float, float]:
         """One step in which all bases are due, for those that have any."""
+        if self.gap == 1:
+            return self.step()
         self._set_gap(1)
         took = self.step()
         self._set_gap(NEVER)
@@ -57,22 +66,22 @@ class Contestant:
         for state in self.optimizer.state.values():
             if "projector" in state:  # galore-torch copies the number into an object
                 state["projector"].update_proj_gap = gap
+            if "refresh_gap" in state:  # Q-GaLore's grows
+                state["refresh_gap"].fill_(gap)
 
 
 def contestants(model: str, grads: dict[str, torch.Tensor]) -> Iterable[Contestant]:
     rank = MODELS[model][-1]
     low = {"rank": rank, "update_proj_gap": NEVER, "scale": 0.25, "proj_type": "std"}
 
-    def split(params: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+    def split(params: Params) -> list[dict[str, Any]]:
         matrices = [p for key, p in params.items() if "_proj" in key]
         return [{"params": [p for key, p in params.items() if "_proj" not in key]}, {"params": matrices, **low}]
 
-    def ours(basis: str) -> Callable[[Any, int], Any]:
-        return lambda params, gap: lowrank_optim.GaLoreAdamW(split(params), lr=1e-3, basis=basis, stagger=False)
+    def ours(basis: str) -> Make:
+        return lambda params: lowrank_optim.GaLoreAdamW(split(params), lr=1e-3, basis=basis, stagger=False)
 
-    for kind in ("fused", "foreach", "loop"):
-        options = {} if kind == "loop" else {kind: True}
-        yield Contestant(f"torch.AdamW({kind})", grads, lambda p, _, o=options: torch.optim.AdamW(p.values(), **o))
+    yield from (adamw(kind, grads) for kind in ("fused", "foreach", "loop"))
     yield Contestant("GaLoreAdamW(basis='rsvd')", grads, ours("rsvd"))
     yield Contestant("GaLoreAdamW(basis='svd')", grads, ours("svd"))
     try:
@@ -80,55 +89,109 @@ def contestants(model: str, grads: dict[str, torch.Tensor]) -> Iterable[Contesta
     except ImportError:
         print("galore-torch is not installed: left out. pip install --no-deps galore-torch==1.0")
         return
-    yield Contestant(
-        "galore-torch", grads, lambda params, _: theirs(split(params), lr=1e-3, no_deprecation_warning=True)
-    )
+    yield Contestant("galore-torch", grads, lambda params: theirs(split(params), lr=1e-3, no_deprecation_warning=True))
 
 
-def measure(model: str, rounds: int, refreshes: int) -> list[dict[str, Any]]:
+def adamw(kind: str, grads: dict[str, torch.Tensor]) -> Contestant:
+    options: dict[str, Any] = {} if kind == "loop" else {kind: True}
+    return Contestant(f"torch.AdamW({kind})", grads, lambda params: torch.optim.AdamW(params.values(), **options))
+
+
+def of_method(name: str, model: str, grads: dict[str, torch.Tensor]) -> Contestant:
+    """One of `methods` with its defaults, at the rank of the model."""
+    optimizer, options = {**methods.TORCH, **methods.OURS}[name]
+    gap = methods.default(optimizer, "update_proj_gap") or GAP
+    wanted = {"lr": 1e-3, "stagger": False, "update_proj_gap": 1 if gap == 1 else NEVER}
+    options = {**options, **{k: v for k, v in wanted.items() if methods.default(optimizer, k) is not None}}
+    rank: dict[str, Any] = {"rank": MODELS[model][-1]} if methods.ranked(optimizer) else {}
+
+    def make(params: Params) -> torch.optim.Optimizer:
+        return optimizer(list(_groups(params, methods.default(optimizer, "heads") is not None)), **options, **rank)
+
+    return Contestant(name, grads, make, gap)
+
+
+def _groups(params: Params, by_heads: bool) -> Iterable[dict[str, Any]]:
+    """The named parameters; those of the attention with their heads, if the method knows what these are."""
+    heads: dict[str, list[tuple[str, nn.Parameter]]] = {"": [], "right": [], "left": []}
+    for name, p in params.items():
+        last = name.split(".")[-1]
+        side = {"q_proj": "right", "k_proj": "right", "v_proj": "right", "o_proj": "left"}.get(last, "")
+        heads[side if by_heads else ""].append((name, p))
+    for side, members in heads.items():
+        if members:
+            yield {"params": members} | ({"heads": members[0][1].shape[0] // HEAD, "proj_type": side} if side else {})
+
+
+def gradients(model: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = llama.shapes(*MODELS[model][:4])
-    grads = {key: torch.randn(shape, generator=generator) / 100 for key, shape in shapes.items()}
-    field = list(contestants(model, grads))
+    return {key: torch.randn(shape, generator=generator) / 100 for key, shape in shapes.items()}
+
+
+def race(field: list[Contestant], rounds: int, refreshes: int) -> list[dict[str, Any]]:
+    """One row for each; times over those of the first."""
     for contestant in field:
         contestant.step()  # the first step makes state and, where there is one, the first basis
     steady = [[contestant.step() for contestant in field] for _ in range(rounds)]
     refresh = [[contestant.refresh() for contestant in field] for _ in range(refreshes)]
-    parameters = sum(grad.nbytes for grad in grads.values())
     rows = []
     for i, contestant in enumerate(field):
-        row: dict[str, Any] = {"optimizer": contestant.name}
+        row: dict[str, Any] = {"optimizer": contestant.name, "gap": contestant.gap}
         for kind, index in (("wall", 0), ("cpu", 1)):
             usual = statistics.median(times[i][index] / times[0][index] for times in steady)
             due = statistics.median(times[i][index] / times[0][index] for times in refresh)
-            row[kind] = {"steady": usual, "refresh": due, "amortised": usual + max(0.0, due - usual) / GAP}
+            if contestant.gap == 1:
+                due = usual
+            row[kind] = {"steady": usual, "refresh": due}
+            row[kind]["amortised"] = usual + max(0.0, due - usual) / contestant.gap
         row["step_ms"] = 1e3 * statistics.median(times[i][0] for times in steady)
         row["refresh_ms"] = 1e3 * statistics.median(times[i][0] for times in refresh)
-        row["state_over_parameters"] = lowrank_optim.state_bytes(contestant.optimizer) / parameters
         row["state_bytes"] = lowrank_optim.state_bytes(contestant.optimizer)
+        row["state_over_parameters"] = row["state_bytes"] / sum(p.nbytes for p in contestant.params.values())
         rows.append(row)
     return rows
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    print(f"{'optimizer':<28}{'steady':>9}{'refresh':>10}{'amortised':>11}{'(cpu)':>9}{'state/params':>14}")
+def measure_all(model: str, rounds: int, refreshes: int) -> list[dict[str, Any]]:
+    """Every method in turn beside the same fused AdamW."""
+    grads = gradients(model)
+    first = adamw("fused", grads)
+    rows: list[dict[str, Any]] = []
+    for name in [*methods.TORCH, *methods.OURS]:
+        rows.append(race([first, of_method(name, model, grads)], rounds, refreshes)[1])
+        show(rows[-1:], head=len(rows) == 1)
+    return rows
+
+
+def show(rows: list[dict[str, Any]], head: bool = True) -> None:
+    if head:
+        print(f"{'optimizer':<28}{'steady':>9}{'refresh':>10}{'amortised':>11}{'(cpu)':>9}{'state/params':>14}")
     for row in rows:
         wall = row["wall"]
         print(
             f"{row['optimizer']:<28}{wall['steady']:>8.2f}x{wall['refresh']:>9.1f}x{wall['amortised']:>10.2f}x"
-            f"{row['cpu']['amortised']:>8.2f}x{row['state_over_parameters']:>14.3f}"
+            f"{row['cpu']['amortised']:>8.2f}x{row['state_over_parameters']:>14.3f}",
+            flush=True,
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="60m")
+    parser.add_argument("--all", action="store_true", help="every method")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--refreshes", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    rows = measure(arguments.model, arguments.rounds, arguments.refreshes)
+    if arguments.all:
+        rows = measure_all(arguments.model, arguments.rounds, arguments.refreshes)
+        name = f"step_time_all_{arguments.model}_{arguments.threads}threads"
+        record.write(name, {"model": arguments.model, "rank": MODELS[arguments.model][-1], "rows": rows})
+        return
+    field = list(contestants(arguments.model, gradients(arguments.model)))
+    rows = race(field, arguments.rounds, arguments.refreshes)
     show(rows)
     amortised = {row["optimizer"]: row["step_ms"] + (row["refresh_ms"] - row["step_ms"]) / GAP for row in rows}
     summary = {}

@@ -26,7 +26,8 @@ def spectrum(m: int, n: int, power: float) -> Tensor:
     """A random matrix with singular values 1, 2^-power, 3^-power, ..."""
     k = min(m, n)
     left, right = torch.linalg.qr(torch.randn(m, k))[0], torch.linalg.qr(torch.randn(n, k))[0]
-    return (left * torch.arange(1, k + 1) ** -power) @ right.mT
+    result: Tensor = (left * torch.arange(1, k + 1) ** -power) @ right.mT
+    return result
 
 
 def draw(shape: tuple[int, ...], purpose: str = "") -> Tensor:

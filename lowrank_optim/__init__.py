@@ -1,5 +1,6 @@
 """Low-rank, memory-efficient training methods as drop-in torch.optim classes."""
 
+from .accumulate import CompressedAccumulation
 from .groups import param_groups
 from .layers.quantized import Int8Weight, quantize_weights
 from .memory import MemoryEstimate, estimate_memory
@@ -29,6 +30,7 @@ __all__ = [
     "FRUGAL",
     "APOLLOMini",
     "Composed",
+    "CompressedAccumulation",
     "DCTAdamW",
     "FiraAdamW",
     "Flora",

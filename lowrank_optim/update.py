@@ -81,26 +81,33 @@ def _refresh(chunk: Chunk, algebra: Algebra, g: Tensor, st: State) -> bool:
     """Refits the bases that are due, matrix by matrix. One with a zero gradient keeps its own and stays due."""
     if not chunk.plans[0].projected:
         return False
-    refresh, done = chunk.recipe.refresh, False
-    counted = refresh.counters().keys()
+    refresh = chunk.recipe.refresh
+    due = []
     for plan, state, inner, outer in chunk.matrices():
-        count, last = state["refreshes"].view(-1), state["refreshed_at"].view(-1)
-        counters = {key: state[key].view(plan.count, *state[key].shape[len(plan.batch) :])[inner] for key in counted}
-        expert = chunk.first + inner
-        if not refresh.due(chunk.step - 1, int(last[inner]), plan.place + expert, counters):
-            continue
+        last, counters = int(state["refreshed_at"].view(-1)[inner]), _counters(chunk, plan, state, inner)
+        if refresh.due(chunk.step - 1, last, plan.place + chunk.first + inner, counters):
+            due.append((plan, state, inner, outer, counters))
+    if not due:
+        return False
+    largest = algebra.largest(g).view(-1).tolist()  # finite: the norms were; one synchronisation for all
+    due = [one for one in due if largest[one[3]] > 0]
+    for plan, state, inner, outer, counters in due:
+        count = state["refreshes"].view(-1)
         matrix = g if g.dim() == 2 else g[outer]
-        if float(algebra.largest(matrix)) == 0:  # finite it is: the norm was
-            continue
         view = st if g.dim() == 2 else {key: tensor[outer] for key, tensor in st.items()}
-        draw = _draws(plan, expert, matrix)
+        draw = _draws(plan, chunk.first + inner, matrix)
         turn = _refit(chunk, algebra, plan, int(count[inner]), matrix, view, draw)
         if turn is not None:
             refresh.note_(counters, turn)
         count[inner] += 1
-        last[inner] = chunk.step - 1
-        done = True
-    return done
+        state["refreshed_at"].view(-1)[inner] = chunk.step - 1
+    return bool(due)
+
+
+def _counters(chunk: Chunk, plan: Plan, state: dict[str, Tensor], inner: int) -> dict[str, Tensor]:
+    """What the schedule remembers of one matrix; views that write through."""
+    keys = chunk.recipe.refresh.counters()
+    return {key: state[key].view(plan.count, *state[key].shape[len(plan.batch) :])[inner] for key in keys}
 
 
 def _refit(

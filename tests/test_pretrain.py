@@ -26,16 +26,20 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import lowrank_optim  # noqa: E402
 import pretrain  # noqa: E402
 from pretraining import arguments, checkpoint, corpus, data, loop, optimizers, plot, summary, text, worker  # noqa: E402
 from pretraining.errors import PretrainError  # noqa: E402
 from pretraining.interrupt import Interrupt  # noqa: E402
 from pretraining.job import Job  # noqa: E402
 from pretraining.log import read  # noqa: E402
+from pretraining.presets import PRESETS  # noqa: E402
 
 TINY = "--hidden 16 --mlp 24 --layers 1 --heads 2 --vocab 300 --sequence 16 --batch 4 --micro-batch 3 --steps 12"
 TINY += " --eval-every 5 --save-every 4 --val-fraction 0.2 --device cpu"
 BOTH = [("adamw", []), ("galore", ["rank=4", "update_proj_gap=3"])]
+EVERY = sorted(name for name in lowrank_optim.__all__ if name in optimizers._classes(lowrank_optim))
+EVERY += ["AdamW", "Adafactor", "Muon"]
 
 
 def words(seed: int, count: int = 120) -> str:
@@ -226,6 +230,17 @@ def test_resume_is_bit_exact(folder, cache, tmp_path, dtype, name, keywords):
     assert_same(undisturbed, train(job, tmp_path / "parts", resume=True))
     assert undisturbed.model.lm_head.weight.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     assert [step for step, _ in undisturbed.history.validation] == [5, 10, 12]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_optimizer_resumes_and_keeps_what_was_predicted(folder, cache, tmp_path, name):
+    job = make_job(command(folder, cache, "--optimizer", name, "--steps", "6"))
+    undisturbed = train(job, tmp_path / "whole")
+    train(job, tmp_path / "parts", stop=4)
+    resumed = train(job, tmp_path / "parts", resume=True)
+    assert_same(undisturbed, resumed)
+    found = worker.result(resumed, worker.predict(resumed))["bytes"]
+    assert found["optimizer_measured"] == found["optimizer_predicted"]
 
 
 def test_killed_run_continues_from_its_last_checkpoint(folder, cache, tmp_path):
@@ -473,11 +488,10 @@ def test_folder_without_text(tmp_path, cache, capsys):
 
 
 def test_names_of_optimizers():
-    import lowrank_optim
-
     assert optimizers.find("galore") is lowrank_optim.GaLoreAdamW
     assert optimizers.find("ga_lore-ADAMW") is lowrank_optim.GaLoreAdamW
     assert optimizers.find("GaLoreAdafactor") is lowrank_optim.GaLoreAdafactor
+    assert optimizers.find("muon") is optimizers.Muon
     assert optimizers.find("adam") is torch.optim.Adam
     assert optimizers.find("nad") is torch.optim.NAdam
     choice = optimizers.parse_choice("adamw:betas=(0.8, 0.95):lr=0.1:foreach=False")
@@ -493,6 +507,55 @@ def test_matrix_lr_scale_is_for_the_matrices_only(folder, cache, tmp_path):
     assert rates.keys() == set(names.values())
     for name, rate in rates.items():
         assert rate == (0.0025 if "proj" in name else 0.01), name
+
+
+def test_muon_takes_what_others_project(folder, cache, tmp_path):
+    argv = command(folder, cache, "--optimizer", "muon", "--lr", "0.01", "--set", "matrix_lr_scale=0.25")
+    run = train(make_job(argv), tmp_path)
+    names = {id(p): name for name, p in run.model.named_parameters()}
+    for p in run.model.parameters():
+        matrix = "proj" in names[id(p)]
+        assert run.optimizer.state[p].keys() == ({"momentum_buffer"} if matrix else {"step", "exp_avg", "exp_avg_sq"})
+    rates = {names[id(p)]: group["initial_lr"] for group in run.optimizer.param_groups for p in group["params"]}
+    assert rates == {name: 0.0025 if "proj" in name else 0.01 for name in names.values()}
+    assert {group["adjust_lr_fn"] for group in run.optimizer.param_groups if "momentum" in group} == {"match_rms_adamw"}
+
+
+def test_muon_is_the_two_of_torch(folder, cache, tmp_path):
+    """Step by step what separate optimizers do."""
+    job = make_job(command(folder, cache, "--optimizer", "muon", "--lr", "0.01"))
+    together, apart = (loop.Run(job, tmp_path, Interrupt()).model for _ in range(2))
+    one = optimizers.build(together, job)
+    named = list(apart.named_parameters())
+    options = {"lr": 0.01, "weight_decay": 0.0}
+    muon = torch.optim.Muon([p for name, p in named if "proj" in name], **options, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW([p for name, p in named if "proj" not in name], **options)
+    for step in range(3):
+        for p, (_, q) in zip(together.parameters(), named, strict=True):
+            p.grad = torch.full_like(p, 0.1).bernoulli_(0.5, generator=torch.Generator().manual_seed(step))
+            q.grad = p.grad.clone()
+        for optimizer in (one, muon, adamw):
+            optimizer.step()
+    for p, (name, q) in zip(together.parameters(), named, strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_golore_turns_random_at_a_share_of_the_steps(folder, cache, tmp_path):
+    for more, expected in ([], 16), (["--set", "random_after=3"], 3):
+        job = make_job(command(folder, cache, "--optimizer", "golore", "--steps", "20", *more))
+        groups = loop.Run(job, tmp_path, Interrupt()).optimizer.param_groups
+        assert {group["random_after"] for group in groups} == {expected}
+
+
+def test_galore_plus_gets_heads(folder, cache, tmp_path):
+    run = loop.Run(make_job(command(folder, cache, "--optimizer", "galore_plus")), tmp_path, Interrupt())
+    names = {id(p): name for name, p in run.model.named_parameters()}
+    heads = {names[id(p)]: group["heads"] for group in run.optimizer.param_groups for p in group["params"]}
+    assert {name for name, count in heads.items() if count == 2} == {name for name in heads if "self_attn" in name}
+
+
+def test_every_optimizer_has_a_preset():
+    assert set(EVERY) == PRESETS["nano"].optimizers.keys()
 
 
 def test_lr_warms_up_and_ends_at_a_tenth():

@@ -79,7 +79,7 @@ def _by_kind(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[d
 
 
 class Adafactor(torch.optim.Adafactor):
-    """torch's; on the meta device, where its step would need numbers, it makes its state, so that we can estimate it."""
+    """torch's; on the meta device, where its step would need numbers, it only makes its state, to be estimated."""
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         if not all(p.is_meta for group in self.param_groups for p in group["params"]):
@@ -162,7 +162,7 @@ def find(name: str) -> type[torch.optim.Optimizer]:
     if not wanted:
         raise PretrainError("an optimizer needs a name, such as galore or adamw; got an empty one")
     families = [_classes(lowrank_optim), _classes(torch.optim)]
-    tests = [
+    tests: list[Callable[[str], bool]] = [
         lambda known: known == wanted,
         lambda known: known == wanted + "adamw",
         lambda known: bool(wanted) and known.startswith(wanted),

@@ -34,7 +34,8 @@ class GaLorePlusAdamW(LowRankOptimizer):
         params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, basis, moments, stagger: see `GaLoreAdamW`.
         heads: of the matrices of a group; blocks of rows if columns are projected (side "right": query, key and value),
             blocks of columns if rows are ("left": the output). 1: the whole matrix.
-            `lowrank_optim.param_groups(model, heads=True)` reads heads and sides from the attention modules.
+            `lowrank_optim.param_groups(model, heads=True)` reads heads and sides from the attention modules. The saving
+            needs a rank of at most the width of a head.
         density: share of the entries that follow Adam exactly.
         residual_scale: weight of their correction; 1 makes them Adam's.
         proj_type: the side that is projected: "std", "reverse_std", "left" or "right".

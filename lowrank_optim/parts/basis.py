@@ -194,7 +194,7 @@ class SharedHead(OneSided):
     """The subspace of one randomly drawn head, shared by all heads of a matrix (GaLore+).
 
     Heads are equal blocks of columns of the turned G. Where one head has fewer columns than the rank, as many heads as
-    are needed stand side by side. `inner` fits them.
+    are needed stand side by side. Heads without gradient come last. `inner` fits them.
     """
 
     inner: Basis
@@ -203,9 +203,11 @@ class SharedHead(OneSided):
     def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, t: float) -> dict[str, Tensor]:
         if self.heads == 1:
             return self.inner.fit(algebra, g, old, rank, draw, t)
-        width = g.shape[-1] // self.heads
-        chosen = draw((self.heads,), "head").argsort()[: -(-rank // width)].sort().values.tolist()
-        block = torch.cat([g[:, head * width : (head + 1) * width] for head in chosen], dim=-1)
+        blocks = torch.split(g, g.shape[-1] // self.heads, dim=-1)
+        order = draw((self.heads,), "head").argsort().tolist()
+        order.sort(key=lambda head: not bool(blocks[head].any()))  # stable: masked heads have no subspace to share
+        needed = -(-rank // blocks[0].shape[-1])
+        block = torch.cat([blocks[head] for head in sorted(order[:needed])], dim=-1)
         return self.inner.fit(algebra, block, old, rank, draw, t)
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:

@@ -29,7 +29,9 @@ def galore_plus_adamw(
         if step in refresh_at:
             blocks = g.split(g.shape[1] // heads, dim=1)
             needed = -(-rank // blocks[0].shape[1])
-            chosen = normal((heads,), count, "head").argsort()[:needed].sort().values.tolist()
+            order = normal((heads,), count, "head").argsort().tolist()
+            alive = [head for head in order if blocks[head].any()]
+            chosen = sorted((alive + [head for head in order if head not in alive])[:needed])
             p = fit_block(torch.cat([blocks[head] for head in chosen], 1), rank)
             count += 1
         if entries is None:
