@@ -26,7 +26,6 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import lowrank_optim  # noqa: E402
 import pretrain  # noqa: E402
 from pretraining import arguments, checkpoint, corpus, data, loop, optimizers, plot, summary, text, worker  # noqa: E402
 from pretraining.errors import PretrainError  # noqa: E402
@@ -34,6 +33,8 @@ from pretraining.interrupt import Interrupt  # noqa: E402
 from pretraining.job import Job  # noqa: E402
 from pretraining.log import read  # noqa: E402
 from pretraining.presets import PRESETS  # noqa: E402
+
+import lowrank_optim  # noqa: E402
 
 TINY = "--hidden 16 --mlp 24 --layers 1 --heads 2 --vocab 300 --sequence 16 --batch 4 --micro-batch 3 --steps 12"
 TINY += " --eval-every 5 --save-every 4 --val-fraction 0.2 --device cpu"
@@ -523,7 +524,7 @@ def test_muon_takes_what_others_project(folder, cache, tmp_path):
 
 def test_muon_is_the_two_of_torch(folder, cache, tmp_path):
     """Step by step what separate optimizers do."""
-    job = make_job(command(folder, cache, "--optimizer", "muon", "--lr", "0.01"))
+    job = make_job(command(folder, cache, "--optimizer", "muon", "--lr", "0.01", "--set", "matrix_lr_scale=1.0"))
     together, apart = (loop.Run(job, tmp_path, Interrupt()).model for _ in range(2))
     one = optimizers.build(together, job)
     named = list(apart.named_parameters())
@@ -541,7 +542,7 @@ def test_muon_is_the_two_of_torch(folder, cache, tmp_path):
 
 
 def test_golore_turns_random_at_a_share_of_the_steps(folder, cache, tmp_path):
-    for more, expected in ([], 16), (["--set", "random_after=3"], 3):
+    for more, expected in (([], 16), (["--set", "random_after=3"], 3)):
         job = make_job(command(folder, cache, "--optimizer", "golore", "--steps", "20", *more))
         groups = loop.Run(job, tmp_path, Interrupt()).optimizer.param_groups
         assert {group["random_after"] for group in groups} == {expected}

@@ -4,10 +4,11 @@ from ..recipe import Exact
 from .basis import SVD, Identity, Later, PowerIteration, SharedHead, SubspaceIteration, TwoSided
 from .dictionary import Dictionary
 from .limited import NormScaled, Rescaled
-from .moments import EMA, RMS, Factored, HeavyBall, NoMomentum, NoScaling, SubsetNorm
+from .momentum import EMA, HeavyBall, NoMomentum
 from .random import Random, Rows
 from .refresh import Every, Lazy, Never
 from .residual import Drop, ErrorFeedback, Raw, Sign
+from .scaling import RMS, Factored, NoScaling, SubsetNorm
 from .sparse import Sparse
 from .step_size import Constant, Relative
 from .store import STORES, Affine, BFloat16, Float32, Int4, Int8

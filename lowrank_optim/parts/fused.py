@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..recipe import Clock, Recipe, State
 from .basis import Identity
-from .moments import EMA, RMS
+from .momentum import EMA
 from .residual import Drop
+from .scaling import RMS
 from .step_size import Constant
 
 _DTYPES, _DEVICES = (torch.float32, torch.float64), ("cpu", "cuda")  # that torch's fused AdamW has

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..distributed.algebra import Algebra
 from ..recipe import Clock, Exact, Recipe, Residual, Shape, Spec, State, Update
-from .moments import EMA, RMS
+from .momentum import EMA
+from .scaling import RMS
 
 _WORK = 1 << 18  # elements of gathered rows of P and columns of D at once
 

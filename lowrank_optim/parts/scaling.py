@@ -1,4 +1,4 @@
-"""First moments (EMA, heavy ball, none) and second moments (RMS, factored, subset norm, none)."""
+"""Second moment: what the numerator is divided by."""
 
 from __future__ import annotations
 
@@ -9,71 +9,8 @@ import torch
 from torch import Tensor
 
 from ..distributed.algebra import Algebra
-from ..recipe import Clock, Momentum, Scaling, Shape, Spec, State, Turn
-
-
-def bias_correction(beta: float, t: Clock) -> Clock:
-    """`1 - beta^t`: the weight that an average started at zero has seen after t steps of its own clock."""
-    return 1 - beta**t
-
-
-@dataclass(frozen=True)
-class EMA(Momentum):
-    """`m <- beta m + (1 - beta) x`, read as `m / (1 - beta^t)` unless `debias` is off."""
-
-    beta: float
-    debias: bool = True
-
-    def spec(self, shape: Shape) -> dict[str, Spec]:
-        return {"exp_avg": Spec(shape)}
-
-    def __call__(self, st: State, x: Tensor, t: Clock) -> tuple[Tensor, Clock]:
-        return st["exp_avg"].lerp_(x, 1 - self.beta), self._gain(t)
-
-    def mean(self, st: State, t: Clock) -> Tensor | None:
-        return st["exp_avg"] * self._gain(t)
-
-    def turn_(self, st: State, turn: Turn) -> None:
-        st["exp_avg"].copy_(turn(st["exp_avg"]))
-
-    def reset_(self, st: State) -> None:
-        st["exp_avg"].zero_()
-
-    def _gain(self, t: Clock) -> Clock:
-        return 1 / bias_correction(self.beta, t) if self.debias else 1.0
-
-
-@dataclass(frozen=True)
-class NoMomentum(Momentum):
-    """The numerator is what came in."""
-
-    def spec(self, shape: Shape) -> dict[str, Spec]:
-        return {}
-
-    def __call__(self, st: State, x: Tensor, t: Clock) -> tuple[Tensor, Clock]:
-        return x, 1.0
-
-    def mean(self, st: State, t: Clock) -> Tensor | None:
-        return None
-
-    def turn_(self, st: State, turn: Turn) -> None:
-        pass
-
-    def reset_(self, st: State) -> None:
-        pass
-
-
-@dataclass(frozen=True)
-class HeavyBall(EMA):
-    """`m <- beta m + x`: Polyak's momentum, `1 / (1 - beta)` times as long as the average."""
-
-    debias: bool = False
-
-    def __call__(self, st: State, x: Tensor, t: Clock) -> tuple[Tensor, Clock]:
-        return st["exp_avg"].mul_(self.beta).add_(x), 1.0
-
-    def mean(self, st: State, t: Clock) -> Tensor | None:
-        return st["exp_avg"] * ((1 - self.beta) / bias_correction(self.beta, t))
+from ..recipe import Clock, Scaling, Shape, Spec, State, Turn
+from .momentum import bias_correction
 
 
 @dataclass(frozen=True)
