@@ -97,7 +97,8 @@ def run(optimizer: str, lr: float, keywords: Row, seed: int, steps: int) -> Row:
         command = [sys.executable, str(nano.ROOT / "examples" / "pretrain.py"), "--optimizer", optimizer]
         command += ["--lr", str(lr), "--seed", str(seed), "--steps", str(steps), "--out", f"{folder}/run"]
         command += ["--set", *(f"{key}={value}" for key, value in keywords.items())] if keywords else []
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        # The package beside this file, not one that is installed from elsewhere.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(nano.ROOT)}
         done = subprocess.run(command, env=environment, cwd=nano.ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             if any(sign in done.stderr for sign in SIGNS):
@@ -143,14 +144,10 @@ def loss(row: Row) -> float:
 
 def search(store: Store, name: str) -> None:
     """Downhill from the first value to one whose neighbours are both worse."""
-    method = METHODS[name]
-    tried = _tried(store, name)
-    value: float | None = method.first
-    while value is not None and len(tried) < LIMIT:
-        if value not in tried:
-            tried[value] = loss(store.get(name, method.optimizer, *method.candidate(value)))
-        value = next(iter(_untried(tried, method.factor)), None)
-    if value is not None:
+    method, tried = METHODS[name], _tried(store, name)
+    while (values := _untried(method, tried)) and len(tried) < LIMIT:
+        tried[values[0]] = loss(store.get(name, method.optimizer, *method.candidate(values[0])))
+    if values:
         print(f"{name}: the best of {len(tried)} values is at their edge", flush=True)
 
 
@@ -164,16 +161,17 @@ def _tried(store: Store, name: str) -> dict[float, float]:
     return found
 
 
-def _untried(tried: dict[float, float], factor: float) -> list[float]:
-    """Neighbours of the best value that are not known; below the least one as long as all diverge."""
+def _untried(method: Method, tried: dict[float, float]) -> list[float]:
+    """The first value, then unknown neighbours of the best one; the best is the least as long as all diverge."""
+    if not tried:
+        return [method.first]
     best = min(tried, key=lambda value: (tried[value], value))
-    return [value for value in (best / factor, best * factor) if value not in tried]
+    return [value for value in (best / method.factor, best * method.factor) if value not in tried]
 
 
 def inside(store: Store, name: str) -> bool:
     """Has the best value a worse neighbour on each side? Known for methods that were swept."""
-    tried = _tried(store, name)
-    return bool(tried) and not _untried(tried, METHODS[name].factor)
+    return not _untried(METHODS[name], _tried(store, name))
 
 
 def sweep(store: Store, names: list[str], workers: int) -> None:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def write(name: str, result: dict[str, Any], quiet: bool = False) -> Path:
 
 def _command() -> str:
     module = getattr(sys.modules["__main__"].__spec__, "name", None)
-    return " ".join(["python", *(["-m", module] if module else sys.argv[:1]), *sys.argv[1:]])
+    return shlex.join(["python", *(["-m", module] if module else sys.argv[:1]), *sys.argv[1:]])
 
 
 def _machine() -> dict[str, Any]:

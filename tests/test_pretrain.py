@@ -233,9 +233,10 @@ def test_resume_is_bit_exact(folder, cache, tmp_path, dtype, name, keywords):
     assert [step for step, _ in undisturbed.history.validation] == [5, 10, 12]
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", EVERY)
-def test_every_optimizer_resumes_and_keeps_what_was_predicted(folder, cache, tmp_path, name):
-    job = make_job(command(folder, cache, "--optimizer", name, "--steps", "6"))
+def test_every_optimizer_resumes_and_keeps_what_was_predicted(folder, cache, tmp_path, name, dtype):
+    job = make_job(command(folder, cache, "--optimizer", name, "--steps", "6", "--dtype", dtype))
     undisturbed = train(job, tmp_path / "whole")
     train(job, tmp_path / "parts", stop=4)
     resumed = train(job, tmp_path / "parts", resume=True)
@@ -553,6 +554,12 @@ def test_galore_plus_gets_heads(folder, cache, tmp_path):
     names = {id(p): name for name, p in run.model.named_parameters()}
     heads = {names[id(p)]: group["heads"] for group in run.optimizer.param_groups for p in group["params"]}
     assert {name for name, count in heads.items() if count == 2} == {name for name in heads if "self_attn" in name}
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("galore", "bfloat16"), ("galoreadamw8bit", "int8"), ("qgalore", "int8")])
+def test_bf16_weights_have_bf16_state_or_less(folder, cache, tmp_path, name, dtype):
+    run = loop.Run(make_job(command(folder, cache, "--optimizer", name, "--dtype", "bf16")), tmp_path, Interrupt())
+    assert {group["state_dtype"] for group in run.optimizer.param_groups} == {dtype}
 
 
 def test_every_optimizer_has_a_preset():

@@ -216,7 +216,9 @@ def settings(choice: Choice, preset: Preset, lr: float | None, dtype: str) -> di
     keywords: dict[str, Any] = {"weight_decay": 0.0} if "weight_decay" in valid else {}
     if dtype == "bf16" and is_low_rank(choice.optimizer):
         keywords["bf16_update"] = "stochastic"  # else small updates are rounded away
-        keywords["state_dtype"] = "bfloat16"  # as torch's AdamW keeps its own: in the dtype of the weights
+        parameters = inspect.signature(choice.optimizer).parameters
+        # State as torch's AdamW keeps its own, in the dtype of the weights; but int8 stays int8.
+        keywords |= {key: "bfloat16" for key in valid if parameters[key].default == "float32"}
     keywords["lr"] = inspect.signature(choice.optimizer).parameters["lr"].default
     keywords |= preset.optimizers.get(name, {})
     keywords |= {"lr": lr} if lr is not None else {}

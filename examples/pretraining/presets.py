@@ -57,6 +57,7 @@ _NANO: dict[str, dict[str, Any]] = {
     "SubsetNormAdamW": {"lr": 0.032, "scale": 0.03125, "reduce": "mean"},
     "SubspaceMomentum": {"lr": 1.0, "scale": 1.0, **_LOW},
     "SNSMAdamW": {"lr": 0.032, "scale": 0.03125, **_LOW, "reduce": "mean"},
+    "Composed": {"lr": 0.032, "scale": 0.0625, **_LOW},
 }
 
 PRESETS = {

@@ -146,7 +146,7 @@ def quantize_weights(model: nn.Module, *, include: Iterable[str] = (), exclude: 
 
     Example::
 
-        model = lowrank_optim.layers.quantized.quantize_weights(model)
+        model = lowrank_optim.quantize_weights(model)
     """
     chosen = _chosen(model, include, exclude)
     for name, layers in chosen.items():
