@@ -79,7 +79,7 @@ def test_every_pair_works_or_says_why_not(pair):
     ("make", "options", "slots"),
     [
         (lowrank_optim.GaLoreAdamW, {}, {}),
-        (lowrank_optim.GaLoreAdamW, {"moments": "rotate", "proj_type": "full"}, {"moments": "rotate", "proj_type": "full"}),
+        (lowrank_optim.GaLoreAdamW, *[{"moments": "rotate", "proj_type": "full"}] * 2),
         (lowrank_optim.FiraAdamW, {}, {"residual": "fira"}),
         (lowrank_optim.APOLLO, {}, {"basis": "gaussian", "residual": "apollo"}),
         (lowrank_optim.FRUGAL, {}, {"basis": "rows", "residual": "sign", "moments": "reset"}),

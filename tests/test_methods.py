@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -67,8 +68,6 @@ def test_dct2_is_the_textbook_one_and_dct3_its_transpose():
 
 @pytest.mark.parametrize("kind", [*KINDS, "identity"])
 def test_l2_selection_minimises_the_error(kind):
-    import itertools
-
     n, rank = 6, 2
     basis = Rows("norm") if kind == "identity" else Dictionary(kind)
     d = torch.eye(n).double() if kind == "identity" else dictionary(kind, n, torch.float64, torch.device("cpu"))
@@ -160,7 +159,7 @@ def test_the_limiter_recovers_from_a_zero_gradient(make):
         p.grad = g
         optimizer.step()
         sizes.append(float(optimizer.state[p]["residual_size"]))
-    assert all(b <= 1.0101 * a for a, b in zip(sizes, sizes[1:], strict=False))
+    assert all(b <= 1.0101 * a for a, b in itertools.pairwise(sizes))
 
 
 def test_apollo_moves_each_channel_along_its_gradient():

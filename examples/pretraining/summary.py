@@ -44,7 +44,8 @@ def _row(result: dict[str, Any]) -> tuple[str, ...]:
 
 def _rates(job: dict[str, Any]) -> str:
     """The peak lr of embeddings, head and vectors, and that of the matrices where a factor makes it another."""
-    factor = job["matrix_lr_scale"] * job["keywords"].get("scale", 1.0)
+    scale = job["keywords"].get("scale", 1.0)
+    factor = job["matrix_lr_scale"] * (scale**0.5 if job["optimizer"].lower().startswith("apollo") else scale)
     return f"{job['lr']:g}" if factor == 1 else f"{job['lr']:g}, matrices {job['lr'] * factor:g}"
 
 
