@@ -14,7 +14,7 @@ from torch import Tensor
 from . import checks
 from .chunk import working_dtype
 from .ops import normal, orthonormalize, stream_of
-from .plan import _WRAPPERS, Plan, decide
+from .plan import Plan, bare_name, decide
 from .report import Report, Row, human
 
 
@@ -59,7 +59,7 @@ class CompressedAccumulation:
     Args:
         params: `model.named_parameters()`, or tensors; without names nobody can tell an embedding from a matrix.
             Convolutions are flattened to (out, rest), three dimensions are a stack of matrices.
-        rank: r, an int, or a fraction in (0, 1) of the shorter side.
+        rank: r, an int, or a fraction in (0, 1] of the shorter side.
         seed: of P, a function of (seed, name, number of the window): equal on all ranks and devices.
         orthonormal: P with orthonormal columns instead: the restored gradient is the sum's projection on a random
             subspace, shorter by sqrt(r / m) on average instead of longer. For optimizers that do not mind the length.
@@ -109,6 +109,12 @@ class CompressedAccumulation:
         self._sums: list[_Sum] = _planned(params, {"rank": rank, "seed": seed})
         self._paused = False
         self._handles = [self._hook(one) for one in self._sums]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "CompressedAccumulation hangs on its parameters by hooks, which copy and pickle do not follow; build a "
+            "new one for the new parameters, and load_state_dict"
+        )
 
     # -- micro-steps ---------------------------------------------------------------------------------------------------
 
@@ -306,7 +312,7 @@ def _planned(params: Iterable[Any], options: dict[str, Any]) -> list[_Sum]:
         checks.parameter(plan.name, p)
         if not p.is_leaf:
             raise ValueError(f"{plan.name} is no leaf: only parameters keep gradients. Pass model.named_parameters()")
-        sums.append(_Sum(p, plan, _WRAPPERS.sub("", plan.name)))
+        sums.append(_Sum(p, plan, bare_name(plan.name)))
     _given_once("parameter", [(id(one.p), one) for one in sums])
     _given_once("name", [(one.name, one) for one in sums])
     if not any(one.plan.projected for one in sums):

@@ -24,6 +24,12 @@ _FOREIGN_KEYS = {"params", "param_names", "name", "group_name", "initial_lr", "s
 _FOREIGN_KEYS |= {"base_momentum", "max_momentum"}
 
 
+# What may be edited in a group that has state; all other options decide what the state is.
+_FREE = {"lr", "betas", "eps", "weight_decay", "scale", "momentum", "beta2_decay", "d", "sign_scale", "residual_scale"}
+_FREE |= {"rho", "threshold", "growth", "update_proj_gap", "random_after", "stagger", "bf16_update", "nonfinite"}
+_FREE |= {"maximize", "foreach", "strict"}
+
+
 Check = Callable[[str, Any], None]
 
 
@@ -220,6 +226,11 @@ def whole_heads(plan: Plan, heads: int) -> None:
         )
 
 
+def fast_dictionary(kind: str, fft: bool) -> None:
+    if fft and kind not in ("dct2", "dct3"):
+        raise ValueError(f"fft=True needs dictionary='dct2' or 'dct3', got {kind!r}")
+
+
 def stable_transfers(plan: Plan, group: Mapping[str, Any]) -> None:
     """Flora: momentum must fade faster than the transfers to new random subspaces blow it up."""
     growth = math.sqrt(1 + (plan.matrix[0] + 1) / cast(int, plan.rank))
@@ -241,13 +252,23 @@ def compatible(group: Mapping[str, Any], clashes: Iterable[tuple[Mapping[str, tu
             raise ValueError(f"{named} mean nothing together: {reason}")
 
 
-def unchanged(asked: tuple[Any, ...], before: tuple[Any, ...]) -> None:
-    """Refuses edits of a group that cannot take effect any more, instead of ignoring them."""
-    if asked != before:
-        raise ValueError(
-            "rank, proj_type, as_matrix, skip_embeddings and the parameters of a group are fixed once it has state: "
-            f"{before} became {asked}. Set them back, or build a new optimizer; use add_param_group for new parameters"
-        )
+def snapshot(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a group says, besides what schedulers write into it."""
+    kept = {key: value for key, value in group.items() if key not in _FOREIGN_KEYS and key != "lr"}
+    return {**kept, "params": len(group["params"])}
+
+
+def unchanged(now: Mapping[str, Any], before: Mapping[str, Any], fixed: Iterable[str] = ()) -> None:
+    """Refuses edits of a group that cannot take effect any more, instead of ignoring them.
+
+    `fixed`: options that the state of this method depends on, beside those that any state does.
+    """
+    for key in before.keys() | now.keys():
+        if (key not in _FREE or key in fixed) and now.get(key) != before.get(key):
+            raise ValueError(
+                f"{key} of a group is fixed once it has state: {before.get(key)!r} became {now.get(key)!r}; nothing was "
+                "updated. Set it back, or build a new optimizer; use add_param_group for new parameters"
+            )
 
 
 def parameter(name: str, p: Tensor) -> None:
@@ -290,15 +311,16 @@ def few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def something_projected(method: str, reasons: Iterable[tuple[str, str]]) -> None:
+def something_projected(method: str, ranked: bool, reasons: Iterable[tuple[str, str]]) -> None:
     """Called when no parameter is projected: says why, for the first few."""
     listed = list(reasons)
     shown = "".join(f"\n  {name}: {reason}" for name, reason in listed[:5])
     more = f"\n  and {len(listed) - 5} more" if len(listed) > 5 else ""
+    verb, lower = ("project", "Lower `rank`, pass") if ranked else ("serve", "Pass")
     raise ValueError(
-        f"{method} found nothing to project, so it would silently be a full-rank optimizer:{shown}{more}\n"
-        "Lower `rank`, pass matrices (flattened 1-D shards of FSDP1 have lost their shape: use DDP instead), "
-        "or use the full-rank optimizer itself"
+        f"{method} found nothing to {verb}, so it would silently be another optimizer:{shown}{more}\n"
+        f"{lower} matrices (flattened 1-D shards of FSDP1 have lost their shape: use DDP instead), "
+        "or use that optimizer itself"
     )
 
 
@@ -308,6 +330,20 @@ def nothing_lost(method: str, fallbacks: Iterable[tuple[str, str]]) -> None:
         raise ValueError(
             f"{method}(strict=True): {name} cannot be projected ({reason}). Lower its rank, put it into a group with "
             "rank=None, or drop strict"
+        )
+
+
+def same_names(method: str, saved: list[str] | None, ours: list[str] | None) -> None:
+    """For subspaces that follow from the names of parameters, and are saved nowhere else."""
+    if saved != ours:
+        odd = "the one has names and the other none"
+        if saved is not None and ours is not None:
+            odd = next(
+                (f"{a!r} is {b!r} here" for a, b in zip(saved, ours, strict=False) if a != b), "some are missing"
+            )
+        raise ValueError(
+            f"{method} draws its subspaces by the names of the parameters, and those of the state dict differ: {odd}; "
+            "nothing was loaded. Build this optimizer with the same names (or none), or with store_projection=True"
         )
 
 

@@ -114,17 +114,22 @@ class Chunk:
         p, g = self.params[0], self.grads[0]
         if len(self.params) == 1 and p.is_contiguous() and g.is_contiguous():
             sliced = self.recipe.elementwise and p.device.type == "cpu" and not is_packed(p)
-            if sliced and not self.plans[0].projected and p.numel() > SLICE:
+            whole_blocks = not self.plans[0].batch or math.prod(self.plans[0].matrix) % self._block == 0
+            if sliced and whole_blocks and not self.plans[0].projected and p.numel() > SLICE:
                 return self._slices(p, g)
             if self.plans[0].batch and p.numel() * self.working.itemsize > CHUNK_BYTES and not is_packed(p):
                 return self._experts(p, g)
         return iter([self])
 
+    @property
+    def _block(self) -> int:
+        """Elements that nothing may cut between, of all state tensors."""
+        return max([1, *(cast(Store, spec.store).block for spec in self.spec.values())])
+
     def _slices(self, p: Tensor, g: Tensor) -> Iterator[Chunk]:
         """Along the row-major order, nowhere within a block of elements that are coded together."""
         stores = {key: cast(Store, spec.store) for key, spec in self.spec.items()}
-        block = max([1, *(store.block for store in stores.values())])
-        size, whole = max(1, SLICE // block) * block, Kept((), p.dtype)
+        size, whole = max(1, SLICE // self._block) * self._block, Kept((), p.dtype)
         parts = {COMPENSATION: whole} if COMPENSATION in self.states[0] else {}
         for key, store in stores.items():
             layout = store.layout(self.spec[key].shape, self.working)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from . import checks
 from .chunk import Member, form_chunks, gradient_norms, one_by_one
 from .parts import Drop, Identity
-from .plan import Plan, asked_of, decide
+from .plan import Plan, bare_name, decide
 from .recipe import Recipe
 from .report import Report, report
 from .state import follow, fresh, loaded
@@ -36,6 +36,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     default_rank: int | float = 0.25  # of rank="auto"
     ranked = True  # False: matrices are served whole, and `rank=None` in a group only leaves them out
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # options with values of this method's own
+    fixed: ClassVar[tuple[str, ...]] = ()  # numbers that cannot be edited later, because state was made with them
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], *, strict: bool = False) -> None:
         params = params if isinstance(params, Tensor) else list(params)  # torch's own error for a bare tensor
@@ -46,11 +47,11 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         defaults = {**_GROUP_ONLY, "proj_type": "std", **defaults, "strict": strict}
         checks.hyperparameters(defaults, self.choices)
         self._plans: dict[Tensor, Plan] = {}
-        self._decided: list[tuple[Any, ...]] = []  # what each group asked for when its plans were made
+        self._seen: list[dict[str, Any]] = []  # what each group said when it was last checked
         super().__init__(params, defaults)
         plain = [plan for plan in self._plans.values() if not plan.projected]
         if len(plain) == len(self._plans):
-            checks.something_projected(type(self).__name__, ((plan.name, plan.reason) for plan in plain))
+            checks.something_projected(type(self).__name__, self.ranked, ((plan.name, plan.reason) for plan in plain))
 
     @abc.abstractmethod
     def recipe(self, group: dict[str, Any]) -> Recipe:
@@ -80,15 +81,15 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             if group["strict"]:
                 lost = ((plan.name, plan.reason) for plan in plans.values() if plan.fallback)
                 checks.nothing_lost(type(self).__name__, lost)
+            # Parameters without memory (meta) or without gradients (frozen) get theirs with their first gradient.
+            now = {p: plan for p, plan in plans.items() if p.requires_grad and not p.is_meta}
+            states = {p: fresh(p, plan, self._recipe_of(plan, group), group) for p, plan in now.items()}
         except Exception:
             self.param_groups.pop()
             raise
         self._plans.update(plans)
-        self._decided.append(asked_of(group))
-        for p in plans:
-            # Parameters without memory (meta) or without gradients (frozen) get theirs with their first gradient.
-            if p.requires_grad and not p.is_meta:
-                self.state[p] = self._fresh_state(p, group)
+        self._seen.append(checks.snapshot(group))
+        self.state.update(states)
 
     def _decide(self, group: dict[str, Any]) -> dict[Tensor, Plan]:
         plans: dict[Tensor, Plan] = {}
@@ -125,10 +126,24 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, asked in zip(self.param_groups, self._decided, strict=True):
-            checks.unchanged(asked_of(group), asked)
+        for i, group in enumerate(self.param_groups):
+            self._recheck(i, group)
         self._update([(p, group) for p, group in self._members() if p.grad is not None])
         return loss
+
+    def _recheck(self, index: int, group: dict[str, Any]) -> None:
+        """Edits of a group are checked like what it was made with, once."""
+        now = checks.snapshot(group)
+        if now == self._seen[index]:
+            return
+        checks.group(group, self.defaults)
+        checks.unchanged(now, self._seen[index], self.fixed)
+        checks.hyperparameters(group, self.choices)
+        self.recipe(group)
+        for p in group["params"]:
+            if self._plans[p].projected:
+                self.refuse(self._plans[p], group)
+        self._seen[index] = now
 
     @torch._disable_dynamo  # a compiled step falls back to this one
     def _update(self, members: list[Member]) -> None:
@@ -193,13 +208,14 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             state_dict = state_dict if replaced is None else replaced
         if self.state:
             checks.has_state(state_dict)
-        before = self.param_groups, self._plans, self._decided, dict(self.state)
+            self._same_names(state_dict)
+        before = self.param_groups, self._plans, self._seen, dict(self.state)
         self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run
         self._incoming: dict[str, Any] | None = state_dict
         try:
             super().load_state_dict({**state_dict, "state": {}})
         except Exception:
-            self.param_groups, self._plans, self._decided, state = before
+            self.param_groups, self._plans, self._seen, state = before
             self.state.clear()
             self.state.update(state)
             raise
@@ -216,13 +232,20 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             for key, value in self.defaults.items():
                 if key != "differentiable":  # which torch adds to defaults here
                     group.setdefault(key, value)
-        self._plans, self._decided = {}, []
+        self._plans, self._seen = {}, []
         for group in self.param_groups:
             checks.hyperparameters(group, self.choices)
             self._plans.update(self._decide(group))
-            self._decided.append(asked_of(group))
+            self._seen.append(checks.snapshot(group))
         if incoming is not None:
             self._take_state(incoming)
+
+    def _same_names(self, state_dict: dict[str, Any]) -> None:
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            if any(self._plans[p].projected for p in group["params"]) and self.recipe(group).basis.seeded:
+                names = [one.get("param_names") for one in (saved, group)]
+                bare = [None if given is None else [bare_name(name) for name in given] for given in names]
+                checks.same_names(type(self).__name__, *bare)
 
     def _take_state(self, state_dict: dict[str, Any]) -> None:
         """All or nothing. A parameter without saved state was frozen when the state was saved, and starts afresh."""

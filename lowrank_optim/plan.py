@@ -86,7 +86,7 @@ def decide(name: str, index: int, place: int, shape: torch.Size, group: dict[str
     batch, rows, columns = as_matrices(shape, group["as_matrix"])
     reason, fallback = _why_plain(name, shape, rows, columns, group, ranked)
     common: dict[str, Any] = {"reason": reason, "fallback": fallback, "shape": tuple(shape)}
-    common |= {"name": name or f"param {index}", "key": key_of(group["seed"], _WRAPPERS.sub("", name) or str(index))}
+    common |= {"name": name or f"param {index}", "key": key_of(group["seed"], bare_name(name) or str(index))}
     if reason:
         # A vector keeps its one dimension; there is no projected side, so nothing is turned.
         matrix = (rows, columns) if len(shape) > 1 else (columns,)
@@ -97,10 +97,9 @@ def decide(name: str, index: int, place: int, shape: torch.Size, group: dict[str
     return Plan(**common, batch=batch, matrix=matrix, side=side, rank=rank, place=place)
 
 
-def asked_of(group: dict[str, Any]) -> tuple[Any, ...]:
-    """What the plans of a group depend on, and so must stay as it is."""
-    keys = ("rank", "proj_type", "as_matrix", "skip_embeddings")
-    return (*(group[key] for key in keys), len(group["params"]))
+def bare_name(name: str) -> str:
+    """A parameter's name without what wrappers put into it."""
+    return _WRAPPERS.sub("", name)
 
 
 def as_matrices(shape: torch.Size | tuple[int, ...], rule: str) -> tuple[tuple[int, ...], int, int]:
@@ -142,6 +141,8 @@ def _why_plain(
     """(reason, fallback); ("", False) for a parameter that can be projected."""
     if group["rank"] is None:
         return "its group has no rank", False
+    if math.prod(shape) == 0:
+        return "empty", False
     if len(shape) < 2 or math.prod(shape) == max(shape):
         explicit = not group["skip_embeddings"]
         return "a vector or scalar", explicit

@@ -55,6 +55,13 @@ class Draw(Protocol):
     def __call__(self, shape: tuple[int, ...], purpose: str = "sketch") -> Tensor: ...
 
 
+class Time(NamedTuple):
+    """When a basis is fitted: before step number `step` (0, 1, ...), with moments that have seen `seen` steps."""
+
+    step: int
+    seen: float
+
+
 class Kept(NamedTuple):
     """One stored tensor: an entry of it stands for `per` elements in row-major order."""
 
@@ -167,6 +174,7 @@ class Basis(abc.ABC):
     elementwise: ClassVar[bool] = False  # True: coordinate i depends on entry i alone, so slices can be updated alone
     indexed: ClassVar[bool] = False  # a selection of fixed vectors: each coordinate has an age of its own
     derives: bool = False  # `derive` gives something
+    seeded: bool = False  # which subspace follows from the random stream alone, and is kept nowhere
 
     @abc.abstractmethod
     def spec(self, shape: Shape, rank: int) -> dict[str, Spec]:
@@ -177,8 +185,8 @@ class Basis(abc.ABC):
         """Shape of R."""
 
     @abc.abstractmethod
-    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, t: float) -> dict[str, Tensor]:
-        """The tensors of `spec`, fitted to one finite, non-zero `g (m, n)` after t steps.
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
+        """The tensors of `spec`, fitted to one finite, non-zero `g (m, n)`.
 
         `old` is the whole open state of this matrix, None the first time.
         """

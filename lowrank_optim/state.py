@@ -42,11 +42,14 @@ def fresh(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) -> dict[
 
 def follow(state: dict[str, Tensor], p: Tensor, group: dict[str, Any]) -> None:
     """Keeps state fit for its parameter, if the model was moved or cast after the optimizer was built."""
-    for key, tensor in state.items():
+    for key, tensor in list(state.items()):
         if tensor.device != p.device and key not in _COUNTERS:
             state[key] = tensor.to(p.device)
-    if _compensated(p, group) and COMPENSATION not in state:
-        state[COMPENSATION] = torch.zeros_like(p)
+    if _compensated(p, group):
+        if COMPENSATION not in state:
+            state[COMPENSATION] = torch.zeros_like(p)
+    elif COMPENSATION in state:
+        p.add_(state.pop(COMPENSATION))  # the weight, cast or rounded in another way, owes nothing from now on
 
 
 def _compensated(p: Tensor, group: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from .chunk import Chunk
 from .distributed.algebra import WHOLE, Algebra
 from .parts import fused
 from .plan import Plan
-from .recipe import Clock, Draw, Recipe, State, Store, Turn, Update
+from .recipe import AGE, Clock, Draw, Recipe, State, Store, Time, Turn, Update
 
 
 def update_(chunk: Chunk, algebra: Algebra = WHOLE) -> None:
@@ -84,23 +84,25 @@ def _refresh(chunk: Chunk, algebra: Algebra, g: Tensor, st: State) -> bool:
     refresh = chunk.recipe.refresh
     due = []
     for plan, state, inner, outer in chunk.matrices():
-        last, counters = int(state["refreshed_at"].view(-1)[inner]), _counters(chunk, plan, state, inner)
-        if refresh.due(chunk.step - 1, last, plan.place + chunk.first + inner, counters):
+        last, counters = state["refreshed_at"].view(-1), _counters(chunk, plan, state, inner)
+        if refresh.due(chunk.step - 1, int(last[inner]), plan.place + chunk.first + inner, counters):
             due.append((plan, state, inner, outer, counters))
     if not due:
         return False
     largest = algebra.largest(g).view(-1).tolist()  # finite: the norms were; one synchronisation for all
     due = [one for one in due if largest[one[3]] > 0]
     for plan, state, inner, outer, counters in due:
-        count = state["refreshes"].view(-1)
+        count, last = state["refreshes"].view(-1), state["refreshed_at"].view(-1)
         matrix = g if g.dim() == 2 else g[outer]
         view = st if g.dim() == 2 else {key: tensor[outer] for key, tensor in st.items()}
         draw = _draws(plan, chunk.first + inner, matrix)
-        turn = _refit(chunk, algebra, plan, int(count[inner]), matrix, view, draw)
+        since = max(0, int(last[inner])) if refresh.restarts else 0
+        at = Time(chunk.step - 1, float(chunk.step - 1 - since))
+        turn = _refit(chunk, algebra, plan, int(count[inner]), at, matrix, view, draw)
         if turn is not None:
             refresh.note_(counters, turn)
         count[inner] += 1
-        state["refreshed_at"].view(-1)[inner] = chunk.step - 1
+        last[inner] = at.step
     return bool(due)
 
 
@@ -111,12 +113,12 @@ def _counters(chunk: Chunk, plan: Plan, state: dict[str, Tensor], inner: int) ->
 
 
 def _refit(
-    chunk: Chunk, algebra: Algebra, plan: Plan, count: int, g: Tensor, st: State, draw: Callable[[int], Draw]
+    chunk: Chunk, algebra: Algebra, plan: Plan, count: int, at: Time, g: Tensor, st: State, draw: Callable[[int], Draw]
 ) -> Turn | None:
     """One matrix: a new basis, and the moments brought along. `st` are views that write through."""
-    recipe, basis, rank, seen = chunk.recipe, chunk.recipe.basis, cast(int, plan.rank), float(chunk.step - 1)
+    recipe, basis, rank = chunk.recipe, chunk.recipe.basis, cast(int, plan.rank)
     keys = basis.spec(plan.matrix, rank)
-    fitted = basis.fit(algebra, g, st if count else None, rank, draw(count), seen)
+    fitted = basis.fit(algebra, g, st if count else None, rank, draw(count), at)
     new = {key: cast(Store, chunk.spec[key].store).rounded(x, chunk.working) for key, x in fitted.items()}
     turn = None
     if count:
@@ -125,8 +127,10 @@ def _refit(
         derived = basis.derive(g, new, rank, draw(count))
         turn = basis.turn(algebra, old, {**new, **derived})
         recipe.residual.turning_(recipe, st, old, 1.0)
-        recipe.refresh.carry_(algebra, recipe, st, turn, seen)
+        recipe.refresh.carry_(algebra, recipe, st, turn, at.seen)
         recipe.residual.turning_(recipe, st, {**new, **derived}, -1.0)
+    elif AGE in st:
+        st[AGE].zero_()  # the steps before there was a basis have taught it nothing
     for key, tensor in new.items():
         st[key].copy_(tensor)
     return turn

@@ -31,7 +31,7 @@ def matrix():
         ("scale", 0.0, r"scale must be a number > 0, got 0.0"),
         ("proj_type", "standard", r"proj_type must be one of 'std', .*, got 'standard'; did you mean 'std'"),
         ("basis", "SVD ", r"basis must be one of '.*', got 'SVD '"),
-        ("moments", "rotated", r"moments must be one of .*, got 'rotated'; did you mean 'rotate'\?"),
+        ("moments", "resett", r"moments must be one of .*, got 'resett'; did you mean 'reset'\?"),
         (
             "state_dtype",
             torch.bfloat16,
@@ -162,7 +162,9 @@ def test_strict_also_covers_later_groups(case):
 
 
 @every_case
-@pytest.mark.parametrize("edit", [{"rank": 5}, {"proj_type": "full"}])
+@pytest.mark.parametrize(
+    "edit", [{"rank": 5}, {"proj_type": "left"}, {"state_dtype": "int8"}, {"seed": 3}, {"as_matrix": "batch"}]
+)
 def test_edits_that_could_not_take_effect(case, edit):
     p = matrix()
     optimizer = case.build([p], rank=3)

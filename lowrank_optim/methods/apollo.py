@@ -28,9 +28,10 @@ class APOLLO(LowRankOptimizer):
     refreshes. A step holds S, one (m, n) tensor.
 
     Args:
-        params, lr, betas, eps, weight_decay, rank, update_proj_gap, moments, stagger: see `GaLoreAdamW`.
+        params, lr, betas, eps, weight_decay, rank, update_proj_gap, stagger: see `GaLoreAdamW`.
         scale: multiplies by its square root, as published; the right one grows with m / rank.
         proj_type: the side that is projected: "std", the shorter, "reverse_std", "left" or "right".
+        moments: "keep" or "reset". Turning them would multiply them at each refresh: P is not orthonormal.
         granularity: "channel", one factor per column of the turned matrix, or "tensor", one for all of it.
         scale_front: multiply by sqrt(scale) before the limiter instead of after it.
         limit: the most that S may grow from one step to the next; None: no limit.
@@ -47,7 +48,7 @@ class APOLLO(LowRankOptimizer):
     """
 
     __doc__ = (__doc__ or "") + OPTIONS
-    choices = {"granularity": ("channel", "tensor"), "proj_type": ONE_SIDED}
+    choices = {"granularity": ("channel", "tensor"), "proj_type": ONE_SIDED, "moments": ("keep", "reset")}
 
     def __init__(
         self,

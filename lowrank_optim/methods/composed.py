@@ -50,6 +50,10 @@ CLASHES: tuple[tuple[dict[str, tuple[str, ...]], str], ...] = (
     ({"basis": ("gaussian",), "residual": ("sign", "error_feedback", "sparse", "fira")},
      "P is not orthonormal, so G - P P^T G is mostly noise; take basis='random'"),
     ({"basis": ("power",), "momentum": ("none", "heavy_ball")}, "power iteration follows an average of gradients"),
+    ({"basis": ("topk", "rows", *_DICTIONARIES), "moments": ("rotate",), "scaling": ("factored", "subset_norm"),
+      "scaling_in": ("subspace",)}, "coordinates have an age each, which moments shared by several cannot have"),
+    ({"basis": ("gaussian",), "moments": ("rotate",)},
+     "P is not orthonormal: each transfer multiplies moments, which overflow; take basis='random', or Flora"),
     ({"basis": ("power",), "scaling": ("factored",)}, "power iteration follows gradients, not updates"),
     ({"basis": ("topk", "rows"), "residual": ("sparse",)}, "rows that are left out have no projection to correct"),
     ({"basis": tuple(b for b in _BASES if b not in ("svd", "rsvd")), "proj_type": ("full",)},
@@ -71,8 +75,7 @@ CLASHES: tuple[tuple[dict[str, tuple[str, ...]], str], ...] = (
 
 
 class Composed(LowRankOptimizer):
-    __doc__ = (
-        r"""One choice per slot of `recipe.py`, by name. What is not projected gets AdamW.
+    __doc__ = r"""One choice per slot of `recipe.py`, by name. What is not projected gets AdamW.
 
     Args:
         params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type: see `GaLoreAdamW`.
@@ -94,9 +97,8 @@ class Composed(LowRankOptimizer):
     Example::
 
         opt = lowrank_optim.compose(model.named_parameters(), lr=1e-3, basis="dct2", residual="fira", store="int8")
-    """
-        + OPTIONS
-    )
+    """ + OPTIONS.replace("state_dtype:", "store:")
+    fixed = ("update_proj_gap",)  # where refreshes are lazy each matrix has its own by now
     choices = {
         "basis": _BASES, "refresh": ("staggered", "every", "lazy"), "momentum": ("low", "heavy_ball", "none"),
         "scaling": ("rms", "factored", "subset_norm", "none"), "scaling_in": ("subspace", "full"),
@@ -193,7 +195,8 @@ def _scaling(group: dict[str, Any]) -> Scaling:
 
 def _residual(group: dict[str, Any]) -> Residual:
     (beta1, beta2), eps = group["betas"], checks.single("eps", group["eps"])
-    carried = beta1 / (1 - beta1) if group["moments"] == "rotate" and group["momentum"] == "low" else 0.0
+    turned = group["moments"] == "rotate" and group["momentum"] == "low" and group["scaling"] != "factored"
+    carried = beta1 / (1 - beta1) if turned else 0.0  # of gradients; averages of updates are owed nothing
     residuals: dict[str, Residual] = {
         "drop": Drop(),
         "raw": Raw(),

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import checks
 from ..optimizer import LowRankOptimizer
 from ..parts import Dictionary, Drop, ErrorFeedback, Rows
 from ..recipe import Basis, Recipe
@@ -83,6 +84,7 @@ class DCTAdamW(LowRankOptimizer):
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
         kind, power = group["dictionary"], 2 if group["norm"] == "l2" else 1
+        checks.fast_dictionary(kind, group["fft"])
         basis: Basis = Rows("norm", power) if kind == "identity" else Dictionary(kind, power, group["fft"])
         kept = ERRORS[group["error_feedback"]]
         common = {**adam(group), **stores(group), "residual": ErrorFeedback(kept) if kept else Drop()}

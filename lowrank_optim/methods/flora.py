@@ -91,25 +91,29 @@ class Flora(LowRankOptimizer):
     def recipe(self, group: dict[str, Any]) -> Recipe:
         basis = Random(group["orthonormal"], kept=group["store_projection"])
         common = {"basis": basis, "refresh": schedule(group), "scale": group["scale"], "scaling_in": "full"}
-        rest = 1 - group["betas"][0]
+        rest, restarts = 1 - group["betas"][0], group["moments"] == "reset"
         if group["base"] == "adamw":
-            group = {**group, "eps": 1e-8 if group["eps"] is None else group["eps"]}
-            return Recipe(**adam(group), **stores(group), **common, residual=Raw(rest, corrected=True))
-        return Recipe(**_adafactor(group, clip=None), **common, residual=Raw(rest, clip=group["d"]))
+            return Recipe(**adam(_with_eps(group)), **stores(group), **common, residual=Raw(rest, corrected=True))
+        return Recipe(**_adafactor(group, clip=None), **common, residual=Raw(rest, restarts, group["d"]))
 
     def plain(self, group: dict[str, Any]) -> Recipe:
         if group["base"] == "adamw":
-            return adamw({**group, "eps": 1e-8 if group["eps"] is None else group["eps"]})
+            return adamw(_with_eps(group))
         return Recipe(basis=Identity(), refresh=Never(), residual=Drop(), **_adafactor(group, clip=group["d"]))
 
     def refuse(self, plan: Plan, group: dict[str, Any]) -> None:
         checks.stable_transfers(plan, group)
 
 
+def _with_eps(group: dict[str, Any]) -> dict[str, Any]:
+    return {**group, "eps": 1e-8 if group["eps"] is None else group["eps"]}
+
+
 def _adafactor(group: dict[str, Any], clip: float | None) -> dict[str, Any]:
+    restarts = group["moments"] == "reset"  # an emptied average must be read with its own clock
     floor, least = checks.pair("eps", (None, 1e-3) if group["eps"] is None else group["eps"])
     return {
-        "momentum": EMA(group["betas"][0], debias=False),
+        "momentum": EMA(group["betas"][0], debias=restarts),
         "momentum_of": "update",
         "scaling": Factored(group["beta2_decay"], floor, clip),
         "step_size": Relative(least if group["scale_parameter"] else None, decay=False),

@@ -22,7 +22,8 @@ class FRUGAL(LowRankOptimizer):
         R = P^T G;   D = Adam(R)                                      (r, n)
         W <- (1 - lr weight_decay) W - lr scale (P D + sign_scale sign(G - P R))
 
-    Memory: `2 n r` elements per matrix and r indices; `m r` elements instead of the indices where P is dense.
+    Memory: `2 n r` elements per matrix and r indices, with moments="rotate" 2 r; `m r` elements instead of the indices
+    where P is dense.
 
     Args:
         params, lr, betas, eps, weight_decay, update_proj_gap, scale, moments, stagger: see `GaLoreAdamW`.

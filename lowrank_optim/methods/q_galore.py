@@ -49,6 +49,7 @@ class QGaLoreAdamW(LowRankOptimizer):
     """
 
     __doc__ = (__doc__ or "") + OPTIONS
+    fixed = ("update_proj_gap",)  # each matrix has its own by now
     choices = {
         "basis": ("rsvd", "svd"), "basis_dtype": tuple(_BASIS_STORES), "proj_type": ONE_SIDED,
     }  # fmt: skip

@@ -22,8 +22,8 @@ class SNSMAdamW(LowRankOptimizer):
         v_i <- beta2 v_i + (1 - beta2) sum of G^2 over subset i       never emptied
         W <- (1 - lr weight_decay) W - lr scale U / (sqrt(v / (1 - beta2^step)) + eps)
 
-    Memory: `m r + n r + max(m, n)` elements per matrix; without `m r`, but r indices, with basis "topk" or "rows". A
-    step holds U and its quotient, two (m, n) tensors.
+    Memory: `m r + n r + n` elements per matrix, n = max(m, n) unless proj_type says otherwise; without `m r`, but r
+    indices, with basis "topk" or "rows". A step holds U and its quotient, two (m, n) tensors.
 
     Args:
         params, betas, eps, weight_decay, rank, update_proj_gap, scale, stagger: see `GaLoreAdamW`.

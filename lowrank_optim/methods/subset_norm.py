@@ -42,7 +42,7 @@ class SubsetNormAdamW(LowRankOptimizer):
     """
 
     __doc__ = (__doc__ or "") + OPTIONS
-    choices = {"reduce": ("sum", "mean")}
+    choices = {"reduce": ("sum", "mean"), "proj_type": ("std",)}
     ranked = False
 
     def __init__(

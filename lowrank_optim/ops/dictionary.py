@@ -32,9 +32,12 @@ def coefficients(kind: str, g: Tensor, fast: bool) -> Tensor:
     return dictionary(kind, g.shape[-2], g.dtype, g.device).mT @ g
 
 
-@functools.cache
+@functools.lru_cache(maxsize=32)
 def dictionary(kind: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The whole dictionary `(n, n)`, vectors as columns; one per width, dtype and device, made once in float64."""
+    """The whole dictionary `(n, n)`, vectors as columns; one per width, dtype and device, made once in float64.
+
+    They stay for the next optimizer; `dictionary.cache_clear()` frees them.
+    """
     if kind in ("dct2", "dct3"):
         every = torch.arange(n, device=device)
         exact = _cosines(kind, n, every.unsqueeze(-1), every.unsqueeze(0))

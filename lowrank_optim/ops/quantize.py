@@ -42,28 +42,52 @@ def four_bit_map(signed: bool, device: torch.device = _CPU) -> Tensor:
     return (_dynamic(signed, decades=3) if signed else torch.arange(1.0, 17.0) / 16).to(device)
 
 
-def quantize_blockwise(x: Tensor, code_map: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def quantize_blockwise(x: Tensor, code_map: Tensor, block: int, signed_peak: bool = False) -> tuple[Tensor, Tensor]:
     """The nearest entry of `code_map` to each element over its block's largest magnitude.
 
     Args:
         x: `(..., k)`, any floating-point dtype, finite.
         code_map: ascending values in [-1, 1]; at most 256.
         block: elements that share one `absmax`.
+        signed_peak: `absmax` has the sign of the largest element, which then is 1 to the map. Signed maps have 1 and no
+            -1: a block whose peak is negative would otherwise lose a part of it each time it is written.
 
     Returns:
         `codes (..., k)` uint8 and `absmax (..., ceil(k / block))` float32. Half-way goes to the lower entry.
     """
     codes, absmax = _outputs(x, block)
-    below, midpoint = _nearest_table(code_map)
+    lower, midpoint = _nearest_table(code_map)
     for blocks, code, peak in _pieces([x, codes], [absmax], block):
         blocks = blocks.float()
-        torch.maximum(blocks.amax(-1, True), blocks.amin(-1, True).neg_(), out=peak)
-        unit = (blocks / peak.clamp(min=_TINY)).flatten()
+        top, bottom = blocks.amax(-1, True), blocks.amin(-1, True)
+        largest = torch.maximum(top, -bottom)
+        peak.copy_(torch.where(-bottom > top, bottom, top) if signed_peak else largest)
+        unit = (blocks / torch.where(largest < _TINY, _TINY, peak)).flatten()
         # The upper half of a float32 leaves two candidates: a look-up instead of `bucketize`, which is 20 times slower.
         upper = (unit.view(torch.int32) >> 16).add_(1 << 15)
-        above = (unit > midpoint.index_select(0, upper)).view(torch.uint8)
-        code.copy_(below.index_select(0, upper).add_(above).view(code.shape))
+        higher = (unit > midpoint.index_select(0, upper)).view(torch.uint8)
+        code.copy_(lower.index_select(0, upper).add_(higher).view(code.shape))
     return codes, absmax
+
+
+def quantize_sixteenths(x: Tensor, block: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Non-negative numbers in sixteenths of their block's largest: `four_bit_map(signed=False)`, from 1 to 16.
+
+    Args:
+        noise: uniform in [0, 1), of x's shape: then `E[result] = x` from one sixteenth on. None rounds to nearest.
+
+    Returns:
+        `codes (..., k)` uint8 and the largest of each block `(..., ceil(k / block))`, float32.
+    """
+    codes, largest = _outputs(x, block)
+    for blocks, code, *dither, peak in _pieces([x, codes] if noise is None else [x, codes, noise], [largest], block):
+        blocks = blocks.float()
+        peak.copy_(blocks.amax(-1, True))
+        places = (blocks / peak.clamp(min=_TINY)).mul_(16)
+        rest = places.frac()
+        places.floor_().add_(rest > dither[0] if dither else rest >= 0.5)
+        code.copy_(places.clamp_(1, 16).sub_(1))
+    return codes, largest
 
 
 def dequantize_blockwise(

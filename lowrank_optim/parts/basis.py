@@ -11,7 +11,7 @@ from torch import Tensor
 from ..distributed.algebra import Algebra
 from ..ops import orthonormalize, subspace_iteration
 from ..ops.philox import BLOCK
-from ..recipe import Basis, Draw, Shape, Spec, State, Turn
+from ..recipe import Basis, Draw, Shape, Spec, State, Time, Turn
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Identity(Basis):
     def coordinates(self, shape: Shape, rank: int) -> Shape:
         return shape
 
-    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, t: float) -> dict[str, Tensor]:
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
         return {}
 
     def turn(self, algebra: Algebra, old: State, new: State) -> Turn:
@@ -67,7 +67,7 @@ class SVD(OneSided):
     Falls back to the Gram matrix's eigenvectors where the SVD does not converge (`ops.leading_left_vectors`).
     """
 
-    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, t: float) -> dict[str, Tensor]:
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
         return {"basis": algebra.leading(g, rank)}
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
@@ -86,7 +86,7 @@ class SubspaceIteration(OneSided):
     oversample: int = 8
     rounds: int = 2
 
-    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, t: float) -> dict[str, Tensor]:
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
         m, n = g.shape
         width = self._width(m, n, rank)
         if old is None:
@@ -123,11 +123,11 @@ class PowerIteration(OneSided):
     rho: float
     beta: float
 
-    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, t: float) -> dict[str, Tensor]:
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
         if old is None:
             return {"basis": algebra.leading(g, rank)}
         basis = old["basis"]
-        mean = old["exp_avg"] * (self.rho / (1 - self.beta**t)) if t else torch.zeros_like(old["exp_avg"])
+        mean = old["exp_avg"] * (self.rho / (1 - self.beta**at.seen)) if at.seen else torch.zeros_like(old["exp_avg"])
         z = mean.mT + (1 - self.rho) * algebra.project(basis, g).mT
         y = basis @ algebra.inner(mean, z) + (1 - self.rho) * algebra.sketch(g, z)
         return {"basis": orthonormalize(y)}
@@ -151,8 +151,8 @@ class TwoSided(Basis):
     def coordinates(self, shape: Shape, rank: int) -> Shape:
         return rank, rank
 
-    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, t: float) -> dict[str, Tensor]:
-        left = self.inner.fit(algebra, g, old, rank, draw, t)["basis"]
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
+        left = self.inner.fit(algebra, g, old, rank, draw, at)["basis"]
         # With P singular vectors, P^T G = S V^T holds the right ones: an r x n problem instead of a second m x n one.
         right = algebra.leading(algebra.project(left, g).mT, rank)
         return {"basis": left, "basis_right": right}
@@ -176,14 +176,14 @@ class TwoSided(Basis):
 
 @dataclass(frozen=True)
 class Later(OneSided):
-    """`first` until step `at`, `then` from it on (GoLore: singular vectors while they mean something)."""
+    """`first` until step `since`, `then` from it on (GoLore: singular vectors while they mean something)."""
 
     first: Basis
     then: Basis
-    at: int
+    since: int
 
-    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, t: float) -> dict[str, Tensor]:
-        return (self.first if t < self.at else self.then).fit(algebra, g, old, rank, draw, t)
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
+        return (self.first if at.step < self.since else self.then).fit(algebra, g, old, rank, draw, at)
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         return max(self.first.fit_workspace(m, n, rank), self.then.fit_workspace(m, n, rank))
@@ -200,15 +200,15 @@ class SharedHead(OneSided):
     inner: Basis
     heads: int
 
-    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, t: float) -> dict[str, Tensor]:
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
         if self.heads == 1:
-            return self.inner.fit(algebra, g, old, rank, draw, t)
+            return self.inner.fit(algebra, g, old, rank, draw, at)
         blocks = torch.split(g, g.shape[-1] // self.heads, dim=-1)
         order = draw((self.heads,), "head").argsort().tolist()
         order.sort(key=lambda head: not bool(blocks[head].any()))  # stable: masked heads have no subspace to share
         needed = -(-rank // blocks[0].shape[-1])
         block = torch.cat([blocks[head] for head in sorted(order[:needed])], dim=-1)
-        return self.inner.fit(algebra, block, old, rank, draw, t)
+        return self.inner.fit(algebra, block, old, rank, draw, at)
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         width = n // self.heads

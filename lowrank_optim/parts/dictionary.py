@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..distributed.algebra import Algebra
 from ..ops.dictionary import atoms, coefficients
-from ..recipe import Draw, Exact, Shape, Spec, State, Turn
+from ..recipe import Draw, Exact, Shape, Spec, State, Time, Turn
 from .basis import OneSided
 from .random import reindex, top
 
@@ -35,7 +35,7 @@ class Dictionary(OneSided):
     def spec(self, shape: Shape, rank: int) -> dict[str, Spec]:
         return {"index": Spec((rank,), steady=True, store=Exact(torch.int32))}
 
-    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, t: float) -> dict[str, Tensor]:
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
         return {"index": top(algebra.energy(coefficients(self.kind, g, self.fast), -1, self.power), rank)}
 
     def derive(self, g: Tensor, kept: State, rank: int, draw: Draw) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..distributed.algebra import Algebra
 from ..ops import orthonormalize
 from ..ops.philox import BLOCK
-from ..recipe import Basis, Draw, Exact, Reindex, Shape, Spec, State, Turn
+from ..recipe import Basis, Draw, Exact, Reindex, Shape, Spec, State, Time, Turn
 from .basis import OneSided
 
 
@@ -33,10 +33,14 @@ class Random(OneSided):
     def derives(self) -> bool:  # type: ignore[override]
         return not self.kept
 
+    @property
+    def seeded(self) -> bool:  # type: ignore[override]
+        return not self.kept
+
     def spec(self, shape: Shape, rank: int) -> dict[str, Spec]:
         return super().spec(shape, rank) if self.kept else {}
 
-    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, t: float) -> dict[str, Tensor]:
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
         return {"basis": self._drawn(g.shape[0], rank, draw)} if self.kept else {}
 
     def derive(self, g: Tensor, kept: State, rank: int, draw: Draw) -> dict[str, Tensor]:
@@ -74,7 +78,7 @@ class Rows(Basis):
     def coordinates(self, shape: Shape, rank: int) -> Shape:
         return rank, shape[1]
 
-    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, t: float) -> dict[str, Tensor]:
+    def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
         scores = algebra.energy(g, -1, self.power) if self.choose == "norm" else draw((g.shape[0],))
         return {"index": top(scores, rank)}
 

@@ -78,7 +78,7 @@ class Never(Every):
 
 @dataclass(frozen=True)
 class Lazy(Every):
-    """Twice as seldom (`growth`), as soon as the last `memory` refreshes changed little (Q-GaLore).
+    """Twice as seldom (`growth`), as soon as the last `queue` refreshes changed little (Q-GaLore).
 
     Change is measured by the overlap of whole subspaces, which has no sign to be lost: the authors' code compares the
     first vectors alone, with their signs.
@@ -88,11 +88,11 @@ class Lazy(Every):
     """
 
     threshold: float = 0.4
-    memory: int = 5
+    queue: int = 5
     growth: int = 2
 
     def counters(self) -> dict[str, Tensor]:
-        return {"refresh_gap": torch.tensor(self.gap), "overlaps": torch.full((self.memory,), -1.0)}
+        return {"refresh_gap": torch.tensor(self.gap), "overlaps": torch.full((self.queue,), -1.0)}
 
     def gap_now(self, counters: Mapping[str, Tensor]) -> int:
         return int(counters["refresh_gap"])

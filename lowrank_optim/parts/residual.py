@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..distributed.algebra import Algebra
 from ..recipe import Clock, Recipe, Residual, Shape, Spec, State, Store, Update
+
+_NOISE = 16  # units of rounding below which a residual is none
 
 
 @dataclass(frozen=True)
@@ -52,19 +55,23 @@ class Raw(Residual):
 
 @dataclass(frozen=True)
 class Sign(Residual):
-    """Its signs, `ratio` times as long as a step of Adam in the subspace: no state, and full rank (FRUGAL)."""
+    """Its signs, `ratio` times as long as a step of Adam in the subspace: no state, and full rank (FRUGAL).
+
+    What rounding leaves of a gradient that lies in the subspace has no sign.
+    """
 
     ratio: float = 1.0
 
     def workspace(self, shape: Shape, coordinates: int) -> int:
-        return math.prod(shape)
+        return round(2.25 * math.prod(shape)) + 64
 
     def after(
         self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
     ) -> Update:
         rest = g.clone()
         recipe.basis.add_up_(rest, r, st, alpha=-1, beta=1)
-        return Update(d, gain, rest.sign_(), self.ratio)
+        noise = algebra.largest(g)[..., None, None] * (_NOISE * torch.finfo(g.dtype).eps)
+        return Update(d, gain, rest.masked_fill_(rest.abs() <= noise, 0).sign_(), self.ratio)
 
 
 @dataclass(frozen=True)

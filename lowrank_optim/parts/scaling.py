@@ -125,8 +125,7 @@ class SubsetNorm(Scaling):
     scratch: ClassVar[int] = 1
 
     def spec(self, shape: Shape) -> dict[str, Spec]:
-        runs = -(-shape[-2] // self._size(shape)) if len(shape) > 1 else 1
-        return {"exp_avg_sq": Spec((runs, shape[-1]) if len(shape) > 1 else (1,), unsigned=True)}
+        return {"exp_avg_sq": Spec((-(-shape[0] // self._size(shape)), shape[1]), unsigned=True)}
 
     def __call__(self, algebra: Algebra, st: State, x: Tensor, r: Tensor, t: Clock) -> Tensor:
         v, m, size = st["exp_avg_sq"], r.shape[-2], self._size(r.shape[-2:])

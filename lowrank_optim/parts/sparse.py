@@ -34,6 +34,8 @@ class Sparse(Residual):
 
     def spec(self, shape: Shape) -> dict[str, Spec]:
         count = round(self.density * math.prod(shape))
+        if not count:
+            return {}
         whole = Exact(torch.int32)
         return {
             "entries": Spec((count,), store=whole),
@@ -50,7 +52,7 @@ class Sparse(Residual):
         self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
     ) -> Update:
         d = d * gain
-        if not st["entries"].numel():
+        if "entries" not in st:
             return Update(d)
         fresh = (st["entries_age"] == 0).squeeze(-1) & g.any(-1).any(-1)
         if bool(fresh.any()):

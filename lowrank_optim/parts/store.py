@@ -58,11 +58,7 @@ class BFloat16(Store):
 
 @dataclass(frozen=True)
 class _Quantized(Store):
-    """Codes, and some numbers per block. Blocks run along the row-major order of one matrix and never cross it.
-
-    Rounded to nearest: absmax keeps the size of a block exactly, so that a block of second moments decays as one, and
-    noise of the size of a code would drown the small entries.
-    """
+    """Codes, and some numbers per block. Blocks run along the row-major order of one matrix and never cross it."""
 
     def small(self) -> Store:
         return Float32()
@@ -78,12 +74,14 @@ class _Quantized(Store):
 class Int8(_Quantized):
     """One byte per element and a float32 per 256: the nearest entry of the dynamic map (Dettmers et al. 2022).
 
-    A second moment is never rounded to zero: its first moment spans only the square root of its range, would not vanish
-    with it, and be divided by eps alone. It becomes the smallest positive entry instead, and the update is small.
+    The number of a block is its largest element with its sign, so that the peak comes back exactly, and a block of
+    moments grows and decays as one. A second moment is never rounded to zero: its first moment spans only the square
+    root of its range, would not vanish with it, and be divided by eps alone. It becomes the smallest positive entry
+    instead, and the update is small.
     """
 
     unsigned: bool = False
-    suffixes: ClassVar[tuple[str, ...]] = ("", "_absmax")
+    suffixes: ClassVar[tuple[str, ...]] = ("", "_peak")
     block: ClassVar[int] = 256
 
     def of(self, spec: Spec) -> Store:
@@ -94,28 +92,30 @@ class Int8(_Quantized):
 
     def read(self, kept: Mapping[str, Tensor], shape: Shape, working: torch.dtype) -> Tensor:
         codes, levels = _flat(kept[""], shape), quantize.dynamic_map(not self.unsigned, kept[""].device)
-        x = quantize.dequantize_blockwise(codes, kept["_absmax"], levels, self.block, working)
+        x = quantize.dequantize_blockwise(codes, kept["_peak"], levels, self.block, working)
         return x.view(kept[""].shape)
 
     def write_(self, kept: Mapping[str, Tensor], x: Tensor, noise: Noise | None) -> None:
-        flat = x.reshape(*kept["_absmax"].shape[:-1], -1)
-        codes, absmax = quantize.quantize_blockwise(flat, quantize.dynamic_map(not self.unsigned, x.device), self.block)
+        flat = x.reshape(*kept["_peak"].shape[:-1], -1)
+        levels = quantize.dynamic_map(not self.unsigned, x.device)
+        codes, peak = quantize.quantize_blockwise(flat, levels, self.block, signed_peak=True)
         if self.unsigned:
             codes.clamp_(min=1)
         kept[""].copy_(codes.view(kept[""].shape))
-        kept["_absmax"].copy_(absmax)
+        kept["_peak"].copy_(peak)
 
 
 @dataclass(frozen=True)
 class Int4(_Quantized):
-    """Half a byte per element and a float32 per 128.
+    """Half a byte per element and a float32 per 128, the block's largest element with its sign.
 
-    The levels of second moments have no zero: a block keeps at least 1/16 of its largest entry in each, so that no
-    entry is divided by nothing.
+    First moments go to the nearest entry of a map of three decades. Second moments go to k / 16, stochastically: what a
+    step adds to them is far below a sixteenth, and would be lost. There is no zero among their levels: a block keeps
+    at least 1/16 of its largest entry in each, so that no entry is divided by nothing.
     """
 
     unsigned: bool = False
-    suffixes: ClassVar[tuple[str, ...]] = ("", "_absmax")
+    suffixes: ClassVar[tuple[str, ...]] = ("", "_peak")
     block: ClassVar[int] = 128
 
     def of(self, spec: Spec) -> Store:
@@ -127,16 +127,19 @@ class Int4(_Quantized):
     def read(self, kept: Mapping[str, Tensor], shape: Shape, working: torch.dtype) -> Tensor:
         codes = quantize.unpack4(kept[""], math.prod(shape))
         levels = quantize.four_bit_map(not self.unsigned, kept[""].device)
-        x = quantize.dequantize_blockwise(codes, kept["_absmax"], levels, self.block, working)
+        x = quantize.dequantize_blockwise(codes, kept["_peak"], levels, self.block, working)
         return x.view(*kept[""].shape[:-1], *shape)
 
     def write_(self, kept: Mapping[str, Tensor], x: Tensor, noise: Noise | None) -> None:
-        flat = x.reshape(*kept["_absmax"].shape[:-1], -1)
-        codes, absmax = quantize.quantize_blockwise(
-            flat, quantize.four_bit_map(not self.unsigned, x.device), self.block
-        )
+        flat = x.reshape(*kept["_peak"].shape[:-1], -1)
+        if self.unsigned:
+            dither = None if noise is None else quantize.uniform_noise(tuple(flat.shape), *noise, device=x.device)
+            codes, peak = quantize.quantize_sixteenths(flat, self.block, dither)
+        else:
+            levels = quantize.four_bit_map(True, x.device)
+            codes, peak = quantize.quantize_blockwise(flat, levels, self.block, signed_peak=True)
         kept[""].copy_(quantize.pack4(codes))
-        kept["_absmax"].copy_(absmax)
+        kept["_peak"].copy_(peak)
 
 
 @dataclass(frozen=True)
