@@ -266,8 +266,8 @@ def unchanged(now: Mapping[str, Any], before: Mapping[str, Any], fixed: Iterable
     for key in before.keys() | now.keys():
         if (key not in _FREE or key in fixed) and now.get(key) != before.get(key):
             raise ValueError(
-                f"{key} of a group is fixed once it has state: {before.get(key)!r} became {now.get(key)!r}; nothing was "
-                "updated. Set it back, or build a new optimizer; use add_param_group for new parameters"
+                f"{key} of a group is fixed once it has state: {before.get(key)!r} became {now.get(key)!r}; nothing "
+                "was updated. Set it back, or build a new optimizer; use add_param_group for new parameters"
             )
 
 
