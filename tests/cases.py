@@ -95,7 +95,7 @@ class Case:
         return known and (value is None or option not in self.make.choices or value in self.make.choices[option])
 
 
-_GALORES = {"basis": ("svd", "rsvd"), "proj_type": ("full",)}
+_GALORES = {"basis": ("svd", "rsvd"), "proj_type": ("full",), "moments": ("rotate",)}
 
 
 class AveragedSGD(torch.optim.Optimizer):
