@@ -16,7 +16,7 @@ import lowrank_optim
 from lowrank_optim import ops
 from lowrank_optim.distributed.algebra import WHOLE
 from lowrank_optim.ops.dictionary import KINDS, atoms, coefficients, dictionary
-from lowrank_optim.parts import Affine, Dictionary, Random, Rows
+from lowrank_optim.parts import Affine, Dictionary, PowerIteration, Random, Rows
 from lowrank_optim.plan import resolve_side
 
 
@@ -412,3 +412,211 @@ def test_a_stack_of_stacks_of_aged_coordinates(shape, rank):
         one.step()
         many.step()
     assert torch.allclose(together, torch.stack(apart), atol=1e-12)
+
+
+# -- found by review ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state_dtype", ["int8", "int4"])
+def test_quantized_moments_have_no_preferred_sign(state_dtype):
+    """The maps have 1 and no -1: a block with a negative peak would lose a part of it at every write."""
+    p, q = nn.Parameter(torch.zeros(64, 128)), nn.Parameter(torch.randn(8, 8))
+    groups = [{"params": [p], "rank": None}, {"params": [q], "rank": 2}]
+    options = dict(lr=1.0, betas=(0.99, 0.999), weight_decay=0.0, state_dtype=state_dtype)
+    optimizer = lowrank_optim.GaLoreAdamW(groups, **options)
+    rows = torch.where(torch.arange(64) < 32, -1.0, 1.0).unsqueeze(1)  # whole blocks of either sign
+    for _ in range(300):
+        before = p.detach().clone()
+        p.grad = 0.01 * rows.expand(64, 128).contiguous()
+        optimizer.step()
+    moved = (p.detach() - before) * rows
+    assert moved.abs().min() > 0.9
+    assert (moved[:32].mean() - moved[32:].mean()).abs() < 1e-3
+
+
+def test_maximize_is_minimizing_the_negative_also_in_int4():
+    ends, grads = [], [torch.randn(64, 96) for _ in range(30)]
+    for up in (False, True):
+        p = nn.Parameter(torch.zeros(64, 96))
+        options = dict(lr=1e-2, rank=8, state_dtype="int4", maximize=up, weight_decay=0.0)
+        ends.append(steps(lowrank_optim.GaLoreAdamW([p], **options), p, [-g if up else g for g in grads]))
+    assert (ends[0] - ends[1]).norm() < 0.01 * ends[0].norm()
+
+
+def test_int4_second_moments_follow_growth():
+    """A step adds a thousandth; rounded to the nearest sixteenth, it would be lost."""
+    p = nn.Parameter(torch.zeros(64, 128))
+    optimizer = lowrank_optim.GaLoreAdamW([p], lr=1e-3, rank=32, state_dtype="int4", update_proj_gap=10_000)
+    store = optimizer.recipe(optimizer.param_groups[0]).spec((64, 128), 32)["exp_avg_sq"].store
+    kept = {suffix: torch.zeros(shape, dtype=dtype) for suffix, (shape, dtype, _) in
+            zip(store.suffixes, store.layout((32, 128), torch.float32), strict=True)}  # fmt: skip
+    v = torch.full((32, 128), 0.01)
+    v[:, ::2] = 1.0
+    for step in range(3000):
+        store.write_(kept, v, (7, (1, step), 0))
+        v = 0.999 * store.read(kept, (32, 128), torch.float32) + 0.001
+    assert float(v[:, 1::2].mean()) == pytest.approx(1.0, rel=0.1)
+
+
+def test_kahan_owes_nothing_after_a_cast():
+    model = nn.Linear(64, 64, bias=False).bfloat16()
+    optimizer = lowrank_optim.GaLoreAdamW(model.named_parameters(), rank=8, bf16_update="kahan", weight_decay=0.0)
+    steps(optimizer, model.weight, [torch.randn(64, 64).bfloat16() for _ in range(5)])
+    model.float()
+    owed = optimizer.state[model.weight]["compensation"].float()
+    before = model.weight.detach() + owed
+    optimizer.param_groups[0]["lr"] = 0.0
+    after = steps(optimizer, model.weight, [torch.randn(64, 64) for _ in range(5)])
+    assert owed.any()
+    assert torch.equal(after, before)
+    assert "compensation" not in optimizer.state[model.weight]
+
+
+@pytest.mark.parametrize("state_dtype", ["int8", "int4"])
+def test_blocks_of_a_plain_stack_are_not_cut(state_dtype, monkeypatch):
+    monkeypatch.setattr("lowrank_optim.chunk.SLICE", 1024)
+    ends = []
+    for turned in (False, True):  # a gradient with strides of its own is never cut
+        torch.manual_seed(2)
+        p, q = nn.Parameter(torch.zeros(5, 41, 33)), nn.Parameter(torch.randn(8, 8))
+        groups = [{"params": [p], "rank": None, "as_matrix": "batch"}, {"params": [q], "rank": 2}]
+        optimizer = lowrank_optim.GaLoreAdamW(groups, lr=1e-2, state_dtype=state_dtype)
+        for _ in range(6):
+            g = torch.randn(5, 41, 33) * torch.logspace(-3, 3, 5).view(-1, 1, 1)
+            p.grad = g.mT.contiguous().mT if turned else g
+            optimizer.step()
+        ends.append(p.detach())
+    assert torch.allclose(*ends, atol=1e-5)
+
+
+EDITS = [
+    (lowrank_optim.GaLoreAdamW, {"state_dtype": "int8"}),
+    (lowrank_optim.GaLoreAdamW, {"seed": 5}),
+    (lowrank_optim.APOLLO, {"limit": None}),
+    (lowrank_optim.APOLLO, {"store_projection": True}),
+    (lowrank_optim.FRUGAL, {"basis": "topk"}),
+    (lowrank_optim.DCTAdamW, {"moments": "keep"}),
+    (lowrank_optim.DCTAdamW, {"dictionary": "dct3"}),
+    (lowrank_optim.LDAdamW, {"error_feedback": "int8"}),
+    (lowrank_optim.GaLoreAdafactor, {"beta1": 0.9}),
+    (lowrank_optim.QGaLoreAdamW, {"update_proj_gap": 2}),
+    (lowrank_optim.GaLorePlusAdamW, {"density": 0.5}),
+    (lowrank_optim.Composed, {"residual": "fira"}),
+    (lowrank_optim.GaLoreAdamW, {"wieght_decay": 0.5}),
+    (lowrank_optim.GaLoreAdamW, {"weight_decay": -0.5}),
+    (lowrank_optim.Flora, {"update_proj_gap": 2}),
+]
+
+
+@pytest.mark.parametrize(("make", "edit"), EDITS, ids=lambda x: x.__name__ if isinstance(x, type) else str(x))
+def test_edits_of_a_group_are_refused_before_anything_moves(make, edit):
+    p, q = nn.Parameter(torch.randn(70, 80)), nn.Parameter(torch.randn(70, 80))
+    optimizer = make([{"params": [p]}, {"params": [q]}], rank=4)
+    p.grad, q.grad = torch.randn(70, 80), torch.randn(70, 80)
+    optimizer.step()
+    before = p.detach().clone(), q.detach().clone()
+    optimizer.param_groups[1].update(edit)
+    with pytest.raises(ValueError, match=next(iter(edit)).replace("update_proj_gap", "gap|update_proj_gap")):
+        optimizer.step()
+    assert torch.equal(p, before[0])
+    assert torch.equal(q, before[1])
+
+
+def test_edits_that_take_effect_are_fine():
+    p = nn.Parameter(torch.zeros(20, 30))
+    optimizer = lowrank_optim.GaLoreAdamW([p], lr=1.0, rank=4, weight_decay=0.0)
+    optimizer.param_groups[0].update(scale=0.5, betas=(0.5, 0.9), eps=1e-6, update_proj_gap=3)
+    moved = steps(optimizer, p, [torch.randn(20, 30)])
+    assert float((moved / 0.5).norm()) == pytest.approx((4 * 30) ** 0.5, rel=1e-2)
+
+
+@pytest.mark.parametrize("make", [lowrank_optim.APOLLO, lowrank_optim.Flora])
+def test_subspaces_that_follow_from_names_are_not_resumed_under_others(make):
+    nets = [nn.Sequential(nn.Linear(20, 30, bias=False)) for _ in range(2)]
+    saved = make(nets[0].parameters(), rank=4)
+    steps(saved, nets[0][0].weight, [torch.randn(30, 20)])
+    other = make(nets[1].named_parameters(), rank=4)
+    with pytest.raises(ValueError, match="draws its subspaces by the names of the parameters"):
+        other.load_state_dict(saved.state_dict())
+    wrapped = make([(f"module.{name}", p) for name, p in nets[1].named_parameters()], rank=4)
+    other = make(nets[0].named_parameters(), rank=4)
+    wrapped.load_state_dict(other.state_dict())
+    keeps = make(nets[1].named_parameters(), rank=4, store_projection=True)
+    keeps.load_state_dict(make(nets[0].parameters(), rank=4, store_projection=True).state_dict())
+
+
+@pytest.mark.parametrize(("moments", "seen"), [("rotate", [0, 1, 2, 3]), ("reset", [0, 1, 1, 1])])
+def test_a_basis_knows_the_clock_of_the_moments(moments, seen, monkeypatch):
+    """Read with the global step, a mean that was emptied a step ago would seem ten times shorter."""
+    fit, times = PowerIteration.fit, []
+    monkeypatch.setattr(PowerIteration, "fit", lambda *args: (times.append(args[-1]), fit(*args))[1])
+    p = nn.Parameter(torch.zeros(20, 30))
+    steps(lowrank_optim.LDAdamW([p], rank=4, moments=moments), p, gradients((20, 30), 4))
+    assert [(at.step, at.seen) for at in times] == list(enumerate(seen))
+
+
+def test_the_age_of_a_vector_begins_with_the_basis():
+    p = nn.Parameter(torch.zeros(2, 16, 32))
+    optimizer = lowrank_optim.DCTAdamW([p], lr=1.0, rank=4, weight_decay=0.0, dictionary="identity")
+    for _ in range(100):
+        p.grad = torch.stack([torch.randn(16, 32), torch.zeros(16, 32)])
+        optimizer.step()
+    p.grad = torch.randn(2, 16, 32)
+    before = p.detach().clone()
+    optimizer.step()
+    assert float((p - before)[1].abs().max()) <= 1.0001
+    assert optimizer.state[p]["age"][1].tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("basis", ["svd", "rsvd"])
+def test_rounding_noise_has_no_sign(basis):
+    p = nn.Parameter(torch.zeros(40, 60))
+    optimizer = lowrank_optim.FRUGAL([p], lr=1.0, rank=8, basis=basis, weight_decay=0.0, sign_scale=100.0)
+    moved = steps(optimizer, p, [torch.randn(40, 4) @ torch.randn(4, 60)])
+    assert (moved.abs() > 50).float().mean() < 0.05
+
+
+def test_emptied_momentum_of_flora_has_its_own_clock():
+    p = nn.Parameter(torch.randn(40, 60))
+    options = dict(rank=38, orthonormal=True, moments="reset", update_proj_gap=20, stagger=False, scale_parameter=False)
+    optimizer = lowrank_optim.Flora([p], lr=1e-2, **options)
+    sizes, g = [], torch.randn(40, 60)
+    for _ in range(45):
+        before = p.detach().clone()
+        steps(optimizer, p, [g])
+        sizes.append(float((p - before).norm()))
+    assert min(sizes) > 0.7 * max(sizes)
+
+
+@pytest.mark.parametrize("make", [lowrank_optim.SubsetNormAdamW, lowrank_optim.GaLoreAdamW, lowrank_optim.DCTAdamW])
+def test_empty_matrices_are_left_alone(make):
+    empty, p = nn.Parameter(torch.zeros(0, 5)), nn.Parameter(torch.randn(12, 12))
+    optimizer = make([empty, p])
+    assert optimizer.report()[0].reason == "empty"
+    empty.grad, p.grad = torch.zeros(0, 5), torch.randn(12, 12)
+    optimizer.step()
+
+
+def test_no_entries_in_a_stack():
+    p = nn.Parameter(torch.randn(2, 64, 64))
+    optimizer = lowrank_optim.GaLorePlusAdamW([p], rank=4, density=0.0, state_dtype="int8")
+    steps(optimizer, p, [torch.randn(2, 64, 64)])
+    assert not any(key.startswith("entries") for key in optimizer.state[p])
+
+
+def test_what_was_never_meant_is_refused():
+    p = nn.Parameter(torch.randn(12, 12))
+    with pytest.raises(ValueError, match="moments must be one of 'keep', 'reset', got 'rotate'"):
+        lowrank_optim.APOLLO([p], moments="rotate")
+    with pytest.raises(ValueError, match="overflow"):
+        lowrank_optim.compose([p], rank=2, basis="gaussian", moments="rotate")
+    with pytest.raises(ValueError, match="an age each"):
+        lowrank_optim.compose([p], rank=2, basis="dct2", moments="rotate", scaling="factored")
+    with pytest.raises(ValueError, match="fft=True needs"):
+        lowrank_optim.DCTAdamW([p], rank=2, fft=True, dictionary="hadamard")
+    with pytest.raises(ValueError, match="SubsetNormAdamW found nothing to serve"):
+        lowrank_optim.SubsetNormAdamW([nn.Parameter(torch.randn(5))])
+    with pytest.raises(ValueError, match="proj_type must be one of 'std'"):
+        lowrank_optim.SubsetNormAdamW([{"params": [p], "proj_type": "full"}])
+    with pytest.raises(TypeError, match="load_state_dict"):
+        copy.deepcopy(lowrank_optim.CompressedAccumulation([p]))
