@@ -49,8 +49,8 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.step_time --all --model 60m
 	$(BIN)/python -m benchmarks.subspace
 	$(BIN)/python -m benchmarks.memory
-	$(BIN)/python -m benchmarks.quality sweep
-	$(BIN)/python -m benchmarks.quality final
+	$(BIN)/python -m benchmarks.quality sweep --steps 200
+	$(BIN)/python -m benchmarks.quality final --steps 200
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
