@@ -46,7 +46,7 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.step_time --model 60m
 	$(BIN)/python -m benchmarks.step_time --model h1024
-	$(BIN)/python -m benchmarks.step_time --all --model 60m
+	$(BIN)/python -m benchmarks.step_time --all --model 60m --rounds 9
 	$(BIN)/python -m benchmarks.subspace
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.quality sweep --steps 200

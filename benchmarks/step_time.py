@@ -54,20 +54,19 @@ class Contestant:
         """One step in which all bases are due, for those that have any."""
         if self.gap == 1:
             return self.step()
-        self._set_gap(1)
+        self._make_due()
         took = self.step()
-        self._set_gap(NEVER)
+        for state in self.optimizer.state.values():
+            if "projector" in state:
+                state["projector"].update_proj_gap = NEVER
         return took
 
-    def _set_gap(self, gap: int) -> None:
-        for group in self.optimizer.param_groups:
-            if "update_proj_gap" in group:
-                group["update_proj_gap"] = gap
+    def _make_due(self) -> None:
         for state in self.optimizer.state.values():
-            if "projector" in state:  # galore-torch copies the number into an object
-                state["projector"].update_proj_gap = gap
-            if "refresh_gap" in state:  # Q-GaLore's grows
-                state["refresh_gap"].fill_(gap)
+            if "projector" in state:  # galore-torch
+                state["projector"].update_proj_gap = 1
+            if "refreshed_at" in state:
+                state["refreshed_at"].fill_(-1)
 
 
 def contestants(model: str, grads: dict[str, torch.Tensor]) -> Iterable[Contestant]:
