@@ -25,8 +25,8 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "could not create $(VENV); on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "installing into $(VENV): once, a minute or two"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[examples,dev]'
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps galore-torch==1.0 || \
-		echo "galore-torch could not be installed: parity tests will be skipped"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps galore-torch==1.0 bitsandbytes==0.50.2 || \
+		echo "galore-torch or bitsandbytes could not be installed: parity tests will be skipped"
 	@touch $@
 
 pretrain: $(STAMP)

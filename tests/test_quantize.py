@@ -13,7 +13,10 @@ KEY, STREAM = ops.key_of(3, "layer.weight"), ops.stream_of("test", 1)
 
 @pytest.fixture(scope="module")
 def bnb():
-    return pytest.importorskip("bitsandbytes").functional
+    package = pytest.importorskip("bitsandbytes")
+    if not hasattr(package, "functional"):
+        pytest.skip("bitsandbytes is not installed: another test has put an empty stand-in in its place")
+    return package.functional
 
 
 def sample(shape, scale: float, signed: bool) -> torch.Tensor:
