@@ -1,6 +1,7 @@
 """Low-rank, memory-efficient training methods as drop-in torch.optim classes."""
 
 from .accumulate import CompressedAccumulation
+from .backward import StepInBackward, step_in_backward
 from .groups import param_groups
 from .layers.quantized import Int8Weight, quantize_weights
 from .memory import MemoryEstimate, estimate_memory
@@ -46,6 +47,7 @@ __all__ = [
     "QGaLoreAdamW",
     "Report",
     "SNSMAdamW",
+    "StepInBackward",
     "SubsetNormAdamW",
     "SubspaceMomentum",
     "compose",
@@ -53,4 +55,5 @@ __all__ = [
     "param_groups",
     "quantize_weights",
     "state_bytes",
+    "step_in_backward",
 ]

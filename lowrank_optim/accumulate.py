@@ -3,6 +3,7 @@ gradient compressors", ICML 2024, https://arxiv.org/abs/2402.03293"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from . import checks
 from .chunk import working_dtype
+from .hooks import full_precision, on_gradient
 from .ops import normal, orthonormalize, stream_of
 from .plan import Plan, bare_name, decide
 from .report import Report, Row, human
@@ -108,7 +110,7 @@ class CompressedAccumulation:
         self.seed, self.orthonormal, self.window = seed, orthonormal, 0
         self._sums: list[_Sum] = _planned(params, {"rank": rank, "seed": seed})
         self._paused = False
-        self._handles = [self._hook(one) for one in self._sums]
+        self._handles = [on_gradient(one.p, functools.partial(self._gather, one)) for one in self._sums]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
@@ -118,15 +120,8 @@ class CompressedAccumulation:
 
     # -- micro-steps ---------------------------------------------------------------------------------------------------
 
-    def _hook(self, one: _Sum) -> Any:
-        p, trained = one.p, one.p.requires_grad
-        p.requires_grad_(True)  # torch takes no hooks for frozen parameters, but keeps them while one is frozen
-        handle = cast(Any, p).register_post_accumulate_grad_hook(lambda _: self._gather(one))
-        p.requires_grad_(trained)
-        return handle
-
     @torch.no_grad()
-    def _gather(self, one: _Sum) -> None:
+    def _gather(self, one: _Sum, _: Tensor) -> None:
         """The gradient of one parameter is complete."""
         if self._paused:
             return
@@ -137,7 +132,7 @@ class CompressedAccumulation:
                     f"the gradient of {one.plan.name} is gone; is another hook at work, or this one twice?"
                 )
             checks.gradient(one.plan.name, grad)
-            with _full_precision(grad.device):
+            with full_precision([grad]):
                 g = one.plan.oriented(grad.detach()).to(working_dtype(one.p))
                 add = self._buffer(one, g.device)
                 (add.addmm_ if add.dim() == 2 else add.baddbmm_)(self._projection(one, g.device).mT, g)
@@ -193,7 +188,7 @@ class CompressedAccumulation:
         self.window += 1
 
     def _restore(self, one: _Sum, divisor: int) -> None:
-        with _full_precision(one.p.device):
+        with full_precision([one.p]):
             c = self._buffer(one, one.p.device)
             p = self._projection(one, c.device)
             # the product comes in the parameter's own layout, so that no copy has to turn it
@@ -352,8 +347,3 @@ def _bytes(one: _Sum) -> int:
     if not one.plan.projected:
         return one.p.numel() * one.p.element_size()
     return one.plan.count * one.shape[-2] * one.shape[-1] * working_dtype(one.p).itemsize
-
-
-def _full_precision(device: torch.device) -> Any:
-    """Autocast would project in bfloat16, where backward runs within it."""
-    return torch.autocast(device.type, enabled=False)

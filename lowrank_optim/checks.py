@@ -21,7 +21,7 @@ PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
 # Keys that other code writes into groups: torch itself, its schedulers, and people who label their groups.
 _FOREIGN_KEYS = {"params", "param_names", "name", "group_name", "initial_lr", "swa_lr", "max_lr", "min_lr"}
-_FOREIGN_KEYS |= {"base_momentum", "max_momentum"}
+_FOREIGN_KEYS |= {"base_momentum", "max_momentum", "grad_norm"}
 
 
 # What may be edited in a group that has state; all other options decide what the state is.
@@ -135,7 +135,26 @@ def _decay(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a number in [-1, 0), got {value!r}; Adafactor's is -0.8")
 
 
+def _clip(name: str, value: Any) -> None:
+    if value == "global":
+        raise ValueError(
+            f"{name}='global': the norm of all gradients is known only when most of them have been used and freed. "
+            "Take clip='delayed' (the norm of the step before), clip='tensor' (of each by itself), or step normally"
+        )
+    _one_of("tensor", "delayed")(name, value)
+
+
+def _positive_or_none(name: str, value: Any) -> None:
+    if value is not None:
+        _number(0, open_low=True, hint="None does not clip")(name, value)
+
+
 _CHECKS: dict[str, Check] = {
+    "accumulation_steps": _whole(1),
+    "accumulate": _one_of("projected", "whole"),
+    "basis_from": _one_of("window", "micro-batch"),
+    "clip": _clip,
+    "clip_norm": _positive_or_none,
     "lr": _lr,
     "betas": _betas,
     "beta1": _beta1,
@@ -288,6 +307,38 @@ def gradient(name: str, grad: Tensor) -> None:
             f"the gradient of {name} is sparse ({grad.layout}); low-rank methods need dense gradients. "
             "Build the embedding with sparse=False, or give it to torch.optim.SparseAdam"
         )
+
+
+def one_process(ddp: bool) -> None:
+    """Step in backward uses gradients before any other rank has added its own."""
+    world = torch.distributed.get_world_size() if torch.distributed.is_available() and _initialized() else 1
+    if ddp or world > 1:
+        what = "under DistributedDataParallel" if ddp else f"in a group of {world} processes"
+        raise NotImplementedError(
+            f"step_in_backward {what} would use gradients before they are averaged over ranks, which then would part. "
+            "Call optimizer.step() after backward, as ever"
+        )
+
+
+def _initialized() -> bool:
+    return bool(torch.distributed.is_initialized())
+
+
+def skips_nonfinite(groups: Iterable[Mapping[str, Any]]) -> None:
+    if any(group["nonfinite"] == "raise" for group in groups):
+        raise ValueError(
+            'nonfinite="raise" promises that nothing was updated, and a step during backward has updated what came '
+            'before. Use nonfinite="skip", and read the counts of report()'
+        )
+
+
+def scalable(dtypes: Iterable[tuple[str, torch.dtype]]) -> None:
+    for name, dtype in dtypes:
+        if dtype == torch.float16:
+            raise ValueError(
+                f"{name} is float16, whose gradients lose bits when they are divided by the scale; a GradScaler needs "
+                "float32 weights with autocast, as in torch"
+            )
 
 
 def nonfinite(names: list[str]) -> None:

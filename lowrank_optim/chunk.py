@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,11 +14,18 @@ from .ops import round_to_bfloat16, stream_of
 from .plan import Plan
 from .recipe import AGE, Clock, Kept, Recipe, Spec, State, Store
 
-Member = tuple[Tensor, dict[str, Any]]  # a parameter and its group
-
 CHUNK_BYTES = 64 << 20  # of gradients stacked at once: what a step may hold beyond one matrix
 SLICE = 1 << 20  # elements of a plain parameter updated at once on CPU, where copies and noise then stay in cache
 COMPENSATION = "compensation"  # what bf16_update="kahan" could not write into the weight
+
+
+class Member(NamedTuple):
+    """A parameter with its group and its gradient: whole and shaped like it, or only the coordinates R of it."""
+
+    p: Tensor
+    group: dict[str, Any]
+    grad: Tensor
+    projected: bool = False
 
 
 @dataclass
@@ -27,6 +34,7 @@ class Chunk:
 
     Attributes:
         plans, params, grads, states: one entry per parameter, or one piece of a parameter.
+        projected: the gradients are coordinates already, accumulated during backward.
         start: number of the first element, where this is a slice of a plain parameter.
         first: number of the first matrix, where this is a part of a stack of experts.
     """
@@ -40,6 +48,7 @@ class Chunk:
     grads: list[Tensor]
     states: list[dict[str, Tensor]]
     working: torch.dtype  # of all arithmetic
+    projected: bool = False
     start: int = 0
     first: int = 0
     partial: bool = False  # a flat slice: there is no matrix to be turned
@@ -48,9 +57,14 @@ class Chunk:
         """G as `(m, n)` or `(b, m, n)`, to be read only: it may be the memory of `p.grad`."""
         return self._open(self.grads, self._oriented)
 
-    def open(self) -> State:
-        """The state tensors of the recipe's parts, writable, `(b, *spec.shape)` for a batch."""
-        return {key: self._stacked([self._read(i, key) for i in range(len(self.plans))]) for key in self.spec}
+    def coordinates(self) -> Tensor:
+        """R as `(r, n)` or `(b, r, n)`, where the gradients are that."""
+        return self._open(self.grads, lambda plan, x: x)
+
+    def open(self, keys: Iterable[str] | None = None) -> State:
+        """The state tensors of the recipe's parts, writable, `(b, *spec.shape)` for a batch; or those of some names."""
+        keys = self.spec if keys is None else keys
+        return {key: self._stacked([self._read(i, key) for i in range(len(self.plans))]) for key in keys}
 
     def close(self, st: State, refreshed: bool) -> None:
         """Writes the opened state back, where the open tensor is not the stored one. Bases only change at refreshes."""
@@ -146,7 +160,7 @@ class Chunk:
         plan, count = self.plans[0], self.plans[0].count
         size = max(1, CHUNK_BYTES * count // (p.numel() * self.working.itemsize))
         rows = {key: t.view(count, *t.shape[len(plan.batch) :]) for key, t in self.states[0].items() if t.dim()}
-        matrices, gradients = p.view(count, *p.shape[-2:]), g.view(count, *p.shape[-2:])
+        matrices, gradients = p.view(count, *p.shape[-2:]), g.view(count, *g.shape[-2:])
         for first in range(0, count, size):
             piece = slice(first, first + size)
             w, state = matrices[piece], {key: tensor[piece] for key, tensor in rows.items()}
@@ -192,35 +206,46 @@ def form_chunks(
     `recipes` remembers what `recipe_of` said for a group during one step.
     """
     buckets: dict[tuple[Any, ...], list[Member]] = {}
-    for p, group in members:
-        plan, grad = plans[p], cast(Tensor, p.grad)
+    for member in members:
+        p, group, grad, _ = member
+        plan = plans[p]
         kind = id(group), plan.projected
         if kind not in recipes:
             recipes[kind] = recipe_of(plan, group)
         stack = p.device.type != "cpu" if group["foreach"] is None else group["foreach"]
         alone = None if stack and (plan.projected or recipes[kind].elementwise) else id(p)
-        equal = plan.matrix, plan.batch, plan.side, plan.rank, p.dtype, grad.dtype, p.device
-        buckets.setdefault((kind, int(states[p]["step"]) + 1, alone, *equal), []).append((p, group))
+        equal = plan.matrix, plan.batch, plan.side, plan.rank, p.dtype, grad.dtype, p.device, member.projected
+        buckets.setdefault((kind, int(states[p]["step"]) + 1, alone, *equal), []).append(member)
     for (kind, step, *_), bucket in buckets.items():
-        p, group = bucket[0]
+        p, group, _, projected = bucket[0]
         spec = recipes[kind].spec(plans[p].matrix, plans[p].rank or 0, plans[p].small)
         limit = max(1, CHUNK_BYTES // (working_dtype(p).itemsize * max(1, p.numel())))
         for start in range(0, len(bucket), limit):
-            ps = [p for p, _ in bucket[start : start + limit]]
-            data, grads = [p.detach() for p in ps], [cast(Tensor, p.grad).detach() for p in ps]
-            its_plans, its_states = [plans[p] for p in ps], [states[p] for p in ps]
-            yield Chunk(recipes[kind], group, step, spec, its_plans, data, grads, its_states, working_dtype(p))
+            some = bucket[start : start + limit]
+            yield Chunk(
+                recipe=recipes[kind],
+                group=group,
+                step=step,
+                spec=spec,
+                plans=[plans[one.p] for one in some],
+                params=[one.p.detach() for one in some],
+                grads=[one.grad.detach() for one in some],
+                states=[states[one.p] for one in some],
+                working=working_dtype(p),
+                projected=projected,
+            )
 
 
 def one_by_one(members: list[Member]) -> bool:
     """On CPU a gradient is still in cache from its norm when it is projected at once. Where gradients are stacked, on
     accelerators (one synchronisation), and where a bad one must stop all, the norms of all come first."""
-    return all(p.device.type == "cpu" and not group["foreach"] and group["nonfinite"] == "skip" for p, group in members)
+    return all(
+        one.p.device.type == "cpu" and not one.group["foreach"] and one.group["nonfinite"] == "skip" for one in members
+    )
 
 
-def gradient_norms(params: list[Tensor]) -> list[float]:
-    """Norms of the gradients, one synchronisation per device; infinite also where only their squares would be."""
-    grads = [cast(Tensor, p.grad) for p in params]
+def gradient_norms(grads: list[Tensor]) -> list[float]:
+    """One synchronisation per device; infinite also where only their squares would be."""
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, grad in enumerate(grads):
         kinds.setdefault((grad.device, grad.dtype), []).append(i)

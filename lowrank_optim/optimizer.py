@@ -7,7 +7,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from . import checks
 from .chunk import Member, form_chunks, gradient_norms, one_by_one
+from .hooks import full_precision
 from .parts import Drop, Identity
 from .plan import Plan, bare_name, decide
 from .recipe import Recipe
@@ -22,6 +23,10 @@ from .report import Report, report
 from .state import follow, fresh, loaded
 from .update import update_
 
+if TYPE_CHECKING:
+    from .backward import StepInBackward
+
+Rescale = Callable[[Member, float], float]
 _GROUP_ONLY = {"skip_embeddings": True, "as_matrix": "auto"}  # hyper-parameters that only groups set
 
 
@@ -37,6 +42,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     ranked = True  # False: matrices are served whole, and `rank=None` in a group only leaves them out
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # options with values of this method's own
     fixed: ClassVar[tuple[str, ...]] = ()  # numbers that cannot be edited later, because state was made with them
+    _in_backward: StepInBackward | None = None  # copies and pickles of an optimizer do not inherit it
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], *, strict: bool = False) -> None:
         params = params if isinstance(params, Tensor) else list(params)  # torch's own error for a bare tensor
@@ -90,6 +96,8 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         self._plans.update(plans)
         self._seen.append(checks.snapshot(group))
         self.state.update(states)
+        if self._in_backward is not None:
+            self._in_backward._attach(group)
 
     def _decide(self, group: dict[str, Any]) -> dict[Tensor, Plan]:
         plans: dict[Tensor, Plan] = {}
@@ -112,6 +120,11 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     def _recipe_of(self, plan: Plan, group: dict[str, Any]) -> Recipe:
         return self.recipe(group) if plan.projected else self.plain(group)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """A GradScaler then calls `step` at once, without looking for gradients that backward has used already."""
+        return self._in_backward is not None
+
     def _members(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         for group in self.param_groups:
             for p in group["params"]:
@@ -126,67 +139,91 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for i, group in enumerate(self.param_groups):
-            self._recheck(i, group)
-        self._update([(p, group) for p, group in self._members() if p.grad is not None])
+        if self._in_backward is not None:
+            self._in_backward._finish()
+            return loss
+        self._recheck()
+        members = [Member(p, group, p.grad) for p, group in self._members() if p.grad is not None]
+        self._prepare(members)
+        if not self._dry_run(members):
+            self._update(members)
         return loss
 
-    def _recheck(self, index: int, group: dict[str, Any]) -> None:
-        """Edits of a group are checked like what it was made with, once."""
-        now = checks.snapshot(group)
-        if now == self._seen[index]:
-            return
-        checks.group(group, self.defaults)
-        checks.unchanged(now, self._seen[index], self.fixed)
-        checks.hyperparameters(group, self.choices)
-        self.recipe(group)
-        for p in group["params"]:
-            if self._plans[p].projected:
-                self.refuse(self._plans[p], group)
-        self._seen[index] = now
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch.optim; with step_in_backward also forgets what was accumulated since the last step."""
+        super().zero_grad(set_to_none)
+        if self._in_backward is not None:
+            self._in_backward._forget()
 
-    @torch._disable_dynamo  # a compiled step falls back to this one
-    def _update(self, members: list[Member]) -> None:
-        """One step for some parameters: all of a step's work, so it can also be done for one parameter at a time."""
-        for p, group in members:
-            checks.gradient(self._plans[p].name, cast(Tensor, p.grad))
+    def _recheck(self) -> None:
+        """Edits of a group are checked like what it was made with, once."""
+        for index, group in enumerate(self.param_groups):
+            now = checks.snapshot(group)
+            if now == self._seen[index]:
+                continue
+            checks.group(group, self.defaults)
+            checks.unchanged(now, self._seen[index], self.fixed)
+            checks.hyperparameters(group, self.choices)
+            self.recipe(group)
+            for p in group["params"]:
+                if self._plans[p].projected:
+                    self.refuse(self._plans[p], group)
+            self._seen[index] = now
+
+    def _prepare(self, members: list[Member]) -> None:
+        """Refuses gradients that no rule can use, and sees to it that there is state where the parameter is."""
+        for p, group, grad, _ in members:
+            checks.gradient(self._plans[p].name, grad)
             if not self.state.get(p):
                 self.state[p] = self._fresh_state(p, group)
             follow(self.state[p], p, group)
-        if self._untouched() and not any(bool(cast(Tensor, p.grad).any()) for p, _ in members):
-            return  # a dry run on zero gradients, as checkpoint helpers and DeepSpeed make: the state exists, no more
-        recipes: dict[tuple[int, bool], Recipe] = {}
-        for batch in [[member] for member in members] if one_by_one(members) else [members]:
-            finite = self._finite(batch)
-            for chunk in form_chunks(finite, self._plans, self.state, self._recipe_of, recipes):
-                for piece in chunk.pieces():
-                    update_(piece)
-            for p, _ in finite:
-                self.state[p]["step"] += 1
 
-    def _finite(self, members: list[Member]) -> list[Member]:
+    def _dry_run(self, members: list[Member]) -> bool:
+        """A first step on zero gradients, as checkpoint helpers and DeepSpeed make: the state exists, no more."""
+        untouched = not any(state["step"] or state["skipped"] for state in self.state.values() if state)
+        return untouched and not any(bool(member.grad.any()) for member in members)
+
+    @torch._disable_dynamo  # a compiled step falls back to this one
+    def _update(self, members: list[Member], rescale: Rescale | None = None) -> None:
+        """One step for some parameters: all of a step's work, so it can also be done for one parameter at a time.
+
+        `rescale` is told each member and the norm of its gradient, which is multiplied by the answer, in place.
+        """
+        recipes: dict[tuple[int, bool], Recipe] = {}
+        with full_precision(one.p for one in members):
+            for batch in [[member] for member in members] if one_by_one(members) else [members]:
+                finite = self._finite(batch, rescale)
+                for chunk in form_chunks(finite, self._plans, self.state, self._recipe_of, recipes):
+                    for piece in chunk.pieces():
+                        update_(piece)
+                for one in finite:
+                    self.state[one.p]["step"] += 1
+
+    def _finite(self, members: list[Member], rescale: Rescale | None) -> list[Member]:
         """The members whose gradients are finite; the others are counted, or refused before anything is updated."""
-        norms = gradient_norms([p for p, _ in members])
-        bad = [member for member, norm in zip(members, norms, strict=True) if not math.isfinite(norm)]
+        norms = gradient_norms([one.grad for one in members])
+        if rescale is not None:
+            for one, factor in zip(members, map(rescale, members, norms), strict=True):
+                if factor != 1:
+                    one.grad.mul_(factor)
+        bad = [one for one, norm in zip(members, norms, strict=True) if not math.isfinite(norm)]
         if bad:
             self._skip(bad)
-        return [member for member, norm in zip(members, norms, strict=True) if math.isfinite(norm)]
-
-    def _untouched(self) -> bool:
-        return not any(state["step"] or state["skipped"] for state in self.state.values() if state)
+        return [one for one, norm in zip(members, norms, strict=True) if math.isfinite(norm)]
 
     def _skip(self, members: list[Member]) -> None:
         """Parameters with a non-finite gradient: counted, and warned about the first time, or an error."""
-        names = [self._plans[p].name for p, _ in members]
-        if any(group["nonfinite"] == "raise" for _, group in members):
+        names = [self._plans[one.p].name for one in members]
+        if any(one.group["nonfinite"] == "raise" for one in members):
             checks.nonfinite(names)
-        if not any(int(state["skipped"]) for state in self.state.values() if state):
+        expected = self._in_backward is not None and self._in_backward.scaler is not None  # it searches for its scale
+        if not expected and not any(int(state["skipped"]) for state in self.state.values() if state):
             checks.warn(
                 f"non-finite gradient in {checks.few(names)}: left out of this step, as will be any later one without "
                 "a further warning. report() counts them"
             )
-        for p, _ in members:
-            self.state[p]["skipped"] += 1
+        for one in members:
+            self.state[one.p]["skipped"] += 1
 
     # -- what a user sees ----------------------------------------------------------------------------------------------
 
@@ -222,6 +259,8 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         finally:
             self._incoming = None
             self._optimizer_load_state_dict_pre_hooks = hooks
+        if self._in_backward is not None:
+            self._in_backward._forget()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores what is derived; called by pickle, by deepcopy, and by torch's loader in the middle of its work."""

@@ -333,6 +333,8 @@ class Update(NamedTuple):
 class Residual(abc.ABC):
     """What of `G - P P^T G`, the part of the gradient outside the subspace?"""
 
+    thin: ClassVar[bool] = False  # True: nothing, so R is all that a step needs to know of G
+
     def spec(self, shape: Shape) -> dict[str, Spec]:
         return {}
 
@@ -386,6 +388,11 @@ class Recipe:
     def plain(self, identity: Basis, residual: Residual) -> Recipe:
         """The same rule in full space, for parameters that are not projected."""
         return replace(self, basis=identity, residual=residual, scale=1.0, scaling_in="subspace")
+
+    @property
+    def thin(self) -> bool:
+        """Coordinates R are all that a step without a refresh reads of a gradient, so R can be accumulated instead."""
+        return self.residual.thin and self.scaling_in == "subspace" and not self.basis.elementwise
 
     @property
     def elementwise(self) -> bool:

@@ -32,7 +32,9 @@ class Row:
 
 
 class Report(list[Row]):
-    """A list of rows whose `str` is a table with a summary below it."""
+    """A list of rows whose `str` is a table with a summary below it, and a note, if there is one."""
+
+    note: str = ""
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "method", "rank", "side", "state", "remarks")
@@ -54,11 +56,15 @@ class Report(list[Row]):
         skipped = sum(row.skipped for row in self)
         line = f"{projected} of {len(self)} parameters projected; state {human(state)}"
         line += f", {state / max(full, 1):.2f} of the {human(full)} of two float32 moments"
-        return line + (f"; {skipped} non-finite gradients skipped" if skipped else "")
+        line += f"; {skipped} non-finite gradients skipped" if skipped else ""
+        return line + (f"; {self.note}" if self.note else "")
 
 
 def report(optimizer: LowRankOptimizer) -> Report:
-    return Report(_rows(optimizer))
+    table = Report(_rows(optimizer))
+    if optimizer._in_backward is not None:
+        table.note = f"steps during backward, after {optimizer._in_backward.accumulation_steps} of them"
+    return table
 
 
 def _rows(optimizer: LowRankOptimizer) -> Iterator[Row]:

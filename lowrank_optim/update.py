@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
@@ -20,25 +20,54 @@ def update_(chunk: Chunk, algebra: Algebra = WHOLE) -> None:
     """Weights and state of a chunk, one step further. A negative lr ascends: every rule is odd in G."""
     recipe, group = chunk.recipe, chunk.group
     st = chunk.open()
-    g = recipe.residual.before(chunk.gradient(), st)
-    refreshed = _refresh(chunk, algebra, g, st)
-    _derive(chunk, g, st)
+    refreshed, g, r = False, None, None
+    if chunk.projected:
+        r = chunk.coordinates()
+    else:
+        g = recipe.residual.before(chunk.gradient(), st)
+        refreshed = _refresh(chunk, algebra, g, st)
     t, w = chunk.clock(st), chunk.weights()
+    _derive(chunk, w, st)
     lr, decay = float(group["lr"]), group["weight_decay"]
-    if group["maximize"] or not fused.step_(recipe, w, g, st, lr, decay, t):
-        change = _change(recipe, algebra, g, st, t, float(chunk.step))
+    if g is None or group["maximize"] or not fused.step_(recipe, w, g, st, lr, decay, t):
+        change = _change(recipe, algebra, g, r, st, t, float(chunk.step))
         length = recipe.step_size(algebra, lr, w, chunk.step) * (-recipe.scale if group["maximize"] else recipe.scale)
         _apply_(recipe, w, st, change, length, 1 - lr * decay)
     chunk.write_weights(w)
     chunk.close(st, refreshed)
 
 
-def _change(recipe: Recipe, algebra: Algebra, g: Tensor, st: State, t: Clock, step: float) -> Update:
-    """What is subtracted from W, as a multiple of lr. Moments have seen t steps, those in full space `step`."""
+def project(chunk: Chunk, algebra: Algebra = WHOLE) -> Tensor:
+    """R of the gradients in the bases that there are, in memory of its own; nothing is changed."""
+    plan, g = chunk.plans[0], chunk.gradient()
+    st = chunk.open(chunk.recipe.basis.spec(plan.matrix, cast(int, plan.rank)))
+    _derive(chunk, g, st)
+    return chunk.recipe.basis.down(algebra, g, st)
+
+
+def refresh_(chunk: Chunk, algebra: Algebra = WHOLE) -> None:
+    """Only the refreshes that are due before this step; for recipes whose gradient is used as it comes."""
+    st = chunk.open()
+    chunk.close(st, _refresh(chunk, algebra, chunk.gradient(), st))
+
+
+def refresh_due(chunk: Chunk) -> bool:
+    """Is any of the matrices due for a refresh before this step?"""
+    return next(_due(chunk), None) is not None
+
+
+def _change(
+    recipe: Recipe, algebra: Algebra, g: Tensor | None, r: Tensor | None, st: State, t: Clock, step: float
+) -> Update:
+    """What is subtracted from W, as a multiple of lr. Moments have seen t steps, those in full space `step`.
+
+    A thin recipe is content with r; any other needs g.
+    """
     scaling, full, before = recipe.scaling, recipe.scaling_in == "full", recipe.momentum_of == "update"
     if full and before:
-        g = scaling(algebra, st, g, g, step)
-    r = recipe.basis.down(algebra, g, st)
+        g = scaling(algebra, st, cast(Tensor, g), cast(Tensor, g), step)
+    if r is None:
+        r = recipe.basis.down(algebra, cast(Tensor, g), st)
     if full:
         d, gain = recipe.momentum(st, r, t)
     elif before:
@@ -48,8 +77,9 @@ def _change(recipe: Recipe, algebra: Algebra, g: Tensor, st: State, t: Clock, st
     else:
         numerator, gain = recipe.momentum(st, r, t)
         d = scaling(algebra, st, numerator, r, t)
-    change = recipe.residual.after(algebra, recipe, st, g, r, d, gain)
+    change = recipe.residual.after(algebra, recipe, st, cast(Tensor, g), r, d, gain)
     if full and not before:
+        g = cast(Tensor, g)
         change = Update(None, rest=scaling(algebra, st, change.whole(recipe, st, g), g, step))
     return change
 
@@ -79,14 +109,7 @@ def _times(x: Tensor, factor: Clock) -> tuple[Tensor, float]:
 
 def _refresh(chunk: Chunk, algebra: Algebra, g: Tensor, st: State) -> bool:
     """Refits the bases that are due, matrix by matrix. One with a zero gradient keeps its own and stays due."""
-    if not chunk.plans[0].projected:
-        return False
-    refresh = chunk.recipe.refresh
-    due = []
-    for plan, state, inner, outer in chunk.matrices():
-        last, counters = state["refreshed_at"].view(-1), _counters(chunk, plan, state, inner)
-        if refresh.due(chunk.step - 1, int(last[inner]), plan.place + chunk.first + inner, counters):
-            due.append((plan, state, inner, outer, counters))
+    refresh, due = chunk.recipe.refresh, list(_due(chunk))
     if not due:
         return False
     largest = algebra.largest(g).view(-1).tolist()  # finite: the norms were; one synchronisation for all
@@ -104,6 +127,15 @@ def _refresh(chunk: Chunk, algebra: Algebra, g: Tensor, st: State) -> bool:
         count[inner] += 1
         last[inner] = at.step
     return bool(due)
+
+
+def _due(chunk: Chunk) -> Iterator[tuple[Plan, dict[str, Tensor], int, int, dict[str, Tensor]]]:
+    """(plan, state, number within its parameter, number within this chunk, counters) of each matrix that is due."""
+    if chunk.plans[0].projected:
+        for plan, state, inner, outer in chunk.matrices():
+            last, counters = state["refreshed_at"].view(-1), _counters(chunk, plan, state, inner)
+            if chunk.recipe.refresh.due(chunk.step - 1, int(last[inner]), plan.place + chunk.first + inner, counters):
+                yield plan, state, inner, outer, counters
 
 
 def _counters(chunk: Chunk, plan: Plan, state: dict[str, Tensor], inner: int) -> dict[str, Tensor]:
@@ -137,7 +169,7 @@ def _refit(
 
 
 def _derive(chunk: Chunk, g: Tensor, st: State) -> None:
-    """Adds to `st` what the basis needs and nobody keeps."""
+    """Adds to `st` what the basis needs and nobody keeps. `g`: the gradient, or anything of its shape and dtype."""
     basis = chunk.recipe.basis
     if not (basis.derives and chunk.plans[0].projected):
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ _NOISE = 16  # units of rounding below which a residual is none
 @dataclass(frozen=True)
 class Drop(Residual):
     """Nothing: the update stays in the subspace (GaLore)."""
+
+    thin: ClassVar[bool] = True
 
     def after(
         self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
