@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from . import checks
-from .chunk import CHUNK_BYTES, Chunk, Member, form_chunks, gradient_norms, one_by_one, working_dtype
+from .chunk import CHUNK_BYTES, Chunk, Member, gradient_norms, one_by_one, working_dtype
 from .hooks import full_precision, on_gradient
 from .optimizer import LowRankOptimizer
 from .report import Report, Row, human
@@ -224,8 +224,7 @@ class StepInBackward:
         self._partial = True
 
     def _chunk(self, member: Member) -> Chunk:
-        optimizer = self.optimizer
-        return next(form_chunks([member], optimizer._plans, optimizer.state, optimizer._recipe_of, {}))
+        return next(self.optimizer._chunks([member], {}))
 
     def _complete(self, p: Tensor) -> None:
         """The gradient of p is complete: it is used now, or with others where equal matrices are stacked."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from .ops import round_to_bfloat16, stream_of
 from .plan import Plan
 from .recipe import AGE, Clock, Kept, Recipe, Spec, State, Store
+from .stats import Watch
 
 CHUNK_BYTES = 64 << 20  # of gradients stacked at once: what a step may hold beyond one matrix
 SLICE = 1 << 20  # elements of a plain parameter updated at once on CPU, where copies and noise then stay in cache
@@ -34,6 +35,7 @@ class Chunk:
 
     Attributes:
         plans, params, grads, states: one entry per parameter, or one piece of a parameter.
+        watch: takes note of what happens.
         projected: the gradients are coordinates already, accumulated during backward.
         start: number of the first element, where this is a slice of a plain parameter.
         first: number of the first matrix, where this is a part of a stack of experts.
@@ -48,6 +50,7 @@ class Chunk:
     grads: list[Tensor]
     states: list[dict[str, Tensor]]
     working: torch.dtype  # of all arithmetic
+    watch: Watch
     projected: bool = False
     start: int = 0
     first: int = 0
@@ -200,6 +203,7 @@ def form_chunks(
     states: Any,
     recipe_of: Callable[[Plan, dict[str, Any]], Recipe],
     recipes: dict[tuple[int, bool], Recipe],  # filled as a step goes along
+    watch: Watch,
 ) -> Iterator[Chunk]:
     """Buckets by everything that must be equal, cut to the byte limit. On CPU a loop beats stacking.
 
@@ -232,6 +236,7 @@ def form_chunks(
                 grads=[one.grad.detach() for one in some],
                 states=[states[one.p] for one in some],
                 working=working_dtype(p),
+                watch=watch,
                 projected=projected,
             )
 

@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import checks
-from .chunk import Member, form_chunks, gradient_norms, one_by_one
+from .chunk import Chunk, Member, form_chunks, gradient_norms, one_by_one
 from .hooks import full_precision
 from .parts import Drop, Identity
 from .plan import Plan, bare_name, decide
 from .recipe import Recipe
 from .report import Report, report
 from .state import follow, fresh, loaded
+from .stats import Watch, stats
 from .update import update_
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         checks.hyperparameters(defaults, self.choices)
         self._plans: dict[Tensor, Plan] = {}
         self._seen: list[dict[str, Any]] = []  # what each group said when it was last checked
+        self._watch = Watch()
         super().__init__(params, defaults)
         plain = [plan for plan in self._plans.values() if not plan.projected]
         if len(plain) == len(self._plans):
@@ -193,11 +195,14 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         with full_precision(one.p for one in members):
             for batch in [[member] for member in members] if one_by_one(members) else [members]:
                 finite = self._finite(batch, rescale)
-                for chunk in form_chunks(finite, self._plans, self.state, self._recipe_of, recipes):
+                for chunk in self._chunks(finite, recipes):
                     for piece in chunk.pieces():
                         update_(piece)
                 for one in finite:
                     self.state[one.p]["step"] += 1
+
+    def _chunks(self, members: list[Member], recipes: dict[tuple[int, bool], Recipe]) -> Iterator[Chunk]:
+        return form_chunks(members, self._plans, self.state, self._recipe_of, recipes, self._watch)
 
     def _finite(self, members: list[Member], rescale: Rescale | None) -> list[Member]:
         """The members whose gradients are finite; the others are counted, or refused before anything is updated."""
@@ -230,6 +235,22 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     def report(self) -> Report:
         """One row per parameter: shape, method, rank, side, state bytes, or why it is not projected. `print` it."""
         return report(self)
+
+    def stats(self) -> dict[str, float]:
+        """Counters for any logger, as a flat dict of numbers; asking costs one read of each tensor that counts.
+
+        Returns:
+            refreshes: of bases, over all matrices.
+            refresh_seconds: spent on them by this process, wall time of the host. On accelerators work that was only
+                launched is not in it.
+            skipped_gradients: parameters left out of a step because their gradient was not finite.
+            moment_resets: matrices whose moments began anew, with `moments="reset"`.
+            limiter_hits: residuals that were shortened because they grew too fast (Fira, APOLLO).
+            captured_energy: `|P^T G|^2 / |G|^2` at the last refresh, mean of all matrices. Only for orthonormal P,
+                and only after a refresh in this process.
+            captured_energy/NAME: the same of one parameter.
+        """
+        return stats(self)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -272,6 +293,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
                 if key != "differentiable":  # which torch adds to defaults here
                     group.setdefault(key, value)
         self._plans, self._seen = {}, []
+        self._watch = getattr(self, "_watch", None) or Watch()
         for group in self.param_groups:
             checks.hyperparameters(group, self.choices)
             self._plans.update(self._decide(group))

@@ -173,6 +173,7 @@ class Basis(abc.ABC):
 
     elementwise: ClassVar[bool] = False  # True: coordinate i depends on entry i alone, so slices can be updated alone
     indexed: ClassVar[bool] = False  # a selection of fixed vectors: each coordinate has an age of its own
+    orthonormal: bool = True  # R then has the part of the energy of G that the subspace captures
     derives: bool = False  # `derive` gives something
     seeded: bool = False  # which subspace follows from the random stream alone, and is kept nowhere
 

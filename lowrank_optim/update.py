@@ -15,6 +15,9 @@ from .parts import fused
 from .plan import Plan
 from .recipe import AGE, Clock, Draw, Recipe, State, Store, Time, Turn, Update
 
+# A plan, its state, the number of a matrix within its parameter and within its chunk, the counters of its schedule.
+Due = tuple[Plan, dict[str, Tensor], int, int, dict[str, Tensor]]
+
 
 def update_(chunk: Chunk, algebra: Algebra = WHOLE) -> None:
     """Weights and state of a chunk, one step further. A negative lr ascends: every rule is odd in G."""
@@ -30,7 +33,7 @@ def update_(chunk: Chunk, algebra: Algebra = WHOLE) -> None:
     _derive(chunk, w, st)
     lr, decay = float(group["lr"]), group["weight_decay"]
     if g is None or group["maximize"] or not fused.step_(recipe, w, g, st, lr, decay, t):
-        change = _change(recipe, algebra, g, r, st, t, float(chunk.step))
+        change = _change(chunk, algebra, g, r, st, t, refreshed)
         length = recipe.step_size(algebra, lr, w, chunk.step) * (-recipe.scale if group["maximize"] else recipe.scale)
         _apply_(recipe, w, st, change, length, 1 - lr * decay)
     chunk.write_weights(w)
@@ -47,8 +50,12 @@ def project(chunk: Chunk, algebra: Algebra = WHOLE) -> Tensor:
 
 def refresh_(chunk: Chunk, algebra: Algebra = WHOLE) -> None:
     """Only the refreshes that are due before this step; for recipes whose gradient is used as it comes."""
-    st = chunk.open()
-    chunk.close(st, _refresh(chunk, algebra, chunk.gradient(), st))
+    st, g = chunk.open(), chunk.gradient()
+    refreshed = _refresh(chunk, algebra, g, st)
+    if refreshed and chunk.recipe.basis.orthonormal:
+        _derive(chunk, g, st)
+        _note_captured(chunk, algebra, g, chunk.recipe.basis.down(algebra, g, st))
+    chunk.close(st, refreshed)
 
 
 def refresh_due(chunk: Chunk) -> bool:
@@ -56,18 +63,28 @@ def refresh_due(chunk: Chunk) -> bool:
     return next(_due(chunk), None) is not None
 
 
+def _note_captured(chunk: Chunk, algebra: Algebra, g: Tensor, r: Tensor) -> None:
+    """The share of the energy of each matrix that its new subspace captures."""
+    both = (-2, -1)
+    share = algebra.norm(r, both) / algebra.norm(g, both).clamp(min=torch.finfo(g.dtype).tiny)
+    chunk.watch.note_captured(chunk.plans, chunk.first, share.square().view(-1))
+
+
 def _change(
-    recipe: Recipe, algebra: Algebra, g: Tensor | None, r: Tensor | None, st: State, t: Clock, step: float
+    chunk: Chunk, algebra: Algebra, g: Tensor | None, r: Tensor | None, st: State, t: Clock, refreshed: bool
 ) -> Update:
-    """What is subtracted from W, as a multiple of lr. Moments have seen t steps, those in full space `step`.
+    """What is subtracted from W, as a multiple of lr. Moments have seen t steps, those in full space `chunk.step`.
 
     A thin recipe is content with r; any other needs g.
     """
+    recipe, step = chunk.recipe, float(chunk.step)
     scaling, full, before = recipe.scaling, recipe.scaling_in == "full", recipe.momentum_of == "update"
-    if full and before:
-        g = scaling(algebra, st, cast(Tensor, g), cast(Tensor, g), step)
-    if r is None:
-        r = recipe.basis.down(algebra, cast(Tensor, g), st)
+    if g is not None:
+        g = scaling(algebra, st, g, g, step) if full and before else g
+        r = recipe.basis.down(algebra, g, st)
+        if refreshed and recipe.basis.orthonormal:
+            _note_captured(chunk, algebra, g, r)
+    r = cast(Tensor, r)
     if full:
         d, gain = recipe.momentum(st, r, t)
     elif before:
@@ -109,11 +126,18 @@ def _times(x: Tensor, factor: Clock) -> tuple[Tensor, float]:
 
 def _refresh(chunk: Chunk, algebra: Algebra, g: Tensor, st: State) -> bool:
     """Refits the bases that are due, matrix by matrix. One with a zero gradient keeps its own and stays due."""
-    refresh, due = chunk.recipe.refresh, list(_due(chunk))
+    due = list(_due(chunk))
     if not due:
         return False
     largest = algebra.largest(g).view(-1).tolist()  # finite: the norms were; one synchronisation for all
     due = [one for one in due if largest[one[3]] > 0]
+    with chunk.watch.refreshing():
+        _refresh_all(chunk, algebra, due, g, st)
+    return bool(due)
+
+
+def _refresh_all(chunk: Chunk, algebra: Algebra, due: list[Due], g: Tensor, st: State) -> None:
+    refresh = chunk.recipe.refresh
     for plan, state, inner, outer, counters in due:
         count, last = state["refreshes"].view(-1), state["refreshed_at"].view(-1)
         matrix = g if g.dim() == 2 else g[outer]
@@ -126,11 +150,10 @@ def _refresh(chunk: Chunk, algebra: Algebra, g: Tensor, st: State) -> bool:
             refresh.note_(counters, turn)
         count[inner] += 1
         last[inner] = at.step
-    return bool(due)
 
 
-def _due(chunk: Chunk) -> Iterator[tuple[Plan, dict[str, Tensor], int, int, dict[str, Tensor]]]:
-    """(plan, state, number within its parameter, number within this chunk, counters) of each matrix that is due."""
+def _due(chunk: Chunk) -> Iterator[Due]:
+    """Each matrix that is due for a refresh before this step."""
     if chunk.plans[0].projected:
         for plan, state, inner, outer in chunk.matrices():
             last, counters = state["refreshed_at"].view(-1), _counters(chunk, plan, state, inner)

@@ -155,7 +155,7 @@ CASES = [
     ),
     Case(
         "fira", lowrank_optim.FiraAdamW, {**_OURS, "limit": 1.03}, _FULL, fira.fira_adamw, {**_LOOP, "gamma": 1.03},
-        lambda m, n, r: replace(_galore(m, n, r), other=4),
+        lambda m, n, r: replace(_galore(m, n, r), other=8),
         (
             ({"form": "code"}, {"mode": "code"}),
             ({"limit": None}, {"gamma": None}),
@@ -165,7 +165,7 @@ CASES = [
     ),
     Case(
         "apollo", lowrank_optim.APOLLO, {**_OURS, "limit": 1.03}, _FULL, apollo.apollo_adamw, {**_LOOP, "gamma": 1.03},
-        lambda m, n, r: Kept(0, (n * r, n * r), 4),
+        lambda m, n, r: Kept(0, (n * r, n * r), 8),
         (
             ({"granularity": "tensor", "scale_front": True}, {"granularity": "tensor", "scale_front": True}),
             ({"limit": None, "scale": 3.0}, {"gamma": None, "scale": 3.0}),

@@ -24,7 +24,7 @@ class APOLLO(LowRankOptimizer):
         S <- S min(1, limit size(S_previous) / size(S))               size: root mean square
         W <- (1 - lr weight_decay) W - lr sqrt(scale) S
 
-    Memory: `2 n r` elements per matrix and one number: P is drawn again at each step, from the seed and the number of
+    Memory: `2 n r` elements per matrix and two numbers: P is drawn again at each step, from the seed and the number of
     refreshes. A step holds S, one (m, n) tensor.
 
     Args:

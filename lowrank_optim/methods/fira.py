@@ -23,7 +23,7 @@ class FiraAdamW(LowRankOptimizer):
         S <- S min(1, limit size(S_previous) / size(S))               size: root mean square
         W <- (1 - lr weight_decay) W - lr scale (P D + S)
 
-    Memory: that of `GaLoreAdamW`, `m r + 2 n r` elements per matrix, and one number. A step holds S, one (m, n) tensor.
+    Memory: that of `GaLoreAdamW`, `m r + 2 n r` elements per matrix, and two numbers. A step holds S, (m, n).
 
     Args:
         params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, basis, moments, stagger: see `GaLoreAdamW`.

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..distributed.algebra import Algebra
-from ..recipe import Clock, Recipe, Residual, Shape, Spec, State, Update
+from ..recipe import Clock, Exact, Recipe, Residual, Shape, Spec, State, Update
 from .store import Float32
 
+HITS = "limiter_hits"  # how often a residual was shortened
 FLOOR = 1e-3  # root mean square below which a residual says nothing about the size of the next one
 _TINY = 1e-8
 
@@ -28,7 +29,9 @@ class _Limited(Residual):
     limit: float | None = 1.01
 
     def spec(self, shape: Shape) -> dict[str, Spec]:
-        return {} if self.limit is None else {"residual_size": Spec((1, 1), store=Float32())}
+        if self.limit is None:
+            return {}
+        return {"residual_size": Spec((1, 1), store=Float32()), HITS: Spec((1, 1), store=Exact(torch.int32))}
 
     def workspace(self, shape: Shape, coordinates: int) -> int:
         return shape[0] * shape[1] + coordinates + 8 * shape[1]
@@ -44,6 +47,7 @@ class _Limited(Residual):
         size, before = algebra.size(rest), st["residual_size"]
         most = torch.where(before > 0, self.limit * before, size)
         shortened = torch.minimum(size, most)
+        st[HITS].add_(shortened < size)
         st["residual_size"].copy_(torch.where(shortened >= FLOOR, shortened, before))
         return rest.mul_(torch.where(size > 0, shortened / size.clamp(min=torch.finfo(size.dtype).tiny), 1.0))
 
