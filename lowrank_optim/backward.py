@@ -296,11 +296,11 @@ class StepInBackward:
         with self._lock:
             self._refuse_unknown_scaler()
             self._begin()
-            done = {p for p, window in self._windows.items() if window.count == self.accumulation_steps}
-            started = [p for p, window in self._windows.items() if window.count and p not in done]
-            by_hand = [p for p in self._groups if p.grad is not None and p not in done and p not in started]
-            left = [self._gathered(p) for p in started if self._windows[p].thin or p.grad is not None]
-            left += [self._member(p) for p in by_hand]
+            done = [p for p, window in self._windows.items() if window.count == self.accumulation_steps]
+            self._refuse_late_gradients(done)
+            rest = [p for p, window in self._windows.items() if window.count < self.accumulation_steps]
+            # Some of them have a gradient that was set by hand, some a window in which nobody left them one.
+            left = [self._gathered(p) for p in rest if self._windows[p].thin or p.grad is not None]
             self.optimizer._prepare([one for one in left if not one.projected])
             if done or not self.optimizer._dry_run(left):
                 self._pending += left
@@ -311,6 +311,15 @@ class StepInBackward:
                 self.optimizer.param_groups[0][GRAD_NORM] = norm
             self.grad_norm = norm
             self._forget()
+
+    def _refuse_late_gradients(self, done: list[Tensor]) -> None:
+        waiting = {one.p for one in self._pending}
+        late = [self.optimizer._plans[p].name for p in done if p.grad is not None and p not in waiting]
+        if late:
+            raise RuntimeError(
+                f"{checks.few(late)} got a gradient after backward had updated it, which this step cannot use any "
+                "more. Drop it with optimizer.zero_grad()"
+            )
 
     def _refuse_unknown_scaler(self) -> None:
         if hasattr(self.optimizer, "grad_scale") and self.scaler is None:
