@@ -134,7 +134,7 @@ class StepInBackward:
 
     def __exit__(self, *exception: object) -> None:
         if exception[0] is not None:
-            self._forget()
+            self.optimizer.zero_grad()
         self.remove()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -150,7 +150,8 @@ class StepInBackward:
         for handle in self._handles:
             handle.remove()
         self._handles, self._windows = [], {}
-        self.optimizer._in_backward = None
+        if self.optimizer._in_backward is self:
+            self.optimizer._in_backward = None
 
     # -- during backward -----------------------------------------------------------------------------------------------
 
@@ -284,7 +285,7 @@ class StepInBackward:
             rank=plan.rank if thin else None,
             side=plan.side,
             state_bytes=kept if p.requires_grad else 0,
-            full_bytes=whole,
+            full_bytes=whole if p.requires_grad else 0,
             skipped=0,
             reason=reason if p.requires_grad else "frozen",
         )
@@ -296,6 +297,8 @@ class StepInBackward:
         with self._lock:
             self._refuse_unknown_scaler()
             self._begin()
+            if getattr(self.optimizer, "grad_scale", self) is None:
+                self._inverse_scale = 1.0  # the scaler says so after unscale_(), which has divided what was left
             done = [p for p, window in self._windows.items() if window.count == self.accumulation_steps]
             self._refuse_late_gradients(done)
             rest = [p for p, window in self._windows.items() if window.count < self.accumulation_steps]
@@ -305,11 +308,10 @@ class StepInBackward:
             if done or not self.optimizer._dry_run(left):
                 self._pending += left
                 self._flush()
+                self.grad_norm = None if self._partial else math.sqrt(self._squares)
+                if self.clip_norm is not None and self.clip == "delayed" and (done or left):
+                    self.optimizer.param_groups[0][GRAD_NORM] = self.grad_norm
             self._tell_scaler()
-            norm = None if self._partial else math.sqrt(self._squares)
-            if self.clip_norm is not None and self.clip == "delayed" and (done or left):
-                self.optimizer.param_groups[0][GRAD_NORM] = norm
-            self.grad_norm = norm
             self._forget()
 
     def _refuse_late_gradients(self, done: list[Tensor]) -> None:
