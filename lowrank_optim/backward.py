@@ -134,7 +134,7 @@ class StepInBackward:
 
     def __exit__(self, *exception: object) -> None:
         if exception[0] is not None:
-            self._forget()
+            self.optimizer.zero_grad()
         self.remove()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -150,7 +150,8 @@ class StepInBackward:
         for handle in self._handles:
             handle.remove()
         self._handles, self._windows = [], {}
-        self.optimizer._in_backward = None
+        if self.optimizer._in_backward is self:
+            self.optimizer._in_backward = None
 
     # -- during backward -----------------------------------------------------------------------------------------------
 
@@ -283,7 +284,7 @@ class StepInBackward:
             rank=plan.rank if thin else None,
             side=plan.side,
             state_bytes=kept if p.requires_grad else 0,
-            full_bytes=whole,
+            full_bytes=whole if p.requires_grad else 0,
             skipped=0,
             reason=reason if p.requires_grad else "frozen",
         )
@@ -295,21 +296,31 @@ class StepInBackward:
         with self._lock:
             self._refuse_unknown_scaler()
             self._begin()
-            done = {p for p, window in self._windows.items() if window.count == self.accumulation_steps}
-            started = [p for p, window in self._windows.items() if window.count and p not in done]
-            by_hand = [p for p in self._groups if p.grad is not None and p not in done and p not in started]
-            left = [self._gathered(p) for p in started if self._windows[p].thin or p.grad is not None]
-            left += [self._member(p) for p in by_hand]
+            if getattr(self.optimizer, "grad_scale", self) is None:
+                self._inverse_scale = 1.0  # the scaler says so after unscale_(), which has divided what was left
+            done = [p for p, window in self._windows.items() if window.count == self.accumulation_steps]
+            self._refuse_late_gradients(done)
+            rest = [p for p, window in self._windows.items() if window.count < self.accumulation_steps]
+            # Some of them have a gradient that was set by hand, some a window in which nobody left them one.
+            left = [self._gathered(p) for p in rest if self._windows[p].thin or p.grad is not None]
             self.optimizer._prepare([one for one in left if not one.projected])
             if done or not self.optimizer._dry_run(left):
                 self._pending += left
                 self._flush()
+                self.grad_norm = None if self._partial else math.sqrt(self._squares)
+                if self.clip_norm is not None and self.clip == "delayed" and (done or left):
+                    self.optimizer.param_groups[0][GRAD_NORM] = self.grad_norm
             self._tell_scaler()
-            norm = None if self._partial else math.sqrt(self._squares)
-            if self.clip_norm is not None and self.clip == "delayed" and (done or left):
-                self.optimizer.param_groups[0][GRAD_NORM] = norm
-            self.grad_norm = norm
             self._forget()
+
+    def _refuse_late_gradients(self, done: list[Tensor]) -> None:
+        waiting = {one.p for one in self._pending}
+        late = [self.optimizer._plans[p].name for p in done if p.grad is not None and p not in waiting]
+        if late:
+            raise RuntimeError(
+                f"{checks.few(late)} got a gradient after backward had updated it, which this step cannot use any "
+                "more. Drop it with optimizer.zero_grad()"
+            )
 
     def _refuse_unknown_scaler(self) -> None:
         if hasattr(self.optimizer, "grad_scale") and self.scaler is None:

@@ -331,7 +331,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             self._incoming = None
             self._optimizer_load_state_dict_pre_hooks = hooks
         if self._in_backward is not None:
-            self._in_backward._forget()
+            self.zero_grad()  # what was accumulated belongs to the weights before
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores what is derived; called by pickle, by deepcopy, and by torch's loader in the middle of its work."""
