@@ -2,46 +2,18 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from cases import CASES, Net, every_case, train
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import lowrank_optim
 from lowrank_optim import estimate_memory, param_groups, state_bytes
+from lowrank_optim.peak import Peak
 
 COUNTERS = 4 + 8  # step (float32) and skipped (int64); a projected matrix has two more, refreshes and refreshed_at
-
-
-class Peak(TorchDispatchMode):
-    """Most bytes of tensors alive at once that were made inside, temporaries of LAPACK and BLAS aside."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known | self.seen:
-                storage = tensor.untyped_storage()
-                self.seen.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-                tensor._kept_storage = storage  # the storage object must live as long as the tensor does
-        return result
-
-    def _free(self, key, size):
-        self.seen.discard(key)
-        self.now -= size
 
 
 @every_case
