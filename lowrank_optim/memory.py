@@ -94,7 +94,8 @@ def estimate_memory(
             such as Adafactor, cannot step without memory and raise a ValueError.
         dtype: of weights and gradients; default: the model's own, float32 for shapes.
         step_in_backward: with `lowrank_optim.step_in_backward`, which takes classes of this package only.
-        accumulation_steps: of `step_in_backward`; without it gradients accumulate whole, however many.
+        accumulation_steps: backward passes per step. Without `step_in_backward` gradients accumulate whole, and the
+            newest one is beside them for a moment.
         options: keyword arguments of the optimizer.
 
     Example::
@@ -117,21 +118,20 @@ def estimate_memory(
     weights = sum(getattr(p, "packed_bytes", p.nbytes) for p in params)
     instance = optimizer(groups, **options)
     if not isinstance(instance, LowRankOptimizer):
-        gradients = sum(p.nbytes for p in params)
+        gradients = whole_gradients([p.nbytes for p in params], accumulation_steps)
         return MemoryEstimate(weights, gradients, _bytes_after_step(instance, params), 0, 0, 0, 0)
-    return expected(instance, weights, accumulation_steps if step_in_backward else None)
+    if step_in_backward:
+        return expected(instance, weights, most_gradients(instance, accumulation_steps))
+    return expected(instance, weights, whole_gradients([p.nbytes for p in params], accumulation_steps))
 
 
-def expected(
-    optimizer: LowRankOptimizer, weights: int, window: int | None, accumulate: str = "projected"
-) -> MemoryEstimate:
-    """What an optimizer will hold, from its parameters' shapes alone.
+def whole_gradients(sizes: list[int], accumulation_steps: int = 1) -> int:
+    """Bytes of gradients that stay until the step; where they accumulate, the newest is beside its sum for a moment."""
+    return sum(sizes) + (max(sizes, default=0) if accumulation_steps > 1 else 0)
 
-    `window`: the micro-batches of a step during backward; None: gradients stay whole until the step.
-    """
-    gradients = sum(p.numel() * p.element_size() for p, _ in optimizer._members() if p.requires_grad)
-    if window is not None:
-        gradients = most_gradients(optimizer, window, accumulate)
+
+def expected(optimizer: LowRankOptimizer, weights: int, gradients: int) -> MemoryEstimate:
+    """What an optimizer will hold, from its parameters' shapes alone."""
     step = refresh = 0
     kept: Counter[str] = Counter()
     shared: dict[str, int] = {}

@@ -17,11 +17,12 @@ from .chunk import CHUNK_BYTES, working_dtype
 from .memory import BASES, expected_state
 from .optimizer import LowRankOptimizer
 from .peak import StepPeak
-from .plan import Plan, names_say
+from .plan import Plan, names_say, resolve_rank
 from .report import human
 
 _WORTH = 0.05  # of what is kept: what saves less is not worth a sentence
 _MUCH = 0.25  # of the state
+_OTHER_SIDE = {"left": "right", "right": "left", "std": "reverse_std", "reverse_std": "std"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def rank_too_large(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entr
         extra = sum(one.kept[key] for key in _whole_keys(optimizer, one))
         full = expected_state(optimizer, one.p, one.group, replace(one.plan, rank=None)).total()
         if one.plan.projected and one.bytes - extra > full / 2:
-            quarter = replace(one.plan, rank=max(1, min(one.plan.matrix) // 4))
+            quarter = replace(one.plan, rank=resolve_rank(0.25, *one.plan.matrix))
             found.append(one)
             kept, whole = kept + one.bytes - extra, whole + full
             lower += expected_state(optimizer, one.p, one.group, quarter).total() - extra
@@ -119,19 +120,22 @@ def rank_too_large(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entr
 
 
 def wrong_side(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
-    found, saved = [], 0
+    found, saved, outweigh = [], 0, 0
     for one in entries:
-        if one.plan.side in ("left", "right") and one.kept[BASES] > (one.bytes - one.kept[BASES]):
-            other = {"left": "right", "right": "left"}[one.plan.side]
-            turned = replace(one.plan, matrix=one.plan.matrix[::-1], side=other)
+        side = _OTHER_SIDE.get(one.plan.side)
+        if side is not None and optimizer.ranked:
+            turned = replace(one.plan, matrix=one.plan.matrix[::-1], side=side)
             less = one.bytes - expected_state(optimizer, one.p, one.group, turned).total()
             if less > 0:
                 found.append(one)
                 saved += less
+                outweigh += one.kept[BASES] > one.bytes - one.kept[BASES]
     if facts.matters(saved):
+        now = found[0].group["proj_type"]
+        why = ", whose bases outweigh their moments" if outweigh > len(found) / 2 else ""
         yield (
-            f"The longer side is projected, so bases are larger than moments: {_some(found)}. proj_type='std' projects "
-            f"the shorter one and keeps {human(saved)} less"
+            f"Projecting the other side keeps {human(saved)} less at this rank: {_some(found)}{why}. Try proj_type="
+            f"{_OTHER_SIDE[now]!r} instead of {now!r}; the updates are others then, so compare the loss"
         )
 
 

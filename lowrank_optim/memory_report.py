@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .backward import StepInBackward
+from .backward import StepInBackward, most_gradients
 from .chunk import working_dtype
 from .memory import COUNTERS, _bytes_after_step, _meta, expected, expected_state, state_kinds
 from .memory_reasons import Facts, Figure, reasons
@@ -137,8 +137,8 @@ def _figures(
     update = None
     if isinstance(optimizer, LowRankOptimizer):
         handle = optimizer._in_backward
-        window, accumulate = (None, "") if handle is None else (handle.accumulation_steps, handle.accumulate)
-        estimate = expected(optimizer, weights, window, accumulate)
+        most = plain if handle is None else most_gradients(optimizer, handle.accumulation_steps, handle.accumulate)
+        estimate = expected(optimizer, weights, most)
         found["gradients"] = Figure(gradients, estimate.gradients, plain)
         found["optimizer"] = Figure(state_bytes(optimizer), estimate.optimizer, adamw)
         if estimate.shared:
