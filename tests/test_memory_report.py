@@ -10,6 +10,7 @@ from torch import nn
 import lowrank_optim
 from lowrank_optim import GaLoreAdafactor, GaLoreAdamW, memory_report, param_groups, step_in_backward
 from lowrank_optim.peak import Peak, measure
+from lowrank_optim.report import human
 
 
 class Layers(nn.Module):
@@ -283,3 +284,56 @@ def test_each_reason_is_given_where_it_applies(phrase):
         said = [reason for reason in found.reasons if phrase in reason]
         assert len(said) == applies, found.reasons
         assert all(reason in str(found) for reason in said)
+
+
+def test_reasons_have_the_numbers():
+    found = "\n".join(Run(GaLoreAdamW, rank=50).report(measured=False).reasons)
+    plain = human(4 * (2 * 64 * 64 * 4 + 12))
+    assert f"of the {plain} that the same rule keeps of them unprojected" in found
+    assert f"rank=0.25 keeps {human(4 * (3 * 16 * 64 * 4 + 28))}" in found
+    largest, all_of_them = (human(4 * n) for n in (64 * 64, 4 * 64 * 64 + 16 * 64))
+    assert f"All gradients live at once: {all_of_them}." in found
+    assert f"only the largest one does: {largest}" in found
+
+
+@pytest.mark.parametrize(("frozen_side", "applies"), [(8, True), (1000, False)])
+def test_a_small_saving_is_no_reason(frozen_side, applies):
+    model = Layers(vocabulary=60)
+    model.base = nn.Parameter(torch.zeros(frozen_side, frozen_side), requires_grad=False)
+    said = "\n".join(Run(GaLoreAdamW, model, rank=4).report(measured=False).reasons)
+    for phrase in ("Embeddings", "All gradients", "Weights are float32"):
+        assert (phrase in said) == applies
+
+
+def test_bad_input():
+    model = Layers()
+    optimizer = GaLoreAdamW(param_groups(model, verbose=False))
+    with pytest.raises(ValueError, match="no step yet"):
+        memory_report(model, optimizer)
+    with pytest.raises(ValueError, match="no step yet"):
+        memory_report(model, torch.optim.AdamW(model.parameters()))
+    with pytest.raises(ValueError, match="no step yet"):
+        memory_report(model, optimizer, step=lambda: None)
+    with pytest.raises(TypeError, match="got Layers"):
+        memory_report(model, model)
+    with pytest.raises(TypeError, match="got list"):
+        memory_report(list(model.parameters()), optimizer)
+    with pytest.raises(TypeError, match="got Tensor"):
+        memory_report(model, optimizer, step=torch.zeros(1))
+    with pytest.raises(ValueError, match="5 of the 5"):
+        memory_report(Layers(), optimizer)
+
+
+def test_a_step_that_fails_leaves_no_hooks():
+    run = Run(GaLoreAdamW, rank=4)
+    before = [dict(p._backward_hooks or {}) for p in run.model.parameters()]
+
+    def fails():
+        run.model(run.tokens).sum().backward()
+        raise KeyError("data")
+
+    with pytest.raises(KeyError):
+        memory_report(run.model, run.optimizer, step=fails)
+    assert [dict(p._backward_hooks or {}) for p in run.model.parameters()] == before
+    assert not run.optimizer._optimizer_step_pre_hooks
+    assert not run.optimizer._optimizer_step_post_hooks
