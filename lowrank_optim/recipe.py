@@ -228,6 +228,10 @@ class Basis(abc.ABC):
         """Elements of tensors that all matrices of an equal width share, by name."""
         return {}
 
+    def sharing(self, shape: Shape, like: Tensor) -> dict[str, Tensor]:
+        """The tensors of `shared` for gradients `like` this one; made, if there was no step yet."""
+        return {}
+
 
 class Refresh(abc.ABC):
     """When is the basis refitted, and what becomes of the moments?"""
