@@ -106,20 +106,22 @@ def _resume_command(argv: list[str], out: Path) -> str:
 
 
 def _conclude(args: argparse.Namespace, argv: list[str], out: Path, folders: list[Path], failed: list[str]) -> None:
-    from pretraining import launch, plot, summary
+    from pretraining import energy, launch, plot, summary
 
     done = [(result, folder) for folder in folders if (result := launch.finished(folder))]
-    results = [result for result, _ in done]
+    results, drawn = [result for result, _ in done], []
     if results:
         print(f"\n{summary.table(results, failed)}\n")
-        plot.draw(results, [folder for _, folder in done], out / "curve.png")
+        finished = [folder for _, folder in done]
+        plot.draw(results, finished, out / "curve.png")
+        drawn = ["curve.png", *(["energy.png"] if energy.draw(results, finished, out / "energy.png") else [])]
     command = shlex.join(["python", sys.argv[0], *argv])
     config = {key: value for key, value in vars(args).items() if key != "worker"}
     summary.write(out / "summary.json", results, failed, command, config)
-    for path in [out / "summary.json", *([out / "curve.png"] if results else [])]:
-        print(f"wrote {path}")
+    for name in ["summary.json", *drawn]:
+        print(f"wrote {out / name}")
     for folder in folders:
-        names = sorted({path.name for path in folder.iterdir()} - {"summary.json", "curve.png"})
+        names = sorted({path.name for path in folder.iterdir()} - {"summary.json", *drawn})
         print(f"wrote {folder}/ ({', '.join(names)})")
 
 

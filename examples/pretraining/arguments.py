@@ -15,11 +15,13 @@ from .errors import PretrainError
 from .job import Job
 from .model import DTYPES
 from .optimizers import Choice
+from .precision import AMP
 from .presets import PRESETS
 from .text import Source
 
 SIZES = "hidden", "mlp", "layers", "heads", "vocab", "sequence", "steps", "batch", "micro_batch"
 TEMPO = "eval_every", "save_every", "val_tokens"
+IN_BACKWARD = {"clip_by": "tensor", "accumulate": "projected", "basis_from": "window"}  # what they are if not given
 SMALLEST_VOCAB = 257  # 256 bytes and the end of a document
 
 
@@ -53,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     _add_model(top.add_argument_group("model", "a preset, and what to change in it"))
     _add_optimizer(top.add_argument_group("optimizer"))
     _add_training(top.add_argument_group("training"))
+    _add_backward(top.add_argument_group("step in backward"))
     _add_data(top.add_argument_group("data"))
     _add_run(top.add_argument_group("run"))
     return top
@@ -81,8 +84,17 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--warmup", type=fraction, default=0.1, help="share of the steps (default: 0.1)")
     group.add_argument("--clip", type=non_negative, default=1.0, help="largest gradient norm, 0 for none (default: 1)")
     group.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights, gradients and activations")
+    group.add_argument("--amp", choices=AMP, default="none", help="dtype of products, by autocast; weights stay fp32")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     group.add_argument("--seed", type=natural, default=0)
+
+
+def _add_backward(group: argparse._ArgumentGroup) -> None:
+    norms, sums = ("global", "tensor", "delayed"), ("projected", "whole")
+    group.add_argument("--step-in-backward", action="store_true", help="use and free each gradient when it is complete")
+    group.add_argument("--clip-by", choices=norms, help="norm of all, of each, of all in the step before (not global)")
+    group.add_argument("--accumulate", choices=sums, help="over micro-batches (default: projected, where possible)")
+    group.add_argument("--basis-from", choices=("window", "micro-batch"), help="gradient for a basis (default: window)")
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
@@ -119,8 +131,31 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         raise PretrainError("--set goes with --optimizer; under --compare write NAME:KEY=VALUE")
     if args.compare:
         args.optimizer = None  # its default means nothing then
+    if args.amp != "none" and args.dtype != "fp32":
+        raise PretrainError(
+            f"--amp {args.amp} computes in 16 bits beside float32 weights, --dtype {args.dtype} has no such weights; "
+            "leave one of them out"
+        )
+    _complete_backward(args)
     args.device = _device(args.device)
     return args
+
+
+def _complete_backward(args: argparse.Namespace) -> None:
+    given = [name for name in IN_BACKWARD if getattr(args, name) not in (None, "global")]
+    if given and not args.step_in_backward:
+        flag = f"--{given[0].replace('_', '-')}"
+        raise PretrainError(f"{flag} {getattr(args, given[0])} needs --step-in-backward; add it, or leave {flag} out")
+    if args.step_in_backward and (args.clip_by == "global" or (args.clip_by is None and args.clip)):
+        raise PretrainError(
+            f"--step-in-backward cannot clip (--clip {args.clip:g}) by the norm of all gradients, which is known only "
+            "when most of them have been used. Add --clip-by delayed (by the norm of all in the step before), "
+            "--clip-by tensor (each gradient by its own norm), or --clip 0"
+        )
+    for name, default in IN_BACKWARD.items():
+        setattr(args, name, getattr(args, name) or default)
+    if not args.step_in_backward:
+        args.clip_by = "global"
 
 
 def _device(name: str) -> str:
@@ -154,12 +189,24 @@ def request(args: argparse.Namespace) -> Request:
 
 
 def job(args: argparse.Namespace, choice: Choice, corpus: Corpus) -> Job:
-    same = ("preset", "device", "dtype", "seed", "warmup", "clip", "eval_every", "save_every", *SIZES)
+    same = (
+        "preset",
+        "device",
+        "dtype",
+        "seed",
+        "warmup",
+        "clip",
+        "eval_every",
+        "save_every",
+        *SIZES,
+        "amp",
+        "step_in_backward",
+    )
     return Job(
         label=choice.label,
         optimizer=choice.optimizer.__name__,
         corpus=str(corpus.folder.resolve()),
         corpus_digest=corpus.digest,
-        **{name: getattr(args, name) for name in same} | {"vocab": corpus.vocab},
+        **{name: getattr(args, name) for name in (*same, *IN_BACKWARD)} | {"vocab": corpus.vocab},
         **optimizers.settings(choice, PRESETS[args.preset], args.lr, args.dtype),
     )

@@ -42,6 +42,11 @@ class Job:
     device: str
     keywords: dict[str, Any] = field(default_factory=dict)
     matrix_lr_scale: float = 1.0
+    amp: str = "none"
+    step_in_backward: bool = False
+    clip_by: str = "global"
+    accumulate: str = "projected"  # this and the next: with step_in_backward
+    basis_from: str = "window"
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Job:

@@ -13,15 +13,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checkpoint, memory, model, optimizers
+from . import checkpoint, memory, model, optimizers, precision
 from .corpus import Corpus
 from .data import training_data, validation_batches
 from .errors import PretrainError
 from .interrupt import Interrupt
 from .job import Job
 from .log import Log
+from .update import Updater
 
 FLOOR = 0.1  # the cosine ends at this share of the peak lr
+SMALLEST_SCALE = 1.0  # gradients that overflow below it do so without any loss scale
+STATISTICS = 50  # so often during a run the optimizer is asked for its counters
 
 
 @dataclass
@@ -37,6 +40,7 @@ class Clock:
 class History:
     losses: list[float] = field(default_factory=list)  # one per step
     validation: list[tuple[int, float]] = field(default_factory=list)  # (steps done, loss)
+    overflows: int = 0  # steps whose gradients did not fit into float16
 
 
 def lr_factor(step: int, steps: int, warmup: int) -> float:
@@ -47,9 +51,10 @@ def lr_factor(step: int, steps: int, warmup: int) -> float:
     return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def token_losses(network: torch.nn.Module, windows: Tensor) -> Tensor:
+def token_losses(network: torch.nn.Module, windows: Tensor, amp: str) -> Tensor:
     """Sum of the cross-entropies of all targets in `windows` (count, sequence + 1), in float32."""
-    logits = network(input_ids=windows[:, :-1]).logits
+    with precision.autocast(windows.device, amp):
+        logits = network(input_ids=windows[:, :-1]).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten(), reduction="sum")
 
 
@@ -62,12 +67,13 @@ class Run:
         self.model = model.build(job)
         self.initial_weights = model.fingerprint(self.model)
         self.optimizer = optimizers.build(self.model, job)
+        self.updater = Updater(self.model, self.optimizer, job)
         warmup = int(job.warmup * job.steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: lr_factor(step, job.steps, warmup)
         )
         self.data = training_data(self.corpus, job.sequence, job.seed)
-        self.log = Log(folder / "log.jsonl")
+        self.log, self.statistics = Log(folder / "log.jsonl"), Log(folder / "statistics.jsonl")
         self.step, self.clock, self.history, self.earlier_peak = 0, Clock(), History(), 0
 
     @property
@@ -81,6 +87,7 @@ class Run:
     def train(self) -> bool:
         """True when the run is complete, False when it was interrupted; saved in both cases."""
         self.log.truncate(self.step)
+        self.statistics.truncate(self.step)
         bar = self._bar()
         with bar:
             while True:
@@ -104,26 +111,50 @@ class Run:
     def _train_step(self, bar: tqdm[Any]) -> None:
         start = self._now()
         loss = self._backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.job.clip or math.inf).item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise PretrainError(
-                f"{self.job.label} diverged at step {self.step + 1}: loss {loss}, gradient norm {norm}; the last "
-                "checkpoint is untouched. Try a lower lr, more warm-up or a smaller --clip"
-            )
-        lr = self.scheduler.get_last_lr()[0]
+        norm = self.updater.clip()
+        if not (math.isfinite(loss) and (norm is None or math.isfinite(norm) or self.updater.scaler.is_enabled())):
+            raise self._diverged(f"loss {loss}, gradient norm {norm}")
+        lr, scale = self.scheduler.get_last_lr()[0], self.updater.scaler.get_scale()
         before = self._now()
-        self.optimizer.step()
+        fits = self.updater.step()
         after = self._now()
+        if not fits:
+            self._overflow(scale, bar)
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.clock.training += after - start
         self.clock.optimizer += after - before
         self.history.losses.append(loss)
-        self.log.write(step=self.step, loss=loss, lr=lr, gradient_norm=norm, seconds=after - start)
+        norm = self.updater.handle.grad_norm if self.updater.handle else norm
+        amp = {"loss_scale": scale, "overflow": not fits} if self.job.amp == "fp16" else {}
+        row = {"loss": loss, "lr": lr, "gradient_norm": norm if fits else None, **amp, "seconds": after - start}
+        self.log.write(step=self.step, **row)
+        self._note_statistics()
         speed = self.job.batch * self.job.sequence / (after - start)
         bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s", refresh=False)
         bar.update()
+
+    def _diverged(self, signs: str) -> PretrainError:
+        return PretrainError(
+            f"{self.job.label} diverged at step {self.step + 1}: {signs}; the last checkpoint is untouched. "
+            "Try a lower lr, more warm-up or a smaller --clip"
+        )
+
+    def _overflow(self, scale: float, bar: tqdm[Any]) -> None:
+        """The scaler starts too high and goes down until gradients fit: a few such steps are nothing to worry about."""
+        if scale < SMALLEST_SCALE:
+            raise self._diverged(f"gradients overflow at a loss scale of {scale:g}")
+        self.history.overflows += 1
+        left_out = "parameters with such gradients are" if self.job.step_in_backward else "the step is"
+        found = f"step {self.step + 1}, gradients overflow at a loss scale of {scale:g}"
+        bar.write(f"{self.job.label}: {found}; {left_out} left out", file=sys.stderr)
+
+    def _note_statistics(self) -> None:
+        """Counters of the optimizer, such as the energy that its subspaces capture, where it has them."""
+        due = self.step in (1, self.job.steps) or self.step % max(1, self.job.steps // STATISTICS) == 0
+        if due and hasattr(self.optimizer, "stats"):
+            self.statistics.write(step=self.step, **self.optimizer.stats())
 
     def _backward(self) -> float:
         """Mean loss over the batch; gradients are those of the mean, summed up over micro-batches."""
@@ -131,8 +162,8 @@ class Run:
         first, tokens = self.step * job.batch, job.batch * job.sequence
         for offset in range(0, job.batch, job.micro_batch):
             windows = self.data.windows(first + offset, min(job.micro_batch, job.batch - offset)).to(job.device)
-            loss = token_losses(self.model, windows) / tokens
-            loss.backward()
+            loss = token_losses(self.model, windows, job.amp) / tokens
+            self.updater.backward(loss)
             total += loss.item()
         return total
 
@@ -167,6 +198,7 @@ class Run:
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.updater.scaler.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "data": self.data.state_dict(),
             "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if cuda else []},
@@ -182,6 +214,8 @@ class Run:
         self.job.check_continues(Job.from_dict(content["job"]))
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
+        if self.updater.scaler.is_enabled():
+            self.updater.scaler.load_state_dict(content["scaler"])
         self.scheduler.load_state_dict(content["scheduler"])
         self.data.load_state_dict(content["data"])
         torch.set_rng_state(content["random"]["cpu"])
@@ -213,7 +247,7 @@ def validation_loss(network: torch.nn.Module, corpus: Corpus, job: Job, interrup
     for windows in validation_batches(corpus.tokens("validation"), job.sequence, job.micro_batch):
         if interrupt.requested:
             break
-        total += token_losses(network, windows.to(job.device)).item()
+        total += token_losses(network, windows.to(job.device), job.amp).item()
         count += windows[:, 1:].numel()
     network.train()
     return None if interrupt.requested else total / count

@@ -15,6 +15,7 @@ import torch
 import lowrank_optim
 from lowrank_optim.plan import names_say
 
+from . import update
 from .errors import PretrainError
 from .job import Job
 from .presets import Preset
@@ -241,8 +242,10 @@ def build(model: torch.nn.Module, job: Job) -> torch.optim.Optimizer:
 
 def check(job: Job) -> None:
     """Refuse values that the optimizer does not take, on one matrix without memory, before anything is written."""
-    matrix = torch.nn.Parameter(torch.empty(job.mlp, job.hidden, device="meta"))
-    _make(find(job.optimizer), [{"params": [("matrix", matrix)]}], job)
+    model = torch.nn.Linear(job.hidden, job.mlp, bias=False, device="meta")
+    optimizer = _make(find(job.optimizer), [{"params": list(model.named_parameters())}], job)
+    if job.step_in_backward:
+        update.attach(model, optimizer, job)
 
 
 def _make(optimizer: Any, groups: list[dict[str, Any]], job: Job) -> torch.optim.Optimizer:

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
+from .job import Job
 from .log import read
 
 COLORS = ("#4269d0", "#ff725c", "#3ca951", "#a463f2", "#efb118", "#6cc5b0", "#9c6b4e", "#9498a0")
@@ -36,7 +37,7 @@ def draw(results: list[dict[str, Any]], folders: list[Path], path: Path) -> None
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(12, height), width_ratios=(3, 2), layout="constrained")
         size = f"{results[0]['parameters'] / 1e6:.1f} M parameters"
-        title = f"LLaMA {job['preset']}: {size}, {job['steps']:,} steps, {job['dtype']}"
+        title = f"LLaMA {job['preset']}: {size}, {job['steps']:,} steps, {_mode(Job.from_dict(job))}"
         figure.suptitle(title, fontsize=13, fontweight="bold")
         for result, folder, color in zip(results, folders, _colors(len(results)), strict=True):
             _curve(left, result, [row["loss"] for row in read(folder / "log.jsonl")], color)
@@ -44,6 +45,11 @@ def draw(results: list[dict[str, Any]], folders: list[Path], path: Path) -> None
         _bars(right, results)
         figure.savefig(path, dpi=150)
         plt.close(figure)
+
+
+def _mode(job: Job) -> str:
+    products = "" if job.amp == "none" else f" with {job.amp} products"
+    return job.dtype + products + (", stepping in backward" if job.step_in_backward else "")
 
 
 def _colors(count: int) -> list[str]:
@@ -100,7 +106,7 @@ def _bars(axes: Axes, results: list[dict[str, Any]]) -> None:
                 )
             start += size
         axes.text(start + 0.01 * widest, place, f"{start:.1f}", va="center", fontweight="bold")
-    axes.set(title="Memory that lasts from step to step", xlabel=name, xlim=(0, 1.1 * widest))
+    axes.set(title="Memory beside activations", xlabel=name, xlim=(0, 1.1 * widest))
     axes.set_yticks(range(len(results)), [result["label"].replace(" ", "\n") for result in results])
     axes.set_ylim(max(len(results), 2) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)

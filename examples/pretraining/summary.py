@@ -28,7 +28,7 @@ HEAD = (
 
 
 def _row(result: dict[str, Any]) -> tuple[str, ...]:
-    size = result["bytes"]
+    size, share = result["bytes"], result["optimizer_share_of_time"]
     return (
         result["label"],
         _rates(result["job"]),
@@ -36,7 +36,7 @@ def _row(result: dict[str, Any]) -> tuple[str, ...]:
         human(size["optimizer_predicted"]),
         f"{size['optimizer_measured'] / size['optimizer_predicted_adamw']:.3f}",
         human(size["peak"]),
-        f"{result['optimizer_share_of_time']:.1%}",
+        "in backward" if share is None else f"{share:.1%}",
         f"{result['tokens_per_second']:,.0f}",
         f"{result['validation_loss']:.4f}",
     )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import lowrank_optim
+from lowrank_optim.chunk import CHUNK_BYTES
 
 from .interrupt import Interrupt
 from .job import Job
@@ -29,7 +30,7 @@ def work(folder: Path, interrupt: Interrupt) -> bool:
     run = Run(job, folder, interrupt)
     predicted = predict(run)  # before the training, so that a surprise comes early
     if hasattr(run.optimizer, "report"):
-        (folder / "report.txt").write_text(f"{run.optimizer.report()}\n")
+        (folder / "report.txt").write_text(_report(run))
     if run.path.exists():
         run.load()
     elif interrupt.requested:  # nothing trained, nothing to save
@@ -42,6 +43,12 @@ def work(folder: Path, interrupt: Interrupt) -> bool:
     return finished
 
 
+def _report(run: Run) -> str:
+    """What the optimizer does with each parameter, and what step_in_backward keeps of each gradient."""
+    reports = [run.optimizer.report(), *([run.updater.handle.report()] if run.updater.handle else [])]
+    return "\n\n".join(map(str, reports)) + "\n"
+
+
 def predict(run: Run) -> dict[str, int]:
     """Bytes that should last from step to step, of this optimizer and of AdamW."""
     keywords = {key: value for key, value in run.job.keywords.items() if key not in EXECUTION}
@@ -49,28 +56,41 @@ def predict(run: Run) -> dict[str, int]:
     adamw = lowrank_optim.estimate_memory(run.model, torch.optim.AdamW)
     return {
         "weights": ours.weights,
-        "gradients": ours.gradients,
+        "gradients": _gradients(run, ours.gradients),
         "optimizer_predicted": ours.optimizer,
         "optimizer_predicted_adamw": adamw.optimizer,
     }
+
+
+def _gradients(run: Run, whole: int) -> int:
+    """The most that live at once: all, or in backward what micro-batches leave behind, and what is used together."""
+    if run.updater.handle is None:
+        return whole
+    rows = run.updater.handle.report()
+    stacked = run.job.keywords.get("foreach")
+    stacked = run.job.device != "cpu" if stacked is None else stacked
+    largest = max(CHUNK_BYTES if stacked else 0, *(row.full_bytes for row in rows))
+    return min(whole, sum(row.state_bytes for row in rows) + largest)
 
 
 def result(run: Run, predicted: dict[str, int]) -> dict[str, Any]:
     job, clock = run.job, run.clock
     measured = {"optimizer_measured": lowrank_optim.state_bytes(run.optimizer), "peak": run.peak}
     tokens = run.step * job.batch * job.sequence
+    in_optimizer = None if job.step_in_backward else clock.optimizer  # backward is the optimizer then
     return {
         "label": job.label,
         "job": job.to_dict(),
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "initial_weights": run.initial_weights,
         "bytes": {**predicted, **measured},
-        "seconds": asdict(clock),
-        "optimizer_share_of_time": clock.optimizer / clock.training,
+        "seconds": {**asdict(clock), "optimizer": in_optimizer},
+        "optimizer_share_of_time": None if in_optimizer is None else in_optimizer / clock.training,
         "tokens": tokens,
         "tokens_per_second": tokens / clock.training,
         "validation_tokens": run.corpus.validation_tokens - 1,  # the first one is never a target
         "validation": run.history.validation,
         "validation_loss": run.history.validation[-1][1],
         "training_loss": run.history.losses[-1],
+        "overflows": run.history.overflows,
     }
