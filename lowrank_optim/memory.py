@@ -229,6 +229,7 @@ def _meta(entry: Any, index: int, dtype: torch.dtype | None) -> tuple[str, nn.Pa
     meta = nn.Parameter(torch.empty(p.shape, dtype=dtype or p.dtype, device="meta"))
     if is_packed(p):
         cast(Any, meta).packed_bytes = cast(Any, p).stored_bytes()
+        cast(Any, meta).pack_ = None  # is_packed: it does its own rounding, and Kahan's compensation is not for it
     return name, meta
 
 

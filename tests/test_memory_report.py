@@ -119,6 +119,16 @@ def test_quantized_weights_are_measured_as_they_are_stored():
     assert found["weights"].adamw == (4 * 64 * 64 + 16 * 64) * 4
 
 
+def test_quantized_weights_have_no_compensation():
+    model = lowrank_optim.quantize_weights(Layers(dtype=torch.bfloat16))
+    run = Run(lowrank_optim.QGaLoreAdamW, model, rank=4, bf16_update="kahan")
+    planned = lowrank_optim.estimate_memory(model, lowrank_optim.QGaLoreAdamW, rank=4, bf16_update="kahan")
+    found = run.report(measured=False)
+    assert planned.optimizer == found["optimizer"].measured == lowrank_optim.state_bytes(run.optimizer)
+    assert found["compensation"].measured == 16 * 64 * 2, "of the embedding alone"
+    assert planned.weights == found["weights"].measured
+
+
 # -- step during backward ----------------------------------------------------------------------------------------------
 
 
