@@ -5,6 +5,7 @@ from .backward import StepInBackward, step_in_backward
 from .groups import param_groups
 from .layers.quantized import Int8Weight, quantize_weights
 from .memory import MemoryEstimate, estimate_memory
+from .memory_report import MemoryReport, memory_report
 from .methods.apollo import APOLLO
 from .methods.apollo_mini import APOLLOMini
 from .methods.composed import Composed, compose
@@ -44,6 +45,7 @@ __all__ = [
     "LDAdamW",
     "LowRankOptimizer",
     "MemoryEstimate",
+    "MemoryReport",
     "QGaLoreAdamW",
     "Report",
     "SNSMAdamW",
@@ -52,6 +54,7 @@ __all__ = [
     "SubspaceMomentum",
     "compose",
     "estimate_memory",
+    "memory_report",
     "param_groups",
     "quantize_weights",
     "state_bytes",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -52,7 +53,7 @@ def step_in_backward(
     is that of every matrix in the first window of all. Methods that use the rest of G as well (Fira, APOLLO, Flora,
     ...) and parameters that are not projected always accumulate whole. `report()` of the handle says which.
 
-    Memory: of gradients, the largest one (on accelerators, and with `foreach=True`, 64 MiB or the largest one), and
+    Memory: of gradients, the largest one (on accelerators, and with `foreach=True`, up to 64 MiB more), and
     with accumulation what the handle's `report()` adds up.
 
     Args:
@@ -134,7 +135,7 @@ class StepInBackward:
 
     def __exit__(self, *exception: object) -> None:
         if exception[0] is not None:
-            self._forget()
+            self.optimizer.zero_grad()
         self.remove()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -150,7 +151,8 @@ class StepInBackward:
         for handle in self._handles:
             handle.remove()
         self._handles, self._windows = [], {}
-        self.optimizer._in_backward = None
+        if self.optimizer._in_backward is self:
+            self.optimizer._in_backward = None
 
     # -- during backward -----------------------------------------------------------------------------------------------
 
@@ -203,7 +205,7 @@ class StepInBackward:
 
     def _is_thin(self, member: Member) -> bool:
         """Can the gradients of this window be accumulated in the basis that there is, or that this one gives?"""
-        if not _ever_thin(self, member.p, member.group):
+        if not self._ever_thin(member.p, member.group):
             return False
         chunk = self._chunk(member)
         if self.basis_from == "micro-batch" and refresh_due(chunk):
@@ -264,17 +266,12 @@ class StepInBackward:
         return _BackwardReport(self._row(p, group) for p, group in self.optimizer._members())
 
     def _row(self, p: Tensor, group: dict[str, Any]) -> Row:
-        plan = self.optimizer._plans[p]
-        recipe, whole = self.optimizer._recipe_of(plan, group), p.numel() * p.element_size()
-        thin, kept, reason = _ever_thin(self, p, group), whole, ""
+        plan, thin = self.optimizer._plans[p], self._ever_thin(p, group)
+        method, reason = "projected" if thin else "whole", ""
         if self.accumulation_steps == 1:
-            method, kept = "freed at once", 0
-        elif thin:
-            coordinates = recipe.basis.coordinates(plan.matrix, plan.rank or 0)
-            method, kept = "projected", plan.count * math.prod(coordinates) * working_dtype(p).itemsize
-        else:
-            used = plan.projected and not recipe.thin
-            method = "whole"
+            method = "freed at once"
+        elif not thin:
+            used = plan.projected and not self.optimizer._recipe_of(plan, group).thin
             reason = plan.reason or ("the rest of its gradient is used as well" if used else 'accumulate="whole"')
         return Row(
             name=plan.name,
@@ -282,11 +279,18 @@ class StepInBackward:
             method=method,
             rank=plan.rank if thin else None,
             side=plan.side,
-            state_bytes=kept if p.requires_grad else 0,
-            full_bytes=whole,
+            state_bytes=kept_gradient(self.optimizer, p, group, self.accumulation_steps, self.accumulate),
+            full_bytes=p.numel() * p.element_size() if p.requires_grad else 0,
             skipped=0,
             reason=reason if p.requires_grad else "frozen",
         )
+
+    def _ever_thin(self, p: Tensor, group: dict[str, Any]) -> bool:
+        return ever_thin(self.optimizer, p, group, self.accumulation_steps, self.accumulate)
+
+    def _sums(self) -> Iterator[Tensor]:
+        """What has been gathered of gradients beside p.grad."""
+        return (window.sum for window in self._windows.values() if window.sum is not None)
 
     # -- optimizer.step() ----------------------------------------------------------------------------------------------
 
@@ -295,21 +299,31 @@ class StepInBackward:
         with self._lock:
             self._refuse_unknown_scaler()
             self._begin()
-            done = {p for p, window in self._windows.items() if window.count == self.accumulation_steps}
-            started = [p for p, window in self._windows.items() if window.count and p not in done]
-            by_hand = [p for p in self._groups if p.grad is not None and p not in done and p not in started]
-            left = [self._gathered(p) for p in started if self._windows[p].thin or p.grad is not None]
-            left += [self._member(p) for p in by_hand]
+            if getattr(self.optimizer, "grad_scale", self) is None:
+                self._inverse_scale = 1.0  # the scaler says so after unscale_(), which has divided what was left
+            done = [p for p, window in self._windows.items() if window.count == self.accumulation_steps]
+            self._refuse_late_gradients(done)
+            rest = [p for p, window in self._windows.items() if window.count < self.accumulation_steps]
+            # Some of them have a gradient that was set by hand, some a window in which nobody left them one.
+            left = [self._gathered(p) for p in rest if self._windows[p].thin or p.grad is not None]
             self.optimizer._prepare([one for one in left if not one.projected])
             if done or not self.optimizer._dry_run(left):
                 self._pending += left
                 self._flush()
+                self.grad_norm = None if self._partial else math.sqrt(self._squares)
+                if self.clip_norm is not None and self.clip == "delayed" and (done or left):
+                    self.optimizer.param_groups[0][GRAD_NORM] = self.grad_norm
             self._tell_scaler()
-            norm = None if self._partial else math.sqrt(self._squares)
-            if self.clip_norm is not None and self.clip == "delayed" and (done or left):
-                self.optimizer.param_groups[0][GRAD_NORM] = norm
-            self.grad_norm = norm
             self._forget()
+
+    def _refuse_late_gradients(self, done: list[Tensor]) -> None:
+        waiting = {one.p for one in self._pending}
+        late = [self.optimizer._plans[p].name for p in done if p.grad is not None and p not in waiting]
+        if late:
+            raise RuntimeError(
+                f"{checks.few(late)} got a gradient after backward had updated it, which this step cannot use any "
+                "more. Drop it with optimizer.zero_grad()"
+            )
 
     def _refuse_unknown_scaler(self) -> None:
         if hasattr(self.optimizer, "grad_scale") and self.scaler is None:
@@ -362,7 +376,7 @@ def _check(handle: StepInBackward) -> None:
     checks.skips_nonfinite(optimizer.param_groups)
     if handle.scaler is not None:
         checks.scalable((plan.name, p.dtype) for p, plan in optimizer._plans.items())
-    if handle.clip_norm is not None and any(_ever_thin(handle, p, group) for p, group in optimizer._members()):
+    if handle.clip_norm is not None and any(handle._ever_thin(*one) for one in optimizer._members()):
         raise ValueError(
             "clip_norm needs the norm of the sum of all micro-batches, which their projections do not tell. Pass "
             'accumulate="whole", which keeps a gradient per matrix, or accumulation_steps=1'
@@ -373,8 +387,33 @@ def _ratio(clip_norm: float | None, norm: float) -> float:
     return math.inf if clip_norm is None else clip_norm / (norm + _TINY)
 
 
-def _ever_thin(handle: StepInBackward, p: Tensor, group: dict[str, Any]) -> bool:
+def most_gradients(optimizer: LowRankOptimizer, accumulation_steps: int, accumulate: str = "projected") -> int:
+    """Bytes of gradients alive at once, at most: what micro-batches have left, and what waits for its update."""
+    trained = [(p, group) for p, group in optimizer._members() if p.requires_grad]
+    kept = sum(kept_gradient(optimizer, p, group, accumulation_steps, accumulate) for p, group in trained)
+    sizes = [p.numel() * p.element_size() for p, _ in trained]
+    stacked = any(group["foreach"] or p.device.type not in ("cpu", "meta") for p, group in trained)
+    waiting = max(sizes, default=0) + (CHUNK_BYTES if stacked else 0)
+    return kept + min(waiting, sum(sizes))
+
+
+def kept_gradient(
+    optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], accumulation_steps: int, accumulate: str
+) -> int:
+    """Bytes kept of the gradient of p between micro-batches, in windows without a refresh."""
+    if accumulation_steps == 1 or not p.requires_grad:
+        return 0
+    if not ever_thin(optimizer, p, group, accumulation_steps, accumulate):
+        return p.numel() * p.element_size()
+    plan = optimizer._plans[p]
+    coordinates = optimizer._recipe_of(plan, group).basis.coordinates(plan.matrix, plan.rank or 0)
+    return plan.count * math.prod(coordinates) * working_dtype(p).itemsize
+
+
+def ever_thin(
+    optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], accumulation_steps: int, accumulate: str
+) -> bool:
     """Are gradients of p accumulated projected, in windows without a refresh?"""
-    plan = handle.optimizer._plans[p]
-    wanted = handle.accumulation_steps > 1 and handle.accumulate == "projected" and plan.projected
-    return wanted and handle.optimizer._recipe_of(plan, group).thin
+    plan = optimizer._plans[p]
+    wanted = accumulation_steps > 1 and accumulate == "projected" and plan.projected
+    return wanted and optimizer._recipe_of(plan, group).thin

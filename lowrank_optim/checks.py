@@ -27,7 +27,7 @@ _FOREIGN_KEYS |= {"base_momentum", "max_momentum", "grad_norm"}
 # What may be edited in a group that has state; all other options decide what the state is.
 _FREE = {"lr", "betas", "eps", "weight_decay", "scale", "momentum", "beta2_decay", "d", "sign_scale", "residual_scale"}
 _FREE |= {"rho", "threshold", "growth", "update_proj_gap", "random_after", "stagger", "bf16_update", "nonfinite"}
-_FREE |= {"maximize", "foreach", "strict"}
+_FREE |= {"maximize", "foreach", "strict", "capturable", "differentiable", "fused"}
 
 
 Check = Callable[[str, Any], None]
@@ -135,6 +135,23 @@ def _decay(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a number in [-1, 0), got {value!r}; Adafactor's is -0.8")
 
 
+def _not_differentiable(name: str, value: Any) -> None:
+    _flag(name, value)
+    if value:
+        raise ValueError(
+            "differentiable=True: bases are fitted and state is written in place, without gradients. For a step that "
+            "can be differentiated take one of torch.optim"
+        )
+
+
+def _fused(name: str, value: Any) -> None:
+    if value is not None:
+        raise ValueError(
+            f"{name} must be None, got {value!r}: one kernel for many operations is used wherever there is one, and "
+            "nowhere else can it be"
+        )
+
+
 def _clip(name: str, value: Any) -> None:
     if value == "global":
         raise ValueError(
@@ -190,6 +207,9 @@ _CHECKS: dict[str, Check] = {
     "seed": _whole(0),
     "maximize": _flag,
     "foreach": _flag_or_none,
+    "capturable": _flag,
+    "differentiable": _not_differentiable,
+    "fused": _fused,
     "skip_embeddings": _flag,
     "strict": _flag,
     "as_matrix": _one_of("auto", "flatten", "batch"),
@@ -306,6 +326,14 @@ def gradient(name: str, grad: Tensor) -> None:
         raise RuntimeError(
             f"the gradient of {name} is sparse ({grad.layout}); low-rank methods need dense gradients. "
             "Build the embedding with sparse=False, or give it to torch.optim.SparseAdam"
+        )
+
+
+def capturable(method: str, feeds_back: bool) -> None:
+    if feeds_back:
+        raise ValueError(
+            f"{method} with capturable=True: error feedback changes the gradient before the basis is refitted, and the "
+            "one is in the captured graph and the other before it. Leave capturable out, or switch error feedback off"
         )
 
 

@@ -14,6 +14,7 @@ from .ops import round_to_bfloat16, stream_of
 from .plan import Plan
 from .recipe import AGE, Clock, Kept, Recipe, Spec, State, Store
 from .stats import Watch
+from .step_numbers import Numbers
 
 CHUNK_BYTES = 64 << 20  # of gradients stacked at once: what a step may hold beyond one matrix
 SLICE = 1 << 20  # elements of a plain parameter updated at once on CPU, where copies and noise then stay in cache
@@ -36,6 +37,7 @@ class Chunk:
     Attributes:
         plans, params, grads, states: one entry per parameter, or one piece of a parameter.
         watch: takes note of what happens.
+        numbers: of this step, on the device, where it is to be captured.
         projected: the gradients are coordinates already, accumulated during backward.
         start: number of the first element, where this is a slice of a plain parameter.
         first: number of the first matrix, where this is a part of a stack of experts.
@@ -51,10 +53,25 @@ class Chunk:
     states: list[dict[str, Tensor]]
     working: torch.dtype  # of all arithmetic
     watch: Watch
+    numbers: Numbers | None = None
     projected: bool = False
     start: int = 0
     first: int = 0
     partial: bool = False  # a flat slice: there is no matrix to be turned
+
+    @property
+    def lr(self) -> Clock:
+        return float(self.group["lr"]) if self.numbers is None else self.numbers.lr
+
+    @property
+    def now(self) -> Clock:
+        """The number of this step."""
+        return float(self.step) if self.numbers is None else self.numbers.step
+
+    @property
+    def time(self) -> int | Tensor:
+        """The same for random streams."""
+        return self.step if self.numbers is None else self.numbers.time
 
     def gradient(self) -> Tensor:
         """G as `(m, n)` or `(b, m, n)`, to be read only: it may be the memory of `p.grad`."""
@@ -69,8 +86,11 @@ class Chunk:
         keys = self.spec if keys is None else keys
         return {key: self._stacked([self._read(i, key) for i in range(len(self.plans))]) for key in keys}
 
-    def close(self, st: State, refreshed: bool) -> None:
-        """Writes the opened state back, where the open tensor is not the stored one. Bases only change at refreshes."""
+    def close(self, st: State, refreshed: bool, purpose: str = "") -> None:
+        """Writes the opened state back, where the open tensor is not the stored one. Bases only change at refreshes.
+
+        `purpose` tells the random numbers apart of several closings in one step.
+        """
         for key, spec in self.spec.items():
             if spec.steady and not refreshed:
                 continue
@@ -78,7 +98,7 @@ class Chunk:
                 kept = self._kept(i, key)
                 if kept[""].data_ptr() != x.data_ptr() or not x.numel():
                     start = self.start + self.first * math.prod(spec.shape)
-                    noise = None if spec.steady else (self.plans[i].key, stream_of(key, self.step), start)
+                    noise = None if spec.steady else (self.plans[i].key, stream_of(purpose + key, self.time), start)
                     cast(Store, spec.store).write_(kept, x, noise)
 
     def _read(self, i: int, key: str) -> Tensor:
@@ -104,13 +124,13 @@ class Chunk:
                 continue
             natural = x if self.partial else plan.natural(x)
             if is_packed(p):
-                cast(Any, p).pack_(natural, plan.key, stream_of("weight", self.step))
+                cast(Any, p).pack_(natural, plan.key, stream_of("weight", self.time))
             elif COMPENSATION in state:
                 p.copy_(natural)
                 state[COMPENSATION].copy_(natural - p)
             elif p.dtype == torch.bfloat16 and self.group["bf16_update"] == "stochastic":
                 start = self.start + self.first * math.prod(plan.matrix)
-                p.copy_(round_to_bfloat16(natural, plan.key, stream_of("weight", self.step), start))
+                p.copy_(round_to_bfloat16(natural, plan.key, stream_of("weight", self.time), start))
             else:
                 p.copy_(natural)
 
@@ -118,13 +138,30 @@ class Chunk:
         """Steps that the moments have seen, this one included."""
         if AGE in st:
             return st[AGE].add_(1).to(self.working).unsqueeze(-1)
-        if not self.recipe.refresh.restarts or not self.plans[0].projected:
+        if self.numbers is not None:
+            return self.numbers.t if self.numbers.t.numel() > 1 else self.numbers.t.view(())
+        if not self.restarts:
             return float(self.step)
+        ages = self.ages()
+        return float(ages) if len(ages) == 1 else ages.to(self.params[0].device, self.working).view(-1, 1, 1)
+
+    @property
+    def restarts(self) -> bool:
+        return self.recipe.refresh.restarts and self.plans[0].projected
+
+    def ages(self) -> Tensor:
+        """Steps that the moments of each matrix have seen, this one included, on the CPU."""
+        if not self.restarts:
+            return torch.full((1,), self.step)
         births = torch.cat([state["refreshed_at"].view(-1) for state in self.states])
-        ages = self.step - births.clamp(min=0)
-        if len(ages) == 1:
-            return float(ages)
-        return ages.to(self.params[0].device, self.working).view(-1, 1, 1)
+        return self.step - births.clamp(min=0)
+
+    def tell_(self) -> None:
+        """Writes the numbers of this step."""
+        if self.numbers is not None:
+            kept = [state["refreshes"].view(-1) for state in self.states if "refreshes" in state]
+            counts = torch.cat(kept) if kept else torch.zeros_like(self.numbers.counts)
+            self.numbers.tell_(self.group["lr"], self.step, self.ages(), counts)
 
     def pieces(self) -> Iterator[Chunk]:
         """This chunk, cut if it is one large parameter: a plain one on CPU into slices, a stack into some experts."""
@@ -169,7 +206,8 @@ class Chunk:
             w, state = matrices[piece], {key: tensor[piece] for key, tensor in rows.items()}
             part = replace(plan, batch=(len(w),), shape=tuple(w.shape))
             grads = [gradients[piece]]
-            yield replace(self, plans=[part], params=[w], grads=grads, states=[state], first=first)
+            numbers = None if self.numbers is None else self.numbers.some(piece)
+            yield replace(self, plans=[part], params=[w], grads=grads, states=[state], first=first, numbers=numbers)
 
     def matrices(self) -> Iterator[tuple[Plan, dict[str, Tensor], int, int]]:
         """(plan, state, number within its parameter, number within this chunk) of every matrix."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import checks
+from .backward import most_gradients
 from .chunk import CHUNK_BYTES, SLICE, is_packed, working_dtype
 from .groups import param_groups
 from .ops.philox import WORKSPACE
@@ -18,7 +21,10 @@ from .optimizer import LowRankOptimizer
 from .plan import Plan
 from .recipe import Recipe, Store
 from .report import human, state_bytes
+from .state import COUNTERS as COUNTER_KEYS
+from .state import fresh
 
+BASES, COUNTERS = "bases", "counters"  # kinds of state
 Groups = list[dict[str, Any]]
 Shapes = Mapping[str, tuple[int, ...]] | Iterable[tuple[int, ...]]
 
@@ -28,7 +34,8 @@ class MemoryEstimate:
     """Bytes of one training process, without activations.
 
     Attributes:
-        weights, gradients: of the parameters that are trained.
+        weights: of the parameters that are trained.
+        gradients: of the same, alive at once.
         states: moments and counters; exact.
         bases: exact.
         shared: dictionaries, one per width of matrix, which come with the first step and are in no checkpoint.
@@ -68,9 +75,17 @@ def estimate_memory(
     optimizer: type[Optimizer],
     *,
     dtype: torch.dtype | None = None,
+    step_in_backward: bool = False,
+    accumulation_steps: int = 1,
     **options: Any,
 ) -> MemoryEstimate:
     """What training with `optimizer(..., **options)` will hold.
+
+    With `step_in_backward`, gradients are the most of them alive at once: the largest one (with `foreach=True`, and on
+    accelerators without it being said here, up to 64 MiB more), and with accumulation also what is kept between
+    micro-batches: r x n coordinates of matrices whose method reads only these, whole gradients of all others. That is
+    for windows without a refresh: in the first one, and in those with a refresh, gradients of the matrices that are due
+    accumulate whole, unless `basis_from="micro-batch"`.
 
     Args:
         source: a model (also on the meta device; grouped by `param_groups`), groups that `param_groups` made, or
@@ -78,6 +93,9 @@ def estimate_memory(
         optimizer: a class of this package, or of torch.optim (then workspaces are not known and 0). Some of torch's,
             such as Adafactor, cannot step without memory and raise a ValueError.
         dtype: of weights and gradients; default: the model's own, float32 for shapes.
+        step_in_backward: with `lowrank_optim.step_in_backward`, which takes classes of this package only.
+        accumulation_steps: backward passes per step. Without `step_in_backward` gradients accumulate whole, and the
+            newest one is beside them for a moment.
         options: keyword arguments of the optimizer.
 
     Example::
@@ -88,34 +106,69 @@ def estimate_memory(
     """
     if not isinstance(optimizer, type):
         raise TypeError(f"optimizer must be a class, and its options keywords, got {optimizer!r:.60}")
+    checks.hyperparameters({"accumulation_steps": accumulation_steps}, {})
     low_rank = issubclass(optimizer, LowRankOptimizer)
+    if step_in_backward and not low_rank:
+        raise ValueError(
+            f"step_in_backward takes optimizers of lowrank_optim, got {optimizer.__name__}. Leave it out, or estimate "
+            "a class of this package"
+        )
     groups = _meta_groups(source, dtype, low_rank)
     params = [p for group in groups for _, p in group["params"]]
-    gradients = sum(p.nbytes for p in params)
     weights = sum(getattr(p, "packed_bytes", p.nbytes) for p in params)
     instance = optimizer(groups, **options)
     if not isinstance(instance, LowRankOptimizer):
+        gradients = whole_gradients([p.nbytes for p in params], accumulation_steps)
         return MemoryEstimate(weights, gradients, _bytes_after_step(instance, params), 0, 0, 0, 0)
-    states = bases = step = refresh = 0
+    if step_in_backward:
+        return expected(instance, weights, most_gradients(instance, accumulation_steps))
+    return expected(instance, weights, whole_gradients([p.nbytes for p in params], accumulation_steps))
+
+
+def whole_gradients(sizes: list[int], accumulation_steps: int = 1) -> int:
+    """Bytes of gradients that stay until the step; where they accumulate, the newest is beside its sum for a moment."""
+    return sum(sizes) + (max(sizes, default=0) if accumulation_steps > 1 else 0)
+
+
+def expected(optimizer: LowRankOptimizer, weights: int, gradients: int) -> MemoryEstimate:
+    """What an optimizer will hold, from its parameters' shapes alone."""
+    step = refresh = 0
+    kept: Counter[str] = Counter()
     shared: dict[str, int] = {}
-    for p, group in instance._members():
-        plan = instance._plans[p]
-        recipe = instance._recipe_of(plan, group)
-        specs = recipe.spec(plan.matrix, plan.rank or 0, plan.small)
-        fitted = recipe.basis.spec(plan.matrix, plan.rank or 0)
-        of_bases = {key + suffix for key in fitted for suffix in cast(Store, specs[key].store).suffixes}
-        for key, tensor in instance._fresh_state(p, group).items():
-            if key in of_bases:
-                bases += tensor.nbytes
-            else:
-                states += tensor.nbytes
-        working = working_dtype(p).itemsize
+    for p, group in optimizer._members():
+        plan, working = optimizer._plans[p], working_dtype(p)
+        recipe = optimizer._recipe_of(plan, group)
+        kept.update(expected_state(optimizer, p, group))
         step = max(step, _step_bytes(p, plan, recipe, group))
         if plan.projected:
             m, n = plan.matrix
-            shared |= {key: count * working for key, count in recipe.basis.shared(plan.matrix).items()}
-            refresh = max(refresh, recipe.basis.fit_workspace(m, n, plan.rank or 0) * working)
-    return MemoryEstimate(weights, gradients, states, bases, sum(shared.values()), step, refresh)
+            shared |= {key: count * working.itemsize for key, count in recipe.basis.shared(plan.matrix).items()}
+            refresh = max(refresh, recipe.basis.fit_workspace(m, n, plan.rank or 0) * working.itemsize)
+    bases = kept.pop(BASES, 0)
+    return MemoryEstimate(weights, gradients, kept.total(), bases, sum(shared.values()), step, refresh)
+
+
+def expected_state(
+    optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], plan: Plan | None = None
+) -> Counter[str]:
+    """Bytes of the state of one parameter by kind; `group` and `plan` may be others than it has."""
+    if not (p.requires_grad or optimizer.state.get(p)):
+        return Counter()  # frozen: no state yet
+    plan = optimizer._plans[p] if plan is None else plan
+    recipe, found = optimizer._recipe_of(plan, group), Counter[str]()
+    kinds = state_kinds(recipe, plan)
+    for key, tensor in fresh(p, plan, recipe, group, device="meta").items():
+        found[kinds.get(key, key)] += tensor.nbytes
+    return found
+
+
+def state_kinds(recipe: Recipe, plan: Plan) -> dict[str, str]:
+    """What each key of a parameter's state is: a moment, a basis, a counter; others are called as their key."""
+    fitted = recipe.basis.spec(plan.matrix, plan.rank or 0)
+    kinds = dict.fromkeys(COUNTER_KEYS, COUNTERS)
+    for key, spec in recipe.spec(plan.matrix, plan.rank or 0, plan.small).items():
+        kinds |= {key + suffix: BASES if key in fitted else key for suffix in cast(Store, spec.store).suffixes}
+    return kinds
 
 
 def _step_bytes(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) -> int:
@@ -176,6 +229,7 @@ def _meta(entry: Any, index: int, dtype: torch.dtype | None) -> tuple[str, nn.Pa
     meta = nn.Parameter(torch.empty(p.shape, dtype=dtype or p.dtype, device="meta"))
     if is_packed(p):
         cast(Any, meta).packed_bytes = cast(Any, p).stored_bytes()
+        cast(Any, meta).pack_ = None  # is_packed: it does its own rounding, and Kahan's compensation is not for it
     return name, meta
 
 

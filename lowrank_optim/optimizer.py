@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import checks
+from . import captured, checks
 from .chunk import Chunk, Member, form_chunks, gradient_norms, one_by_one
 from .hooks import full_precision
 from .parts import Drop, Identity
@@ -22,7 +22,7 @@ from .recipe import Recipe
 from .report import Report, report
 from .state import follow, fresh, loaded
 from .stats import Watch, stats
-from .update import update_
+from .update import Move, update_
 
 if TYPE_CHECKING:
     from .backward import StepInBackward
@@ -43,7 +43,9 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     ranked = True  # False: matrices are served whole, and `rank=None` in a group only leaves them out
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # options with values of this method's own
     fixed: ClassVar[tuple[str, ...]] = ()  # numbers that cannot be edited later, because state was made with them
-    _in_backward: StepInBackward | None = None  # copies and pickles of an optimizer do not inherit it
+    # How a step is run; copies and pickles of an optimizer do not inherit it.
+    _in_backward: StepInBackward | None = None
+    _move: Move | None = None
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], *, strict: bool = False) -> None:
         params = params if isinstance(params, Tensor) else list(params)  # torch's own error for a bare tensor
@@ -55,7 +57,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         checks.hyperparameters(defaults, self.choices)
         self._plans: dict[Tensor, Plan] = {}
         self._seen: list[dict[str, Any]] = []  # what each group said when it was last checked
-        self._watch = Watch()
+        self._watch, self._captured = Watch(), captured.Captured(self)
         super().__init__(params, defaults)
         plain = [plan for plan in self._plans.values() if not plan.projected]
         if len(plain) == len(self._plans):
@@ -83,8 +85,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            checks.hyperparameters(group, self.choices)
-            self.recipe(group)
+            self._admit(group)
             plans = self._decide(group)
             if group["strict"]:
                 lost = ((plan.name, plan.reason) for plan in plans.values() if plan.fallback)
@@ -100,6 +101,12 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         self.state.update(states)
         if self._in_backward is not None:
             self._in_backward._attach(group)
+
+    def _admit(self, group: dict[str, Any]) -> None:
+        checks.hyperparameters(group, self.choices)
+        recipe = self.recipe(group)
+        if group["capturable"]:
+            checks.capturable(type(self).__name__, recipe.residual.feeds_back)
 
     def _decide(self, group: dict[str, Any]) -> dict[Tensor, Plan]:
         plans: dict[Tensor, Plan] = {}
@@ -141,15 +148,59 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    @torch._disable_dynamo  # a compiled step falls back to this one
+    def _step(self) -> None:
         if self._in_backward is not None:
             self._in_backward._finish()
-            return loss
-        self._recheck()
+            return
         members = [Member(p, group, p.grad) for p, group in self._members() if p.grad is not None]
+        if any(group["capturable"] for group in self.param_groups):
+            if captured.capturing() or self._captured.prepare(members):
+                self._captured.update(members)
+            return
+        self._recheck()
         self._prepare(members)
         if not self._dry_run(members):
             self._update(members)
-        return loss
+
+    def prepare(self) -> bool:
+        """The host's part of a captured step, to be called before each replay, when gradients are complete.
+
+        Looks for non-finite gradients, refits the bases that are due, and writes lr, step and all else that changes to
+        where the graph reads it.
+
+        Returns:
+            False if a gradient is not finite: then do not replay. Nothing was changed but the counts of `report()`.
+
+        Example::
+
+            optimizer = lowrank_optim.GaLoreAdamW(groups, lr=torch.tensor(1e-3, device="cuda"), capturable=True)
+            ...  # some normal steps, as warm-up, with zero_grad(set_to_none=False)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+            ...
+            loss.backward()
+            if optimizer.prepare():
+                graph.replay()
+        """
+        members = [Member(p, group, p.grad) for p, group in self._members() if p.grad is not None]
+        return self._captured.prepare(members, replay=True)
+
+    def compile(self, **options: Any) -> None:
+        """Compiles the update in place, as `nn.Module.compile` does; refreshes stay as they are.
+
+        One graph per recipe, shape and layout of a matrix; neither steps nor refreshes nor a changing lr make another.
+
+        Args:
+            options: of torch.compile; `fullgraph=True, dynamic=False` unless given.
+        """
+        from .compiled import CompiledMove  # torch._dynamo takes a second to import
+
+        self._move = CompiledMove(options)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch.optim; with step_in_backward also forgets what was accumulated since the last step."""
@@ -165,8 +216,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
                 continue
             checks.group(group, self.defaults)
             checks.unchanged(now, self._seen[index], self.fixed)
-            checks.hyperparameters(group, self.choices)
-            self.recipe(group)
+            self._admit(group)
             for p in group["params"]:
                 if self._plans[p].projected:
                     self.refuse(self._plans[p], group)
@@ -185,7 +235,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         untouched = not any(state["step"] or state["skipped"] for state in self.state.values() if state)
         return untouched and not any(bool(member.grad.any()) for member in members)
 
-    @torch._disable_dynamo  # a compiled step falls back to this one
+    @torch._disable_dynamo
     def _update(self, members: list[Member], rescale: Rescale | None = None) -> None:
         """One step for some parameters: all of a step's work, so it can also be done for one parameter at a time.
 
@@ -197,7 +247,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
                 finite = self._finite(batch, rescale)
                 for chunk in self._chunks(finite, recipes):
                     for piece in chunk.pieces():
-                        update_(piece)
+                        update_(piece, move=self._move)
                 for one in finite:
                     self.state[one.p]["step"] += 1
 
@@ -281,7 +331,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             self._incoming = None
             self._optimizer_load_state_dict_pre_hooks = hooks
         if self._in_backward is not None:
-            self._in_backward._forget()
+            self.zero_grad()  # what was accumulated belongs to the weights before
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores what is derived; called by pickle, by deepcopy, and by torch's loader in the middle of its work."""
@@ -294,6 +344,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
                     group.setdefault(key, value)
         self._plans, self._seen = {}, []
         self._watch = getattr(self, "_watch", None) or Watch()
+        self._captured = captured.Captured(self)
         for group in self.param_groups:
             checks.hyperparameters(group, self.choices)
             self._plans.update(self._decide(group))

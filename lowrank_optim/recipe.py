@@ -228,6 +228,10 @@ class Basis(abc.ABC):
         """Elements of tensors that all matrices of an equal width share, by name."""
         return {}
 
+    def sharing(self, shape: Shape, like: Tensor) -> dict[str, Tensor]:
+        """The tensors of `shared` for gradients `like` this one; made, if there was no step yet."""
+        return {}
+
 
 class Refresh(abc.ABC):
     """When is the basis refitted, and what becomes of the moments?"""
@@ -334,6 +338,7 @@ class Update(NamedTuple):
 class Residual(abc.ABC):
     """What of `G - P P^T G`, the part of the gradient outside the subspace?"""
 
+    feeds_back: ClassVar[bool] = False  # True: `before` changes the gradient
     thin: ClassVar[bool] = False  # True: nothing, so R is all that a step needs to know of G
 
     def spec(self, shape: Shape) -> dict[str, Spec]:
@@ -353,6 +358,11 @@ class Residual(abc.ABC):
         """Called around the turn of the moments of one matrix: before it with the old basis and 1, after it with the
         new one and -1."""
 
+    def begin_(  # noqa: B027
+        self, algebra: Algebra, recipe: Recipe, st: State, basis: State, g: Tensor
+    ) -> None:
+        """Called for one matrix when its first basis has been fitted to g (m, n)."""
+
     @abc.abstractmethod
     def after(
         self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
@@ -363,7 +373,7 @@ class Residual(abc.ABC):
 class StepSize(Protocol):
     """How does lr become the length of the step?"""
 
-    def __call__(self, algebra: Algebra, lr: float, w: Tensor, step: int) -> Clock:
+    def __call__(self, algebra: Algebra, lr: Clock, w: Tensor, step: Clock) -> Clock:
         """The length at step `step` (1, 2, ...), one number or one per matrix of the batch `w`."""
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch.optim import Optimizer
+
+from .storages import stored
 
 if TYPE_CHECKING:
     from .optimizer import LowRankOptimizer
@@ -101,21 +102,4 @@ def human(count: float) -> str:
 
 def state_bytes(optimizer: Optimizer) -> int:
     """Persistent bytes of any optimizer: every storage that its state keeps alive, counted once and whole."""
-    storages: dict[int, int] = {}
-
-    def visit(value: object) -> None:
-        if isinstance(value, torch.Tensor):
-            storage = value.untyped_storage()
-            storages[storage._cdata] = storage.nbytes()
-        elif isinstance(value, dict):
-            for item in value.values():
-                visit(item)
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                visit(item)
-        elif hasattr(value, "__dict__"):
-            visit(vars(value))  # projector objects of other packages
-
-    for state in optimizer.state.values():
-        visit(state)
-    return sum(storages.values())
+    return stored(list(optimizer.state.values()))

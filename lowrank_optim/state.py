@@ -13,7 +13,7 @@ from .chunk import COMPENSATION, is_packed, working_dtype
 from .plan import Plan
 from .recipe import Recipe, Store
 
-_COUNTERS = {
+COUNTERS = {
     "step",
     "skipped",
     "refreshes",
@@ -23,27 +23,30 @@ _COUNTERS = {
 }  # on the CPU, where reading them costs no synchronisation
 
 
-def fresh(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) -> dict[str, Tensor]:
-    """All state before the first step."""
+def fresh(
+    p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any], device: torch.device | str | None = None
+) -> dict[str, Tensor]:
+    """All state before the first step; on the device of the parameter, or where it only is to be counted on "meta"."""
+    device = p.device if device is None else device
     state = {"step": torch.tensor(0.0), "skipped": torch.tensor(0)}
     for key, spec in recipe.spec(plan.matrix, plan.rank or 0, plan.small).items():
         store = cast(Store, spec.store)
         for suffix, kept in zip(store.suffixes, store.layout(spec.shape, working_dtype(p)), strict=True):
-            state[key + suffix] = torch.zeros(plan.batch + kept.shape, dtype=kept.dtype, device=p.device)
+            state[key + suffix] = torch.zeros(plan.batch + kept.shape, dtype=kept.dtype, device=device)
     if plan.projected:
         state["refreshes"] = torch.zeros(plan.batch, dtype=torch.int64)
         state["refreshed_at"] = torch.full(plan.batch, -1)
         for key, counter in recipe.refresh.counters().items():
             state[key] = counter.expand(plan.batch + tuple(counter.shape)).clone()
     if _compensated(p, group):
-        state[COMPENSATION] = torch.zeros_like(p)
+        state[COMPENSATION] = torch.zeros_like(p, device=device)
     return state
 
 
 def follow(state: dict[str, Tensor], p: Tensor, group: dict[str, Any]) -> None:
     """Keeps state fit for its parameter, if the model was moved or cast after the optimizer was built."""
     for key, tensor in list(state.items()):
-        if tensor.device != p.device and key not in _COUNTERS:
+        if tensor.device != p.device and key not in COUNTERS:
             state[key] = tensor.to(p.device)
     if _compensated(p, group):
         if COMPENSATION not in state:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import cast
 
@@ -17,10 +18,15 @@ from .recipe import AGE, Clock, Draw, Recipe, State, Store, Time, Turn, Update
 
 # A plan, its state, the number of a matrix within its parameter and within its chunk, the counters of its schedule.
 Due = tuple[Plan, dict[str, Tensor], int, int, dict[str, Tensor]]
+Note = Callable[[Tensor, Tensor], None]  # takes G and R after a refresh
+Move = Callable[..., None]  # has the arguments of `move_`
 
 
-def update_(chunk: Chunk, algebra: Algebra = WHOLE) -> None:
-    """Weights and state of a chunk, one step further. A negative lr ascends: every rule is odd in G."""
+def update_(chunk: Chunk, algebra: Algebra = WHOLE, move: Move | None = None) -> None:
+    """Weights and state of a chunk, one step further.
+
+    `move` stands in for `move_`. A chunk that has numbers was refreshed before.
+    """
     recipe, group = chunk.recipe, chunk.group
     st = chunk.open()
     refreshed, g, r = False, None, None
@@ -28,16 +34,40 @@ def update_(chunk: Chunk, algebra: Algebra = WHOLE) -> None:
         r = chunk.coordinates()
     else:
         g = recipe.residual.before(chunk.gradient(), st)
-        refreshed = _refresh(chunk, algebra, g, st)
+        refreshed = chunk.numbers is None and _refresh(chunk, algebra, g, st)
     t, w = chunk.clock(st), chunk.weights()
     _derive(chunk, w, st)
-    lr, decay = float(group["lr"]), group["weight_decay"]
-    if g is None or group["maximize"] or not fused.step_(recipe, w, g, st, lr, decay, t):
-        change = _change(chunk, algebra, g, r, st, t, refreshed)
-        length = recipe.step_size(algebra, lr, w, chunk.step) * (-recipe.scale if group["maximize"] else recipe.scale)
-        _apply_(recipe, w, st, change, length, 1 - lr * decay)
+    note = functools.partial(_note_captured, chunk, algebra) if refreshed and recipe.basis.orthonormal else None
+    lr, decay, ascend = chunk.lr, group["weight_decay"], group["maximize"]
+    (move or move_)(recipe, algebra, w, g, r, st, lr, decay, ascend, t, chunk.now, note)
     chunk.write_weights(w)
     chunk.close(st, refreshed)
+
+
+def move_(
+    recipe: Recipe,
+    algebra: Algebra,
+    w: Tensor,
+    g: Tensor | None,
+    r: Tensor | None,
+    st: State,
+    lr: Clock,
+    decay: float,
+    ascend: bool,
+    t: Clock,
+    step: Clock,
+    note: Note | None,
+) -> None:
+    """The arithmetic of one step: nothing here depends on the values of tensors, so it compiles to one graph.
+
+    Moments have seen t steps, those in full space `step`. Numbers are floats, or tensors on the device. To ascend is to
+    turn the sign of the step: every rule is odd in G.
+    """
+    if g is not None and not ascend and fused.step_(recipe, w, g, st, lr, decay, t):
+        return
+    change = _change(recipe, algebra, g, r, st, t, step, note)
+    length = recipe.step_size(algebra, lr, w, step) * (-recipe.scale if ascend else recipe.scale)
+    _apply_(recipe, w, st, change, length, 1 - lr * decay if decay else 1.0)
 
 
 def project(chunk: Chunk, algebra: Algebra = WHOLE) -> Tensor:
@@ -55,7 +85,7 @@ def refresh_(chunk: Chunk, algebra: Algebra = WHOLE) -> None:
     if refreshed and chunk.recipe.basis.orthonormal:
         _derive(chunk, g, st)
         _note_captured(chunk, algebra, g, chunk.recipe.basis.down(algebra, g, st))
-    chunk.close(st, refreshed)
+    chunk.close(st, refreshed, "refresh ")
 
 
 def refresh_due(chunk: Chunk) -> bool:
@@ -71,19 +101,22 @@ def _note_captured(chunk: Chunk, algebra: Algebra, g: Tensor, r: Tensor) -> None
 
 
 def _change(
-    chunk: Chunk, algebra: Algebra, g: Tensor | None, r: Tensor | None, st: State, t: Clock, refreshed: bool
+    recipe: Recipe,
+    algebra: Algebra,
+    g: Tensor | None,
+    r: Tensor | None,
+    st: State,
+    t: Clock,
+    step: Clock,
+    note: Note | None,
 ) -> Update:
-    """What is subtracted from W, as a multiple of lr. Moments have seen t steps, those in full space `chunk.step`.
-
-    A thin recipe is content with r; any other needs g.
-    """
-    recipe, step = chunk.recipe, float(chunk.step)
+    """What is subtracted from W, as a multiple of lr. A thin recipe is content with r; any other needs g."""
     scaling, full, before = recipe.scaling, recipe.scaling_in == "full", recipe.momentum_of == "update"
     if g is not None:
         g = scaling(algebra, st, g, g, step) if full and before else g
         r = recipe.basis.down(algebra, g, st)
-        if refreshed and recipe.basis.orthonormal:
-            _note_captured(chunk, algebra, g, r)
+        if note is not None:
+            note(g, r)
     r = cast(Tensor, r)
     if full:
         d, gain = recipe.momentum(st, r, t)
@@ -101,11 +134,12 @@ def _change(
     return change
 
 
-def _apply_(recipe: Recipe, w: Tensor, st: State, change: Update, length: Clock, keep: float) -> None:
+def _apply_(recipe: Recipe, w: Tensor, st: State, change: Update, length: Clock, keep: Clock) -> None:
     """`W <- keep W - length change`."""
-    if change.d is None:
+    if change.d is None or isinstance(keep, Tensor):
         w.mul_(keep)
-    else:
+        keep = 1.0
+    if change.d is not None:
         d, alpha = _times(change.d, length * change.gain)
         recipe.basis.add_up_(w, d, st, alpha=-alpha, beta=keep)
     if change.rest is not None:
@@ -168,24 +202,32 @@ def _counters(chunk: Chunk, plan: Plan, state: dict[str, Tensor], inner: int) ->
 
 
 def _refit(
-    chunk: Chunk, algebra: Algebra, plan: Plan, count: int, at: Time, g: Tensor, st: State, draw: Callable[[int], Draw]
+    chunk: Chunk,
+    algebra: Algebra,
+    plan: Plan,
+    count: int,
+    at: Time,
+    g: Tensor,
+    st: State,
+    draw: Callable[[int | Tensor], Draw],
 ) -> Turn | None:
     """One matrix: a new basis, and the moments brought along. `st` are views that write through."""
     recipe, basis, rank = chunk.recipe, chunk.recipe.basis, cast(int, plan.rank)
     keys = basis.spec(plan.matrix, rank)
     fitted = basis.fit(algebra, g, st if count else None, rank, draw(count), at)
     new = {key: cast(Store, chunk.spec[key].store).rounded(x, chunk.working) for key, x in fitted.items()}
-    turn = None
+    turn, whole = None, {**new, **basis.derive(g, new, rank, draw(count))}
     if count:
         old = {key: st[key] for key in keys}
         old |= basis.derive(g, old, rank, draw(count - 1))
-        derived = basis.derive(g, new, rank, draw(count))
-        turn = basis.turn(algebra, old, {**new, **derived})
+        turn = basis.turn(algebra, old, whole)
         recipe.residual.turning_(recipe, st, old, 1.0)
         recipe.refresh.carry_(algebra, recipe, st, turn, at.seen)
-        recipe.residual.turning_(recipe, st, {**new, **derived}, -1.0)
-    elif AGE in st:
-        st[AGE].zero_()  # the steps before there was a basis have taught it nothing
+        recipe.residual.turning_(recipe, st, whole, -1.0)
+    else:
+        recipe.residual.begin_(algebra, recipe, st, whole, g)
+        if AGE in st:
+            st[AGE].zero_()  # the steps before there was a basis have taught it nothing
     for key, tensor in new.items():
         st[key].copy_(tensor)
     return turn
@@ -200,17 +242,18 @@ def _derive(chunk: Chunk, g: Tensor, st: State) -> None:
     for plan, state, inner, outer in chunk.matrices():
         matrix = g if g.dim() == 2 else g[outer]
         kept = {key: st[key] if g.dim() == 2 else st[key][outer] for key in basis.spec(plan.matrix, plan.rank or 0)}
-        count = max(0, int(state["refreshes"].view(-1)[inner]) - 1)
-        draw = _draws(plan, chunk.first + inner, matrix)(count)
+        count = state["refreshes"].view(-1)[inner] if chunk.numbers is None else chunk.numbers.counts[outer]
+        last = (count - 1).clamp(min=0)
+        draw = _draws(plan, chunk.first + inner, matrix)(last if chunk.numbers else int(last))
         parts.append(basis.derive(matrix, kept, cast(int, plan.rank), draw))
     for key in parts[0]:
         st[key] = parts[0][key] if g.dim() == 2 else torch.stack([part[key] for part in parts])
 
 
-def _draws(plan: Plan, expert: int, g: Tensor) -> Callable[[int], Draw]:
+def _draws(plan: Plan, expert: int, g: Tensor) -> Callable[[int | Tensor], Draw]:
     """The random numbers of one matrix, for refresh number `count`."""
 
-    def of(count: int) -> Draw:
+    def of(count: int | Tensor) -> Draw:
         def draw(shape: tuple[int, ...], purpose: str = "sketch") -> Tensor:
             stream = ops.stream_of(f"{purpose} {expert}", count)
             return ops.normal(shape, plan.key, stream, g.device).to(g.dtype)

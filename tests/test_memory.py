@@ -2,46 +2,18 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from cases import CASES, Net, every_case, train
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import lowrank_optim
 from lowrank_optim import estimate_memory, param_groups, state_bytes
+from lowrank_optim.peak import Peak
 
 COUNTERS = 4 + 8  # step (float32) and skipped (int64); a projected matrix has two more, refreshes and refreshed_at
-
-
-class Peak(TorchDispatchMode):
-    """Most bytes of tensors alive at once that were made inside, temporaries of LAPACK and BLAS aside."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known | self.seen:
-                storage = tensor.untyped_storage()
-                self.seen.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-                tensor._kept_storage = storage  # the storage object must live as long as the tensor does
-        return result
-
-    def _free(self, key, size):
-        self.seen.discard(key)
-        self.now -= size
 
 
 @every_case
@@ -117,6 +89,67 @@ def test_the_estimate_of_torchs_optimizers():
     train(model, adamw, 1)
     assert estimate_memory(model, torch.optim.AdamW).optimizer == state_bytes(adamw)
     assert estimate_memory(model, torch.optim.SGD, lr=1e-3).optimizer == 0
+
+
+def most_gradients(model, optimizer, micro_batches):
+    """Measured in one window, by hand: what there is when each gradient comes."""
+    most, handle = 0, optimizer._in_backward
+
+    def look(newest):
+        nonlocal most
+        sums = [] if handle is None else [w.sum for w in handle._windows.values() if w.sum is not None]
+        kept = [p.grad for p in model.parameters() if p.grad is not None]
+        most = max(most, sum(x.numel() * x.element_size() for x in [*kept, *sums, newest]))
+
+    hooks = [p.register_hook(look) for p in model.parameters()]
+    for micro in range(micro_batches):
+        tokens = torch.arange(20).view(2, 10).add(micro) % 11
+        nn.functional.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    for hook in hooks:
+        hook.remove()
+    return most
+
+
+@every_case
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("during", [True, False])
+def test_gradients_alive_at_once_are_what_was_estimated(case, micro_batches, during):
+    options = {**case.kwargs, **case.fitting({"update_proj_gap": 100, "rank": 2, "state_dtype": "bfloat16"})}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = Net().to(dtype)
+        groups = param_groups(model, min_dim=4, verbose=False)
+        planned = estimate_memory(
+            groups, case.make, step_in_backward=during, accumulation_steps=micro_batches, **options
+        )
+        optimizer = case.make(param_groups(model, min_dim=4, verbose=False), **options)
+        if during:
+            lowrank_optim.step_in_backward(model, optimizer, micro_batches)
+        for _ in range(2):
+            measured = most_gradients(model, optimizer, micro_batches)
+        assert measured == planned.gradients
+        sizes = [p.nbytes for p in model.parameters()]
+        assert planned.gradients >= max(sizes)
+        assert (planned.gradients == max(sizes)) == (during and micro_batches == 1)
+
+
+def test_stacked_matrices_wait_for_each_other_during_backward(monkeypatch):
+    shapes = [(64, 48)] * 10
+    for limit, waiting in ((64 << 20, 10), (3 * 64 * 48 * 4, 4)):
+        monkeypatch.setattr("lowrank_optim.backward.CHUNK_BYTES", limit)
+        planned = estimate_memory(shapes, lowrank_optim.GaLoreAdamW, rank=4, foreach=True, step_in_backward=True)
+        assert planned.gradients == waiting * 64 * 48 * 4
+
+
+def test_what_gradients_cannot_be_estimated():
+    with pytest.raises(ValueError, match=r"step_in_backward takes optimizers of lowrank_optim, got AdamW"):
+        estimate_memory([(8, 8)], torch.optim.AdamW, step_in_backward=True)
+    for steps in (0, 1.5, True):
+        with pytest.raises(ValueError, match="accumulation_steps must be an int >= 1"):
+            estimate_memory([(8, 8)], lowrank_optim.GaLoreAdamW, rank=2, accumulation_steps=steps)
+    planned = estimate_memory([(8, 8), (4, 8)], torch.optim.AdamW, accumulation_steps=2)
+    assert planned.gradients == (64 + 32 + 64) * 4
 
 
 def step_peak(case, params, refresh, **options):

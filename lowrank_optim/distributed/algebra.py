@@ -42,7 +42,7 @@ class Algebra:
     def size(self, x: Tensor) -> Tensor:
         """The root mean square of each matrix (of the vector, if x is one), dimensions kept."""
         matrix = (-2, -1) if x.dim() > 1 else (-1,)
-        count = math.prod(x.shape[dim] for dim in matrix)
+        count = math.prod([x.shape[dim] for dim in matrix])
         norm: Tensor = torch.linalg.vector_norm(x, dim=matrix, keepdim=True)
         return norm / math.sqrt(count)
 

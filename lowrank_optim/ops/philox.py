@@ -12,6 +12,7 @@ import hashlib
 import math
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ _ROUNDS = 10
 BLOCK = 1 << 14  # counters generated at once, so that the int64 temporaries stay in cache
 WORKSPACE = 2 << 20  # bytes of temporaries that this takes
 
-Stream = tuple[int, int]
+Stream = tuple[int, "int | Tensor"]
 _Block = tuple[Tensor, list[Tensor], int]  # a piece of the result, the words for it, how many of their elements to skip
 
 
@@ -32,15 +33,20 @@ def key_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
 
 
-def stream_of(purpose: str, time: int) -> Stream:
-    """One independent stream per purpose ("sketch", "weight", ...) and time (a step or a refresh count)."""
+def stream_of(purpose: str, time: int | Tensor) -> Stream:
+    """One independent stream per purpose ("sketch", "weight", ...) and time (a step or a refresh count).
+
+    A time on the device, `()` in int64, is read there: captured graphs then draw other numbers at each replay.
+    """
     return zlib.crc32(purpose.encode()), time
 
 
 def philox(counter: Tensor, key: int, stream: Stream) -> list[Tensor]:
     """Four int64 tensors of 32-bit words, one word quadruple per counter."""
     c0, c1 = counter & _MASK, (counter >> 32) & _MASK
-    c2, c3 = (torch.full_like(counter, word & _MASK) for word in stream)
+    c2: Any
+    c3: Any
+    c2, c3 = (word & _MASK for word in stream)  # numbers, until the first round mixes them with the counters
     k0, k1 = key & _MASK, (key >> 32) & _MASK
     for _ in range(_ROUNDS):
         # int64 products wrap modulo 2**64, which leaves both 32-bit halves right once the upper one is masked.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.algebra import Algebra
-from ..ops.dictionary import atoms, coefficients
+from ..ops.dictionary import atoms, coefficients, dictionary
 from ..recipe import Draw, Exact, Shape, Spec, State, Time, Turn
 from .basis import OneSided
 from .random import reindex, top
@@ -56,3 +56,6 @@ class Dictionary(OneSided):
     def shared(self, shape: Shape) -> dict[str, int]:
         whole = not self.fast or self.kind not in ("dct2", "dct3")
         return {f"{self.kind} {shape[0]}": shape[0] ** 2} if whole else {}
+
+    def sharing(self, shape: Shape, like: Tensor) -> dict[str, Tensor]:
+        return {key: dictionary(self.kind, shape[0], like.dtype, like.device) for key in self.shared(shape)}

@@ -28,7 +28,7 @@ def direction(recipe: Recipe, st: State, r: Tensor, t: Clock) -> tuple[Tensor, C
     return kernel(recipe, st, r, t) if kernel and recipe.momentum_of == "gradient" else None
 
 
-def step_(recipe: Recipe, w: Tensor, g: Tensor, st: State, lr: float, weight_decay: float, t: Clock) -> bool:
+def step_(recipe: Recipe, w: Tensor, g: Tensor, st: State, lr: Clock, weight_decay: float, t: Clock) -> bool:
     """The whole update of w in one kernel, or False and nothing is changed."""
     parts = (recipe.basis, recipe.momentum, recipe.scaling, recipe.residual, recipe.step_size)
     kernel = _STEPS.get(tuple(map(type, parts))) if recipe.momentum_of == "gradient" and recipe.scale == 1 else None
@@ -41,14 +41,15 @@ def _adam_direction(recipe: Any, st: State, r: Tensor, t: Clock) -> tuple[Tensor
     return (d, -1.0) if _adamw_(recipe, d, r, st, 1.0, 0.0, t) else None
 
 
-def _adamw_(recipe: Any, w: Tensor, g: Tensor, st: State, lr: float, weight_decay: float, t: Clock) -> bool:
+def _adamw_(recipe: Any, w: Tensor, g: Tensor, st: State, lr: Clock, weight_decay: float, t: Clock) -> bool:
     """torch's fused AdamW. It walks tensors flat, whatever their strides, so all must be laid out alike."""
     m, v = st["exp_avg"], st["exp_avg_sq"]
     alike = all(x.is_contiguous() and x.dtype == w.dtype for x in (w, g, m, v))
     supported = w.dtype in _DTYPES and w.device.type in _DEVICES
-    if not (alike and supported and recipe.momentum.debias) or isinstance(t, Tensor):
+    one_clock = not isinstance(t, Tensor) or t.dim() == 0
+    if torch.compiler.is_compiling() or not (alike and supported and one_clock and recipe.momentum.debias):
         return False
-    step = torch.tensor(t, device=w.device)
+    step = t.float() if isinstance(t, Tensor) else torch.tensor(t, device=w.device)
     torch._fused_adamw_(
         [w], [g], [m], [v], [], [step],
         lr=lr, beta1=recipe.momentum.beta, beta2=recipe.scaling.beta, weight_decay=weight_decay, eps=recipe.scaling.eps,
@@ -58,6 +59,6 @@ def _adamw_(recipe: Any, w: Tensor, g: Tensor, st: State, lr: float, weight_deca
 
 
 _Direction = Callable[[Recipe, State, Tensor, Clock], "tuple[Tensor, Clock] | None"]
-_Step = Callable[[Recipe, Tensor, Tensor, State, float, float, Clock], bool]
+_Step = Callable[[Recipe, Tensor, Tensor, State, Clock, float, Clock], bool]
 _DIRECTIONS: dict[tuple[type, ...], _Direction] = {(EMA, RMS): _adam_direction}
 _STEPS: dict[tuple[type, ...], _Step] = {(Identity, EMA, RMS, Drop, Constant): _adamw_}

@@ -89,6 +89,7 @@ class ErrorFeedback(Residual):
 
     store: Store
     momentum: float = 0.0
+    feeds_back: ClassVar[bool] = True
 
     def spec(self, shape: Shape) -> dict[str, Spec]:
         return {"error": Spec(shape, store=self.store)}

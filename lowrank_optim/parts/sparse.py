@@ -21,7 +21,8 @@ class Sparse(Residual):
     """`up(D) + weight (U - up(D))` on a sparse set of entries, with U what Adam itself would do there.
 
     The set is the largest entries of `|G - P P^T G|` at the first refresh, and stays. Its moments see every gradient
-    since then, whatever becomes of the basis; with weight 1 these entries simply follow Adam.
+    since then, whatever becomes of the basis; with weight 1 these entries simply follow Adam. `entries_age` is 0 before
+    that, then 1, and one more with each gradient.
 
     Args:
         density: share of the entries of a matrix.
@@ -48,28 +49,27 @@ class Sparse(Residual):
         count, rank = round(self.density * math.prod(shape)), coordinates // shape[1]
         return 2 * math.prod(shape) + coordinates + 12 * count + 3 * min(count * rank, _WORK + rank)
 
+    def begin_(self, algebra: Algebra, recipe: Recipe, st: State, basis: State, g: Tensor) -> None:
+        if "entries" in st:
+            rest = g.clone()
+            recipe.basis.add_up_(rest, recipe.basis.down(algebra, g, basis), basis, alpha=-1, beta=1)
+            entries = rest.abs_().flatten(-2).topk(st["entries"].shape[-1]).indices.sort().values
+            st["entries"].copy_(entries)
+            st["entries_age"].fill_(1)
+
     def after(
         self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
     ) -> Update:
         d = d * gain
         if "entries" not in st:
             return Update(d)
-        fresh = (st["entries_age"] == 0).squeeze(-1) & g.any(-1).any(-1)
-        if bool(fresh.any()):
-            self._choose_(recipe, st, g, r, fresh)
         chosen = g.flatten(-2).gather(-1, st["entries"].long())
-        st["entries_age"].add_((st["entries_age"] > 0) | fresh.unsqueeze(-1))
-        t = st["entries_age"].clamp(min=1).to(g.dtype)
+        st["entries_age"].add_(st["entries_age"] > 0)
+        t = (st["entries_age"] - 1).clamp(min=1).to(g.dtype)
         moments = {"exp_avg": st["entries_avg"], "exp_avg_sq": st["entries_avg_sq"]}
         numerator, correction = self.momentum(moments, chosen, t)
         exact = self.scaling(algebra, moments, numerator, chosen, t) * correction
         return Update(d, entries=(st["entries"], (exact - _entries_of(recipe, st, d, g)) * self.weight))
-
-    def _choose_(self, recipe: Recipe, st: State, g: Tensor, r: Tensor, fresh: Tensor) -> None:
-        rest = g.clone()
-        recipe.basis.add_up_(rest, r, st, alpha=-1, beta=1)
-        entries = rest.abs_().flatten(-2).topk(st["entries"].shape[-1]).indices.sort().values.int()
-        st["entries"].copy_(torch.where(fresh.unsqueeze(-1), entries, st["entries"]))
 
 
 def _entries_of(recipe: Recipe, st: State, d: Tensor, g: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..distributed.algebra import Algebra
@@ -14,7 +15,7 @@ from ..recipe import Clock
 class Constant:
     """lr itself."""
 
-    def __call__(self, algebra: Algebra, lr: float, w: Tensor, step: int) -> Clock:
+    def __call__(self, algebra: Algebra, lr: Clock, w: Tensor, step: Clock) -> Clock:
         return lr
 
 
@@ -30,6 +31,12 @@ class Relative:
     floor: float | None
     decay: bool
 
-    def __call__(self, algebra: Algebra, lr: float, w: Tensor, step: int) -> Clock:
-        length = min(lr, step**-0.5) if self.decay else lr
+    def __call__(self, algebra: Algebra, lr: Clock, w: Tensor, step: Clock) -> Clock:
+        length = _least(lr, step**-0.5) if self.decay else lr
         return length if self.floor is None else algebra.size(w).clamp_(min=self.floor).mul_(length)
+
+
+def _least(a: Clock, b: Clock) -> Clock:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
+    return min(a, b)
