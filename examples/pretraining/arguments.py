@@ -92,9 +92,9 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
 def _add_backward(group: argparse._ArgumentGroup) -> None:
     norms, sums = ("global", "tensor", "delayed"), ("projected", "whole")
     group.add_argument("--step-in-backward", action="store_true", help="use and free each gradient when it is complete")
-    group.add_argument("--clip-by", choices=norms, help="norm of all, of each, of all in the step before (not global)")
+    group.add_argument("--clip-by", choices=norms, help="norm that --clip bounds; needed, and never global")
     group.add_argument("--accumulate", choices=sums, help="over micro-batches (default: projected, where possible)")
-    group.add_argument("--basis-from", choices=("window", "micro-batch"), help="gradient for a basis (default: window)")
+    group.add_argument("--basis-from", choices=("window", "micro-batch"), help="what fits a basis (default: window)")
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
