@@ -311,7 +311,8 @@ class StepInBackward:
                 self._pending += left
                 self._flush()
                 self.grad_norm = None if self._partial else math.sqrt(self._squares)
-                if self.clip_norm is not None and self.clip == "delayed" and (done or left):
+                whole = (done or left) and not self._overflow  # a step with an overflow says nothing about the next one
+                if self.clip_norm is not None and self.clip == "delayed" and whole:
                     self.optimizer.param_groups[0][GRAD_NORM] = self.grad_norm
             self._tell_scaler()
             self._forget()
