@@ -33,7 +33,7 @@ pretrain: $(STAMP)
 	$(BIN)/python examples/pretrain.py --compare adamw,galore
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest

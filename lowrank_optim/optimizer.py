@@ -53,7 +53,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             # Groups written for the original package name a rank where they want projection and nowhere else.
             named = any(isinstance(group, dict) and group.get("rank") is not None for group in params)
             defaults["rank"] = None if named else self.default_rank
-        defaults = {**_GROUP_ONLY, "proj_type": "std", **defaults, "strict": strict}
+        defaults = {**_GROUP_ONLY, "proj_type": "std", "capturable": False, **defaults, "strict": strict}
         checks.hyperparameters(defaults, self.choices)
         self._plans: dict[Tensor, Plan] = {}
         self._seen: list[dict[str, Any]] = []  # what each group said when it was last checked
