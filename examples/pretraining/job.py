@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,11 @@ class Job:
     clip_by: str = "global"
     accumulate: str = "projected"  # this and the next: with step_in_backward
     basis_from: str = "window"
+
+    @property
+    def micro_batches(self) -> int:
+        """Per step; the last one may be smaller."""
+        return math.ceil(self.batch / self.micro_batch)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Job:

@@ -56,7 +56,7 @@ def attach(
         return lowrank_optim.step_in_backward(
             model,
             optimizer,
-            math.ceil(job.batch / job.micro_batch),
+            job.micro_batches,
             accumulate=job.accumulate,
             basis_from=job.basis_from,
             clip=job.clip_by,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import lowrank_optim
-from lowrank_optim.chunk import CHUNK_BYTES
+from lowrank_optim.backward import most_gradients
 
 from .interrupt import Interrupt
 from .job import Job
@@ -52,7 +52,8 @@ def _report(run: Run) -> str:
 def predict(run: Run) -> dict[str, int]:
     """Bytes that should last from step to step, of this optimizer and of AdamW."""
     keywords = {key: value for key, value in run.job.keywords.items() if key not in EXECUTION}
-    ours = lowrank_optim.estimate_memory(run.model, find(run.job.optimizer), **keywords)
+    steps = run.job.micro_batches
+    ours = lowrank_optim.estimate_memory(run.model, find(run.job.optimizer), accumulation_steps=steps, **keywords)
     adamw = lowrank_optim.estimate_memory(run.model, torch.optim.AdamW)
     return {
         "weights": ours.weights,
@@ -63,14 +64,10 @@ def predict(run: Run) -> dict[str, int]:
 
 
 def _gradients(run: Run, whole: int) -> int:
-    """The most that live at once: all, or in backward what micro-batches leave behind, and what is used together."""
+    """The most that live at once: all, or in backward what micro-batches leave behind and what waits for its update."""
     if run.updater.handle is None:
         return whole
-    rows = run.updater.handle.report()
-    stacked = run.job.keywords.get("foreach")
-    stacked = run.job.device != "cpu" if stacked is None else stacked
-    largest = max(CHUNK_BYTES if stacked else 0, *(row.full_bytes for row in rows))
-    return min(whole, sum(row.state_bytes for row in rows) + largest)
+    return most_gradients(run.optimizer, run.job.micro_batches, run.job.accumulate)
 
 
 def result(run: Run, predicted: dict[str, int]) -> dict[str, Any]:
