@@ -3,6 +3,8 @@
 from .accumulate import CompressedAccumulation
 from .backward import StepInBackward, step_in_backward
 from .groups import param_groups
+from .layers.convert import convert, merge
+from .layers.linear import LowRankLinear, ReparameterizedLinear
 from .layers.quantized import Int8Weight, quantize_weights
 from .memory import MemoryEstimate, estimate_memory
 from .memory_report import MemoryReport, memory_report
@@ -18,12 +20,16 @@ from .methods.galore_adafactor import GaLoreAdafactor
 from .methods.galore_plus import GaLorePlusAdamW
 from .methods.golore import GoLoreAdamW
 from .methods.ldadam import LDAdamW
+from .methods.low_rank import LowRankAdamW
 from .methods.q_galore import QGaLoreAdamW
+from .methods.relora import ReLoRA
 from .methods.snsm import SNSMAdamW
 from .methods.subset_norm import SubsetNormAdamW
 from .methods.subspace_momentum import SubspaceMomentum
 from .optimizer import LowRankOptimizer
 from .report import Report, state_bytes
+from .schedules import JaggedCosine, jagged_cosine
+from .weight_space import WeightSpaceOptimizer
 
 __version__ = "0.1.0"
 
@@ -42,19 +48,28 @@ __all__ = [
     "GaLorePlusAdamW",
     "GoLoreAdamW",
     "Int8Weight",
+    "JaggedCosine",
     "LDAdamW",
+    "LowRankAdamW",
+    "LowRankLinear",
     "LowRankOptimizer",
     "MemoryEstimate",
     "MemoryReport",
     "QGaLoreAdamW",
+    "ReLoRA",
+    "ReparameterizedLinear",
     "Report",
     "SNSMAdamW",
     "StepInBackward",
     "SubsetNormAdamW",
     "SubspaceMomentum",
+    "WeightSpaceOptimizer",
     "compose",
+    "convert",
     "estimate_memory",
+    "jagged_cosine",
     "memory_report",
+    "merge",
     "param_groups",
     "quantize_weights",
     "state_bytes",

@@ -27,7 +27,7 @@ _FOREIGN_KEYS |= {"base_momentum", "max_momentum", "grad_norm"}
 # What may be edited in a group that has state; all other options decide what the state is.
 _FREE = {"lr", "betas", "eps", "weight_decay", "scale", "momentum", "beta2_decay", "d", "sign_scale", "residual_scale"}
 _FREE |= {"rho", "threshold", "growth", "update_proj_gap", "random_after", "stagger", "bf16_update", "nonfinite"}
-_FREE |= {"maximize", "foreach", "strict", "capturable", "differentiable", "fused"}
+_FREE |= {"reset_ratio", "maximize", "foreach", "strict", "capturable", "differentiable", "fused"}
 
 
 Check = Callable[[str, Any], None]
@@ -117,6 +117,21 @@ def _whole(low: int) -> Check:
     return check
 
 
+def _whole_or_none(name: str, value: Any) -> None:
+    if value is not None:
+        _whole(1)(name, value)
+
+
+def _ratio(name: str, value: Any) -> None:
+    """A share above 0, at most 1."""
+    _number(0, math.nextafter(1, 2), open_low=True)(name, value)
+
+
+def _lr_or_none(name: str, value: Any) -> None:
+    if value is not None:
+        _lr(name, value)
+
+
 def _limit(name: str, value: Any) -> None:
     if value is not None:
         _number(1, open_low=True, hint="None switches the limiter off")(name, value)
@@ -168,6 +183,16 @@ def _positive_or_none(name: str, value: Any) -> None:
 
 _CHECKS: dict[str, Check] = {
     "accumulation_steps": _whole(1),
+    "alpha": _number(0, open_low=True),
+    "base": _one_of("dense", "int8", "nf4", "none"),
+    "exact_base": _flag,
+    "init": _one_of("spectral", "random"),
+    "merge_every": _whole(1),
+    "refactor_every": _whole_or_none,
+    "reset_every": _whole_or_none,
+    "reset": _one_of("drop", "magnitude", "random"),
+    "reset_ratio": _ratio,
+    "rest_lr": _lr_or_none,
     "accumulate": _one_of("projected", "whole"),
     "basis_from": _one_of("window", "micro-batch"),
     "clip": _clip,
@@ -448,3 +473,69 @@ def loaded_state(name: str, got: Mapping[str, Any], expected: Mapping[str, Tenso
                 f"the state dict does not fit {name}: {key} is {shape}, expected {tuple(tensor.shape)}; nothing was "
                 "loaded. Was it saved from a model of other shapes, or with other keys in its groups?"
             )
+
+
+def thin(name: str, rank: int, shape: tuple[int, ...]) -> None:
+    if rank >= min(shape):
+        raise ValueError(
+            f"{name or 'this layer'} {shape} at rank {rank} would not be thin; take a rank below {min(shape)}"
+        )
+
+
+def whole_model(model: Any) -> torch.nn.Module:
+    """The model itself, or an error that says that it must be one."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"this method changes how weights are kept, so it takes the model, got {type(model).__name__}. Pass the "
+            "nn.Module itself, not its parameters"
+        )
+    return model
+
+
+def no_rank(method: str, group: Mapping[str, Any]) -> None:
+    if group["rank"] is not None:
+        raise ValueError(
+            f"a group of {method} has no rank, got {group['rank']!r}: layers are converted when the optimizer is made"
+        )
+
+
+def convertible(model: Any) -> None:
+    """Refuses what cannot be converted in place, before anything is."""
+    whole_model(model)
+    if hasattr(model, "_orig_mod") or isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            f"the model is wrapped ({type(model).__name__}); convert the bare model first, and wrap it then"
+        )
+    for name, module in model.named_modules():
+        if hasattr(module, "leader") and hasattr(module, "factors"):
+            raise ValueError(
+                f"{name or 'the model'} is converted already ({type(module).__name__}); take it back to plain layers "
+                "first, with lowrank_optim.merge(model)"
+            )
+        weight = module._parameters.get("weight") if isinstance(module, torch.nn.Linear) else None
+        if weight is not None and (hasattr(weight, "pack_") or not weight.is_floating_point()):
+            raise ValueError(
+                f"{name}.weight is quantized ({type(weight).__name__}); convert the model with its float weights, and "
+                'let the method quantize them (base="int8" or "nf4", where it has one)'
+            )
+        if weight is not None and hasattr(weight, "device_mesh"):
+            raise NotImplementedError(f"{name}.weight is a DTensor; convert the bare model first, and shard it then")
+    if isinstance(model, torch.nn.Linear):
+        raise ValueError("the model is one nn.Linear, which cannot be replaced in place; put it into a nn.Sequential")
+
+
+def bare_linear(name: str, twins: Iterable[torch.nn.Linear]) -> None:
+    """Refuses layers of which something would be lost."""
+    for plain in twins:
+        hooks = (plain._forward_hooks, plain._forward_pre_hooks, plain._backward_hooks, plain._backward_pre_hooks)
+        if any(hooks):
+            raise ValueError(f"{name.removesuffix('.weight')} has hooks, which a new layer would lose; add them after")
+        if not plain.weight.is_meta and not bool(plain.weight.isfinite().all()):
+            raise ValueError(f"{name} has entries that are not finite; nothing was converted")
+
+
+def something_converted(model: str, left: Iterable[tuple[str, str]]) -> None:
+    listed = list(left)
+    shown = "".join(f"\n  {name}: {reason}" for name, reason in listed[:5])
+    more = f"\n  and {len(listed) - 5} more" if len(listed) > 5 else ""
+    raise ValueError(f"{model} has no linear layer to convert:{shown}{more}\nLower `rank`, or name layers in `include`")

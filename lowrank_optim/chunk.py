@@ -137,17 +137,20 @@ class Chunk:
     def clock(self, st: State) -> Clock:
         """Steps that the moments have seen, this one included."""
         if AGE in st:
-            return st[AGE].add_(1).to(self.working).unsqueeze(-1)
+            age = st[AGE].add_(1).to(self.working)
+            return age if self.recipe.refresh.entrywise else age.unsqueeze(-1)
         if self.numbers is not None:
             return self.numbers.t if self.numbers.t.numel() > 1 else self.numbers.t.view(())
         if not self.restarts:
             return float(self.step)
         ages = self.ages()
-        return float(ages) if len(ages) == 1 else ages.to(self.params[0].device, self.working).view(-1, 1, 1)
+        if bool((ages == ages[0]).all()):
+            return float(ages[0])
+        return ages.to(self.params[0].device, self.working).view(-1, *[1] * len(self.plans[0].matrix))
 
     @property
     def restarts(self) -> bool:
-        return self.recipe.refresh.restarts and self.plans[0].projected
+        return self.recipe.refresh.restarts
 
     def ages(self) -> Tensor:
         """Steps that the moments of each matrix have seen, this one included, on the CPU."""
@@ -192,6 +195,7 @@ class Chunk:
         for start in range(0, p.numel(), size):
             stop = min(start + size, p.numel())
             state = {key: flat[key][start // kept.per : -(-stop // kept.per)] for key, kept in parts.items()}
+            state |= {key: self.states[0][key] for key in ("refreshed_at",) if key in self.states[0]}
             spec = {key: one._replace(shape=(stop - start,)) for key, one in self.spec.items()}
             params, grads = [p.view(-1)[start:stop]], [g.view(-1)[start:stop]]
             yield replace(self, spec=spec, params=params, grads=grads, states=[state], start=start, partial=True)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from . import captured, checks
 from .chunk import Chunk, Member, form_chunks, gradient_norms, one_by_one
 from .hooks import full_precision
-from .parts import Drop, Identity
+from .parts import Drop, Identity, Never
 from .plan import Plan, bare_name, decide
 from .recipe import Recipe
 from .report import Report, report
@@ -59,6 +59,9 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         self._seen: list[dict[str, Any]] = []  # what each group said when it was last checked
         self._watch, self._captured = Watch(), captured.Captured(self)
         super().__init__(params, defaults)
+        self._check_served()
+
+    def _check_served(self) -> None:
         plain = [plan for plan in self._plans.values() if not plan.projected]
         if len(plain) == len(self._plans):
             checks.something_projected(type(self).__name__, self.ranked, ((plan.name, plan.reason) for plan in plain))
@@ -69,7 +72,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
 
     def plain(self, group: dict[str, Any]) -> Recipe:
         """What parameters get that are not projected: the same rule in full space, unless the method says otherwise."""
-        return self.recipe(group).plain(Identity(), Drop())
+        return self.recipe(group).plain(Identity(), Never(), Drop())
 
     def refuse(self, plan: Plan, group: dict[str, Any]) -> None:
         """Raises a ValueError for a projected matrix that the method cannot serve; called before anything is kept."""

@@ -246,6 +246,8 @@ class Refresh(abc.ABC):
     def turns(self) -> bool:
         """True: moments are brought into the new basis, so single coordinates may begin anew."""
 
+    entrywise: ClassVar[bool] = False  # True: single entries begin anew, so each has an age
+
     def counters(self) -> dict[str, Tensor]:
         """What the schedule remembers of one matrix, as it begins; on the CPU."""
         return {}
@@ -396,9 +398,9 @@ class Recipe:
     basis_store: Store | None = None
     """How bases are kept, where not like moments."""
 
-    def plain(self, identity: Basis, residual: Residual) -> Recipe:
+    def plain(self, identity: Basis, never: Refresh, residual: Residual) -> Recipe:
         """The same rule in full space, for parameters that are not projected."""
-        return replace(self, basis=identity, residual=residual, scale=1.0, scaling_in="subspace")
+        return replace(self, basis=identity, refresh=never, residual=residual, scale=1.0, scaling_in="subspace")
 
     @property
     def thin(self) -> bool:
@@ -416,7 +418,9 @@ class Recipe:
         """
         coordinates = self.basis.coordinates(shape, rank)
         basis = {key: self._kept(spec, self.basis_store, small) for key, spec in self.basis.spec(shape, rank).items()}
-        if self.basis.indexed and self.refresh.turns:
+        if self.refresh.entrywise:
+            basis[AGE] = Spec(coordinates, store=Exact(torch.int32))
+        elif self.basis.indexed and self.refresh.turns:
             basis[AGE] = Spec(coordinates[:1], store=Exact(torch.int32))
         scaled = shape if self.scaling_in == "full" else coordinates
         rest = {**self.momentum.spec(coordinates), **self.scaling.spec(scaled), **self.residual.spec(shape)}
@@ -427,7 +431,7 @@ class Recipe:
         return spec._replace(store=(store.small() if small else store).of(spec))
 
 
-AGE = "age"  # steps that each coordinate of a selection has seen
+AGE = "age"  # steps that each coordinate of a selection, or each entry, has seen
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .storages import stored
@@ -36,6 +37,7 @@ class Report(list[Row]):
     """A list of rows whose `str` is a table with a summary below it, and a note, if there is one."""
 
     note: str = ""
+    verb: str = "projected"
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "method", "rank", "side", "state", "remarks")
@@ -55,7 +57,8 @@ class Report(list[Row]):
         state, full = sum(row.state_bytes for row in self), sum(row.full_bytes for row in self)
         projected = sum(row.rank is not None for row in self)
         skipped = sum(row.skipped for row in self)
-        line = f"{projected} of {len(self)} parameters projected; state {human(state)}"
+        what = "parameters" if self.verb == "projected" else "layers and parameters"
+        line = f"{projected} of {len(self)} {what} {self.verb}; state {human(state)}"
         line += f", {state / max(full, 1):.2f} of the {human(full)} of two float32 moments"
         line += f"; {skipped} non-finite gradients skipped" if skipped else ""
         return line + (f"; {self.note}" if self.note else "")
@@ -69,21 +72,23 @@ def report(optimizer: LowRankOptimizer) -> Report:
 
 
 def _rows(optimizer: LowRankOptimizer) -> Iterator[Row]:
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            plan, state = optimizer._plans[p], optimizer.state.get(p, {})  # [p] would insert an entry
-            frozen = "" if state or p.requires_grad else "frozen: no state yet"
-            yield Row(
-                name=plan.name,
-                shape=plan.shape,
-                method=type(optimizer).__name__ if plan.projected else optimizer.rule,
-                rank=plan.rank,
-                side=plan.side,
-                state_bytes=sum(tensor.nbytes for tensor in state.values()),
-                full_bytes=0 if frozen else 2 * 4 * p.numel(),
-                skipped=int(state["skipped"]) if state else 0,
-                reason=frozen or plan.reason + (" (fallback)" if plan.fallback else ""),
-            )
+    return (parameter_row(optimizer, p) for p, _ in optimizer._members())
+
+
+def parameter_row(optimizer: LowRankOptimizer, p: Tensor) -> Row:
+    plan, state = optimizer._plans[p], optimizer.state.get(p, {})  # [p] would insert an entry
+    frozen = "" if state or p.requires_grad else "frozen: no state yet"
+    return Row(
+        name=plan.name,
+        shape=plan.shape,
+        method=type(optimizer).__name__ if plan.projected else optimizer.rule,
+        rank=plan.rank,
+        side=plan.side,
+        state_bytes=sum(tensor.nbytes for tensor in state.values()),
+        full_bytes=0 if frozen else 2 * 4 * p.numel(),
+        skipped=int(state["skipped"]) if state else 0,
+        reason=frozen or plan.reason + (" (fallback)" if plan.fallback else ""),
+    )
 
 
 def _cells(row: Row) -> tuple[str, ...]:

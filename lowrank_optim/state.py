@@ -33,7 +33,7 @@ def fresh(
         store = cast(Store, spec.store)
         for suffix, kept in zip(store.suffixes, store.layout(spec.shape, working_dtype(p)), strict=True):
             state[key + suffix] = torch.zeros(plan.batch + kept.shape, dtype=kept.dtype, device=device)
-    if plan.projected:
+    if plan.projected or recipe.refresh.restarts:
         state["refreshes"] = torch.zeros(plan.batch, dtype=torch.int64)
         state["refreshed_at"] = torch.full(plan.batch, -1)
         for key, counter in recipe.refresh.counters().items():

@@ -1,7 +1,7 @@
 """The numeric kernels: plain torch, and the truth that a native kernel has to match."""
 
 from .linalg import fix_signs, leading_left_vectors, orthonormalize, subspace_iteration
-from .philox import key_of, normal, random_bits16, stream_of
+from .philox import key_of, normal, random_bits16, stream_of, uniform
 from .rounding import round_to_bfloat16
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "round_to_bfloat16",
     "stream_of",
     "subspace_iteration",
+    "uniform",
 ]

@@ -77,6 +77,15 @@ def normal(shape: tuple[int, ...], key: int, stream: Stream, device: torch.devic
     return out.view(shape)
 
 
+def uniform(shape: tuple[int, ...], key: int, stream: Stream, device: torch.device | str = "cpu") -> Tensor:
+    """Uniform numbers in (0, 1), float32: the midpoints of 2^24 equal cells, so that rounding reaches neither end."""
+    out = torch.empty(math.prod(shape), dtype=torch.float32, device=device)
+    for target, words, skip in _blocks(out, 4, 0, key, stream):
+        cells = torch.stack(words, dim=-1).flatten()[skip : skip + target.numel()] >> 8
+        target.copy_((cells.double() + 0.5) * 2.0**-24)
+    return out.view(shape)
+
+
 def random_bits16(count: int, key: int, stream: Stream, start: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """Uniform 16-bit integers as int32, elements `start` to `start + count` of the stream."""
     out = torch.empty(count, dtype=torch.int32, device=device)

@@ -6,7 +6,7 @@ from .dictionary import Dictionary
 from .limited import NormScaled, Rescaled
 from .momentum import EMA, HeavyBall, NoMomentum
 from .random import Random, Rows
-from .refresh import Every, Lazy, Never
+from .refresh import Every, Lazy, Never, Outside
 from .residual import Drop, ErrorFeedback, Raw, Sign
 from .scaling import RMS, Factored, NoScaling, SubsetNorm
 from .sparse import Sparse
@@ -38,6 +38,7 @@ __all__ = [
     "NoMomentum",
     "NoScaling",
     "NormScaled",
+    "Outside",
     "PowerIteration",
     "Random",
     "Raw",

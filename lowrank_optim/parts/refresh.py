@@ -77,6 +77,25 @@ class Never(Every):
 
 
 @dataclass(frozen=True)
+class Outside(Never):
+    """Nothing is refitted, but moments begin anew when somebody outside the recipe says so (`restart.py`).
+
+    Args:
+        single: entries begin anew one by one, and each has an age; else all of a parameter do, on a common clock.
+    """
+
+    single: bool = False
+
+    @property
+    def restarts(self) -> bool:
+        return not self.single
+
+    @property
+    def entrywise(self) -> bool:  # type: ignore[override]
+        return self.single
+
+
+@dataclass(frozen=True)
 class Lazy(Every):
     """Twice as seldom (`growth`), as soon as the last `queue` refreshes changed little (Q-GaLore).
 

@@ -1,0 +1,186 @@
+"""Linear layers of a model to another form and back, in place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+
+from .. import checks
+from ..plan import resolve_rank
+from .linear import LowRankLinear, ReparameterizedLinear
+from .quantized import _chosen
+
+Build = Callable[..., ReparameterizedLinear]
+
+
+@dataclass
+class Conversion:
+    """What `convert` did.
+
+    Attributes:
+        layers: by the name of the module; layers that share their weight are one entry.
+        left: why linear layers that were chosen stayed as they are, by the name of the weight.
+        places: (parent, name of the child, what was there).
+    """
+
+    layers: dict[str, ReparameterizedLinear]
+    left: dict[str, str]
+    places: list[tuple[nn.Module, str, nn.Module]]
+
+    def undo(self) -> None:
+        """Puts the plain layers back, as they were."""
+        for parent, name, plain in self.places:
+            setattr(parent, name, plain)
+
+
+def convert(
+    model: nn.Module,
+    layer: Build = LowRankLinear,
+    *,
+    rank: int | float = 0.25,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    min_dim: int = 16,
+    seed: int = 0,
+    **options: Any,
+) -> nn.Module:
+    """Replaces linear layers by ones that keep their weight in another form, in place.
+
+    Chosen are the layers that `param_groups` would project: not the output head, nothing that is tied to an embedding,
+    nothing frozen, no matrix with a side below `min_dim` or with `rank >= min(m, n)`. Biases stay the same parameters;
+    layers that share a weight share its factors. Optimizers of weight-space methods call this; so may you.
+
+    Args:
+        model: not wrapped by DDP, FSDP or torch.compile: convert first, wrap then. May be on the meta device.
+        layer: a class such as `LowRankLinear`.
+        rank: a number, or a fraction in (0, 1] of the shorter side of each weight.
+        include, exclude: regular expressions, searched in names of parameters, that decide before anything else.
+        options: further keyword arguments of `layer`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: a wrapped model, one that is converted already, one whose linear layers are quantized, a pattern
+            that matches nothing, a layer with hooks, or nothing to convert. The model is then unchanged.
+
+    Example::
+
+        model = lowrank_optim.convert(model, lowrank_optim.LowRankLinear, rank=64, alpha=64, base="nf4")
+    """
+    make_conversion(model, layer, rank=rank, include=include, exclude=exclude, min_dim=min_dim, seed=seed, **options)
+    return model
+
+
+def make_conversion(
+    model: nn.Module,
+    layer: Build,
+    *,
+    rank: int | float,
+    include: Iterable[str],
+    exclude: Iterable[str],
+    min_dim: int = 16,
+    **options: Any,
+) -> Conversion:
+    """`convert`, and what it did."""
+    checks.convertible(model)
+    checks.hyperparameters({"rank": rank}, {})
+    chosen, left = _eligible(model, include, exclude, rank, min_dim)
+    layers, replaced = {}, {}
+    for name, twins in chosen.items():
+        first = layer(twins[0], rank, name=name.removesuffix(".weight"), **options)
+        layers[name.removesuffix(".weight")] = first
+        for twin in twins:
+            replaced[id(twin)] = first if twin is twins[0] else _sharing(first, twin)
+    places = [
+        (parent, child_name, child)
+        for parent in model.modules()
+        for child_name, child in parent._modules.items()
+        if id(child) in replaced and child is not None
+    ]
+    for parent, child_name, child in places:
+        setattr(parent, child_name, replaced[id(child)])
+    return Conversion(layers, left, places)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Every converted layer back to a plain `nn.Linear` of the same function, in place; for inference or saving.
+
+    The function changes by one rounding of each weight to the dtype of its factors. Optimizers made before are done
+    with: their parameters are no longer the model's.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: no layer is converted.
+
+    Example::
+
+        lowrank_optim.merge(model)
+        torch.save(model.state_dict(), "model.pt")  # loads into the architecture as it was
+    """
+    plain: dict[int, nn.Linear] = {}
+    weights: dict[int, nn.Parameter] = {}
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if isinstance(child, ReparameterizedLinear)
+    ]
+    if not places:
+        raise ValueError(f"{type(model).__name__} has no converted layers: nothing to merge")
+    for _, _, layer in places:
+        if id(layer) not in plain:
+            plain[id(layer)] = layer.to_linear()
+            weight = cast(nn.Parameter, plain[id(layer)].weight)
+            plain[id(layer)].weight = weights.setdefault(id(layer.leader), weight)
+    for parent, name, layer in places:
+        setattr(parent, name, plain[id(layer)])
+    return model
+
+
+def converted(model: nn.Module) -> Iterator[tuple[str, ReparameterizedLinear]]:
+    """Name and layer of all that is converted."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, ReparameterizedLinear))
+
+
+def _eligible(
+    model: nn.Module, include: Iterable[str], exclude: Iterable[str], rank: int | float, min_dim: int
+) -> tuple[dict[str, list[nn.Linear]], dict[str, str]]:
+    """The linear layers to convert by the name of their weight, and why others are left."""
+    chosen, left = {}, {}
+    for name, twins in _chosen(model, include, exclude).items():
+        reason = _why_left(twins[0], rank, min_dim)
+        if reason:
+            left[name] = reason
+        else:
+            checks.bare_linear(name, twins)
+            chosen[name] = twins
+    if not chosen:
+        checks.something_converted(type(model).__name__, left.items())
+    return chosen, left
+
+
+def _why_left(plain: nn.Linear, rank: int | float, min_dim: int) -> str:
+    m, n = plain.weight.shape
+    if not plain.weight.requires_grad:
+        return "frozen"
+    if min(m, n) < min_dim:
+        return f"a side below {min_dim}"
+    if resolve_rank(rank, m, n) >= min(m, n):
+        return f"rank {resolve_rank(rank, m, n)} >= min{(m, n)}"
+    return ""
+
+
+def _sharing(first: ReparameterizedLinear, plain: nn.Linear) -> ReparameterizedLinear:
+    """Another layer of the same weight, with its own bias: parameters and buffers are the same objects."""
+    twin = copy.copy(first)
+    twin._parameters = {**first._parameters, "bias": plain.bias}
+    twin._buffers = dict(first._buffers)
+    twin._modules = dict(first._modules)
+    return twin.train(plain.training)

@@ -1,0 +1,211 @@
+"""Linear layers whose weight is a product of thin factors, with or without a frozen weight below it."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from .. import checks, ops
+from ..chunk import is_packed, unpacked, working_dtype
+from ..ops.factor import balance, split
+from ..plan import bare_name, resolve_rank
+from .quantized import Int8Weight
+
+BASES: dict[str, Callable[[Tensor], Tensor]] = {"dense": lambda w: w, "int8": Int8Weight.quantize}
+
+
+class ReparameterizedLinear(nn.Module, abc.ABC):
+    """`y = x W^T + b` for a weight W (m, n) that is kept in another form. Takes the place of an `nn.Linear`.
+
+    Reading `weight` composes W and is differentiable, so modules that use a layer's weight and not the layer (torch's
+    attention, fast paths) still work, at the price of a dense W. There is no parameter of that name.
+
+    Args:
+        plain: gives shapes, dtype, device, the bias (the same parameter) and the weight to start from.
+        rank: a number below min(m, n), or a fraction of it.
+        name: in its model, which with `seed` decides its random numbers, equal on all ranks and devices.
+    """
+
+    factors: ClassVar[tuple[str, ...]]  # names of the parameters that are trained in place of W; the first one leads
+    bias: nn.Parameter | None
+
+    def __init__(self, plain: nn.Linear, rank: int | float, *, name: str = "", seed: int = 0) -> None:
+        super().__init__()
+        checks.hyperparameters({"rank": rank, "seed": seed}, {})
+        self.out_features, self.in_features = plain.weight.shape
+        self.rank = resolve_rank(rank, self.out_features, self.in_features)
+        checks.thin(name, self.rank, tuple(plain.weight.shape))
+        self.key = ops.key_of(seed, bare_name(name))
+        self.register_parameter("bias", plain.bias)
+        self.train(plain.training)
+
+    @abc.abstractmethod
+    def dense(self) -> Tensor:
+        """W (m, n) in the working dtype (float32, or float64 for float64 layers), as a function of the factors."""
+
+    @property
+    def weight(self) -> Tensor:
+        """W (m, n) in the dtype of the factors."""
+        return self.dense().to(self.leader.dtype)
+
+    @property
+    def leader(self) -> nn.Parameter:
+        """The first factor. Layers that share their weight have it in common."""
+        return cast(nn.Parameter, getattr(self, self.factors[0]))
+
+    def to_linear(self) -> nn.Linear:
+        """A plain layer of the same function, up to one rounding of W to the dtype of the factors."""
+        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        with torch.no_grad():
+            plain.weight = nn.Parameter(self.weight.detach())
+        plain.bias = self.bias  # type: ignore[assignment]
+        return plain.train(self.training)
+
+    def restart_workspace(self) -> int:
+        """Elements that a restart of this layer holds at once; for `estimate_memory`."""
+        return 0
+
+    def describe(self) -> str:
+        """What `report()` remarks on the layer."""
+        return ""
+
+    def extra_repr(self) -> str:
+        """As of nn.Linear, and what is special."""
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{shape}, rank={self.rank}" + (f", {self.describe()}" if self.describe() else "")
+
+    def _drawn(self, shape: tuple[int, ...], fan_in: int, purpose: str, count: int, device: Any) -> Tensor:
+        """What torch draws for linear layers, uniform in +-1/sqrt(fan_in); number `count` of its purpose."""
+        if torch.device(device).type == "meta":
+            return torch.empty(shape, device="meta")
+        unit = ops.uniform(shape, self.key, ops.stream_of(purpose, count), device)
+        return unit.mul_(2).sub_(1).mul_(1 / math.sqrt(fan_in))
+
+
+class LowRankLinear(ReparameterizedLinear):
+    r"""`W = base + s B A` with `A (r, n)`, `B (m, r)` trained, `s = alpha / r` and a frozen base, or none.
+
+    With a base: A uniform in +-1/sqrt(n), B zero, so that the function is the one of `plain`. Without, `init` says how
+    W becomes a product: "spectral" takes its best approximation of rank r, balanced (`B^T B = A A^T`); "random" draws
+    both factors and forgets W, as published for training from scratch.
+
+    Args:
+        plain, rank, name, seed: see `ReparameterizedLinear`.
+        alpha: s times the rank.
+        base: "dense" (in the dtype of `plain`), "int8" (1.03 bytes per element), "nf4" (0.56), or "none".
+        exact_base: with a quantized base, also keep an exact copy on the CPU, where merges add up without being rounded
+            away. It is saved with the layer and never moves to the device.
+        init: without a base.
+    """
+
+    factors = ("B", "A")
+
+    def __init__(
+        self,
+        plain: nn.Linear,
+        rank: int | float,
+        *,
+        alpha: float = 32.0,
+        base: str = "dense",
+        exact_base: bool = False,
+        init: str = "spectral",
+        name: str = "",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(plain, rank, name=name, seed=seed)
+        checks.hyperparameters({"alpha": alpha, "base": base, "init": init, "exact_base": exact_base}, {})
+        if exact_base and base in ("dense", "none"):
+            raise ValueError(f"exact_base=True is for quantized bases, and base={base!r} is not one; leave it out")
+        self.scale = alpha / self.rank
+        w, (m, n, r) = plain.weight.detach(), (self.out_features, self.in_features, self.rank)
+        self.exact = w.clone().cpu() if exact_base else None
+        if base == "none":
+            self.register_parameter("base", None)
+            b, a = self._split(w) if init == "spectral" else self._random(w)
+        else:
+            self.base = nn.Parameter(BASES[base](w), requires_grad=False)
+            b, a = w.new_zeros(m, r), self._drawn((r, n), n, "A", 0, w.device)
+        self.B, self.A = (nn.Parameter(x.to(w.dtype).contiguous()) for x in (b, a))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) to (..., m)."""
+        thin = linear(x, self.A) * self.scale
+        if self.base is None:
+            return linear(thin, self.B, self.bias)
+        return linear(x, self.base, self.bias) + linear(thin, self.B)
+
+    def dense(self) -> Tensor:
+        working = working_dtype(self.B)
+        product = self.scale * (self.B.to(working) @ self.A.to(working))
+        return product if self.base is None else unpacked(self.base, working) + product
+
+    @torch.no_grad()
+    def merge_(self, count: int, stochastic: bool = True) -> None:
+        """Moves the product into the base and starts the factors anew: the function stays, up to one rounding.
+
+        Args:
+            count: number of this merge, from 1; decides the new A.
+            stochastic: round to bfloat16 or to int8 so that small products survive on average; else to nearest.
+        """
+        if self.base is None:
+            raise RuntimeError("a layer without a base has nothing to merge into")
+        w, stream = self.dense(), ops.stream_of("merge", count)
+        if self.exact is not None:
+            w = self.exact.to(w) + (w - unpacked(self.base, w.dtype))
+            self.exact.copy_(w)
+            self.base.copy_(w)  # from the exact one, so there is no error to be averaged away
+        elif is_packed(self.base) and stochastic:
+            cast(Any, self.base).pack_(w, self.key, stream)
+        elif self.base.dtype == torch.bfloat16 and stochastic:
+            self.base.copy_(ops.round_to_bfloat16(w, self.key, stream))
+        else:
+            self.base.copy_(w)
+        self.A.copy_(self._drawn((self.rank, self.in_features), self.in_features, "A", count, self.A.device))
+        self.B.zero_()
+
+    @torch.no_grad()
+    def balance_(self) -> None:
+        """Shares the singular values of the product out evenly between the factors; the function stays."""
+        working = working_dtype(self.B)
+        if bool(self.A.isfinite().all() and self.B.isfinite().all()):  # else there is nothing to save
+            b, a = balance(self.B.to(working), self.A.to(working))
+            self.B.copy_(b)
+            self.A.copy_(a)
+
+    def restart_workspace(self) -> int:
+        if self.base is None:  # two orthonormal bases and what replaces the factors
+            return 3 * self.rank * (self.out_features + self.in_features)
+        return (2 + (self.base.dtype == torch.bfloat16)) * self.out_features * self.in_features
+
+    def describe(self) -> str:
+        if self.base is None:
+            return "no base"
+        kind = type(self.base).__name__.removesuffix("Weight").lower() if is_packed(self.base) else "dense"
+        return f"{kind} base" + (", exact copy on the CPU" if self.exact is not None else "")
+
+    def get_extra_state(self) -> Tensor | None:
+        """The exact base; for state_dict."""
+        return self.exact
+
+    def set_extra_state(self, state: Tensor | None) -> None:
+        if (state is None) != (self.exact is None):
+            raise ValueError("one of the two layers keeps an exact base and the other does not; give both exact_base")
+        if state is not None and self.exact is not None:
+            self.exact.copy_(state)
+
+    def _split(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        shapes = (self.out_features, self.rank), (self.rank, self.in_features)
+        if w.is_meta:
+            return w.new_empty(shapes[0]), w.new_empty(shapes[1])
+        b, a = split(w.to(working_dtype(w)), self.rank)
+        return b * self.scale**-0.5, a * self.scale**-0.5
+
+    def _random(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        (m, n), r = w.shape, self.rank
+        return self._drawn((m, r), r, "B", 0, w.device), self._drawn((r, n), n, "A", 0, w.device)

@@ -1,0 +1,198 @@
+"""The base of methods that change how weights are kept: converted layers, AdamW on their factors, a restart rule.
+
+The engine is the one of all other methods. It sees factors as parameters in full space, so state in 8 bits, stochastic
+rounding, skipped gradients, step in backward and checkpoints are what they are everywhere. What is added here: the
+layers, and what happens to them after an update.
+"""
+
+from __future__ import annotations
+
+import abc
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .chunk import working_dtype
+from .layers.convert import Conversion, make_conversion
+from .layers.linear import ReparameterizedLinear
+from .methods._shared import adamw
+from .optimizer import LowRankOptimizer
+from .parts import Outside
+from .recipe import Recipe
+from .report import Report, Row, parameter_row
+from .restart import PARTIAL, reset_
+
+_LOG = logging.getLogger("lowrank_optim")
+_HOW_TO_CONVERT = ("rank", "include", "exclude")
+
+
+class WeightSpaceOptimizer(LowRankOptimizer):
+    """A subclass says which layer, which of its options are the layer's, and what a restart does."""
+
+    layer: ClassVar[type[ReparameterizedLinear]]
+    layer_options: ClassVar[tuple[str, ...]] = ()  # constructor arguments that are the layer's and not the groups'
+
+    def __init__(self, model: nn.Module, options: dict[str, Any], *, strict: bool = False) -> None:
+        options, model = dict(options), checks.whole_model(model)
+        how = {key: options.pop(key) for key in (*_HOW_TO_CONVERT, *self.layer_options)}
+        rest_lr, seed = options.pop("rest_lr"), options["seed"]
+        defaults = {**options, "rank": None, "factors": False}
+        checks.hyperparameters({**defaults, **how, "rest_lr": rest_lr}, self.choices)
+        self.check(defaults)
+        conversion = make_conversion(model, self.layer, seed=seed, **how)
+        try:
+            if strict:
+                checks.nothing_lost(type(self).__name__, conversion.left.items())
+            self._conversion, self._counted = conversion, dict.fromkeys(conversion.layers, 0)
+            self._last_reset = 0.0
+            super().__init__(_groups(model, conversion, rest_lr), defaults, strict=strict)
+        except Exception:
+            conversion.undo()
+            raise
+
+    # -- what a method says --------------------------------------------------------------------------------------------
+
+    def check(self, group: dict[str, Any]) -> None:
+        """Raises a ValueError for options that mean nothing together."""
+
+    @abc.abstractmethod
+    def restart(self, name: str, layer: ReparameterizedLinear, count: int, group: dict[str, Any]) -> bool:
+        """Called after update number `count` of a layer; does what is due then, and says whether anything was."""
+
+    @abc.abstractmethod
+    def restarts(self, count: int, group: dict[str, Any]) -> int:
+        """How many restarts a layer has seen after `count` updates."""
+
+    def recipe(self, group: dict[str, Any]) -> Recipe:
+        return adamw(group)
+
+    def plain(self, group: dict[str, Any]) -> Recipe:
+        recipe = self.recipe(group)
+        return replace(recipe, refresh=Outside(single=group.get("reset") in PARTIAL)) if group["factors"] else recipe
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    def _step(self) -> None:
+        super()._step()
+        restarted = 0
+        for name, layer in self._conversion.layers.items():
+            count = self._count(layer)
+            if count != self._counted[name]:
+                self._counted[name] = count
+                restarted += self.restart(name, layer, count, self.param_groups[0])
+        if restarted:
+            _LOG.info(
+                "%s: %d layers restarted, %.1f %% of the state of each was reset",
+                type(self).__name__, restarted, 100 * self._last_reset,
+            )  # fmt: skip
+
+    def _count(self, layer: ReparameterizedLinear) -> int:
+        """Updates that a layer was offered, those with a gradient that was not finite among them."""
+        state = self.state.get(layer.leader)
+        return int(state["step"] + state["skipped"]) if state else 0
+
+    def reset(self, layer: ReparameterizedLinear, how: str = "drop", ratio: float = 1.0) -> float:
+        """Empties the moments of a layer's factors; the share of entries that were reset."""
+        group, lost, total = self.param_groups[0], 0, 0
+        for p in (getattr(layer, key) for key in layer.factors):
+            if self.state.get(p):
+                plan = self._plans[p]
+                lost += reset_(self.state[p], plan, self._recipe_of(plan, group), working_dtype(p), how, ratio)
+                total += p.numel()
+        self._last_reset = lost / max(1, total)
+        return self._last_reset
+
+    def _admit(self, group: dict[str, Any]) -> None:
+        super()._admit(group)
+        checks.no_rank(type(self).__name__, group)
+        self.check(group)
+
+    def _check_served(self) -> None:
+        """Nothing converted was refused before."""
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_conversion": self._conversion, "_last_reset": self._last_reset}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._counted = {name: self._count(layer) for name, layer in self._conversion.layers.items()}
+
+    # -- what a user sees ----------------------------------------------------------------------------------------------
+
+    def report(self) -> Report:
+        """One row per converted layer, with all state of its factors, then one per other parameter. `print` it."""
+        table = super().report()
+        table[:] = self._rows()
+        table.verb = "converted"
+        return table
+
+    def _rows(self) -> Iterator[Row]:
+        factors = set()
+        for name, layer in self._conversion.layers.items():
+            params = [getattr(layer, key) for key in layer.factors]
+            factors.update(params)
+            states = [self.state.get(p, {}) for p in params]
+            count = self.restarts(self._count(layer), self.param_groups[0])
+            yield Row(
+                name=name,
+                shape=(layer.out_features, layer.in_features),
+                method=type(self).__name__,
+                rank=layer.rank,
+                side="-",
+                state_bytes=sum(tensor.nbytes for state in states for tensor in state.values()),
+                full_bytes=2 * 4 * layer.out_features * layer.in_features,
+                skipped=max((int(state["skipped"]) for state in states if state), default=0),
+                reason=", ".join(filter(None, [layer.describe(), f"{count} restarts" if count else ""])),
+            )
+        for p, _ in self._members():
+            if p not in factors:
+                row = parameter_row(self, p)
+                left = self._conversion.left.get(row.name)
+                yield replace(row, reason=f"not converted: {left}" if left else _why_not(row))
+
+    def stats(self) -> dict[str, float]:
+        """Counters for any logger, as a flat dict of numbers.
+
+        Returns:
+            restarts: of layers, over all of them.
+            state_reset: the share of a layer's state that the last restart reset.
+            skipped_gradients: parameters left out of a step because their gradient was not finite.
+        """
+        group, layers = self.param_groups[0], self._conversion.layers.values()
+        return {
+            "restarts": float(sum(self.restarts(self._count(layer), group) for layer in layers)),
+            "state_reset": self._last_reset,
+            "skipped_gradients": super().stats()["skipped_gradients"],
+        }
+
+
+def _groups(model: nn.Module, conversion: Conversion, rest_lr: float | None) -> list[dict[str, Any]]:
+    """Factors; other matrices; vectors, without decay."""
+    own = {id(getattr(layer, key)) for layer in conversion.layers.values() for key in layer.factors}
+    factors: list[tuple[str, Tensor]] = []
+    matrices: list[tuple[str, Tensor]] = []
+    vectors: list[tuple[str, Tensor]] = []
+    for name, p in model.named_parameters():
+        if id(p) in own:
+            factors.append((name, p))
+        elif p.requires_grad:
+            (matrices if p.dim() > 1 else vectors).append((name, p))
+    rest = {} if rest_lr is None else {"lr": rest_lr}
+    groups = [{"params": factors, "factors": True}, {"params": matrices, **rest}]
+    groups.append({"params": vectors, "weight_decay": 0.0, **rest})
+    return [group for group in groups if group["params"]]
+
+
+def _why_not(row: Row) -> str:
+    frozen = "frozen: no state yet"
+    if row.reason == frozen:
+        return frozen
+    return "a vector or scalar" if len(row.shape) < 2 else "not a linear layer, or the head, or excluded"
