@@ -88,7 +88,7 @@ class JaggedCosine(LRScheduler):
             )
         if restart_every is not None and restart_warmup >= restart_every:
             raise ValueError(
-                f"restart_warmup must be below restart_every, or lr never gets there: {restart_warmup} >= {restart_every}"
+                f"restart_warmup must be below restart_every, or lr never rises: {restart_warmup} >= {restart_every}"
             )
         self.total_steps = total_steps
         self.shape: dict[str, Any] = {
