@@ -387,7 +387,7 @@ def test_tied_linear_layers_stay_tied():
         (
             lambda: Language(tie=True),
             {"include": ["embed"]},
-            r"embed_tokens.weight is shared by Embedding, Linear; only",
+            r"embed_tokens.weight is shared by Embedding, Linear; to quantize it, only linear layers",
         ),
         (lambda: nn.Conv2d(3, 4, 3), {}, "Conv2d has no linear layers"),
         (lambda: quantize_weights(mlp()), {}, "Sequential has no linear layers with float weights"),

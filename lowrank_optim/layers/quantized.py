@@ -8,7 +8,7 @@ is made anew at each update, and the noise is a function of parameter, step and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from torch.utils._pytree import tree_map_only
 
-from ..groups import _any_match, _must_match, _rules
 from ..ops.philox import Stream
 from ..ops.quantize import PIECE, dequantize_affine, quantize_affine, uniform_noise
+from .choose import linears
 
 BLOCK = 256  # elements that share a grid
 _BITS = 8
@@ -148,15 +148,9 @@ def quantize_weights(model: nn.Module, *, include: Iterable[str] = (), exclude: 
 
         model = lowrank_optim.quantize_weights(model)
     """
-    chosen = _chosen(model, include, exclude)
+    chosen = linears(model, include, exclude, to="quantize")
     for name, layers in chosen.items():
         weight = layers[0].weight
-        others = [type(m).__name__ for m in model.modules() for p in m._parameters.values() if p is weight]
-        if len(others) != len(layers):
-            raise ValueError(
-                f"{name} is shared by {', '.join(others)}; only linear layers read 8-bit weights. "
-                "Take it out of `include`, or untie it first"
-            )
         if not weight.is_meta and not bool(weight.isfinite().all()):
             raise ValueError(f"{name} has entries that are not finite; its blocks could not be quantized")
     for layers in chosen.values():
@@ -165,30 +159,6 @@ def quantize_weights(model: nn.Module, *, include: Iterable[str] = (), exclude: 
         for layer in layers:
             layer.weight = packed
     return model
-
-
-def _chosen(model: nn.Module, include: Iterable[str], exclude: Iterable[str]) -> dict[str, list[nn.Linear]]:
-    """Name of each weight to quantize, and the layers that share it."""
-    users: dict[int, list[nn.Linear]] = {}
-    for module in model.modules():
-        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
-        if weight is not None and weight.numel() and not isinstance(weight, Int8Weight):
-            users.setdefault(id(weight), []).append(cast(nn.Linear, module))
-    named: list[tuple[str, Tensor]] = list(model.named_parameters())
-    linear = [(name, p) for name, p in named if id(p) in users]
-    if not linear:
-        raise ValueError(f"{type(model).__name__} has no linear layers with float weights; nothing to quantize")
-    _must_match(linear, include=include)
-    _must_match(named, exclude=exclude)
-    rules = dict(_rules(model))
-    chosen = {}
-    for name, p in linear:
-        wanted = _any_match(include, name) or rules[id(p)] != "plain"
-        if wanted and not _any_match(exclude, name):
-            chosen[name] = users[id(p)]
-    if not chosen:
-        raise ValueError("every linear layer is excluded, the head, or tied to an embedding; name some in `include`")
-    return chosen
 
 
 class _Linear(torch.autograd.Function):
