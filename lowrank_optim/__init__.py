@@ -3,7 +3,7 @@
 from .accumulate import CompressedAccumulation
 from .backward import StepInBackward, step_in_backward
 from .groups import param_groups
-from .layers.quantized import Int8Weight, quantize_weights
+from .layers.quantized import Int8Weight, NF4Weight, quantize_weights
 from .memory import MemoryEstimate, estimate_memory
 from .memory_report import MemoryReport, memory_report
 from .methods.apollo import APOLLO
@@ -46,6 +46,7 @@ __all__ = [
     "LowRankOptimizer",
     "MemoryEstimate",
     "MemoryReport",
+    "NF4Weight",
     "QGaLoreAdamW",
     "Report",
     "SNSMAdamW",

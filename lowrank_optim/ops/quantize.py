@@ -47,12 +47,17 @@ def four_bit_map(signed: bool, device: torch.device = _CPU) -> Tensor:
     return (_dynamic(signed, decades=3) if signed else torch.arange(1.0, 17.0) / 16).to(device)
 
 
-@lru_cache(maxsize=32)
 def nf4_map(device: torch.device = _CPU) -> Tensor:
     """NormalFloat: 16 quantiles of the normal distribution over their largest, in ascending order; zero at index 7.
 
     The numbers that the QLoRA paper prints. Both 1 and -1 are there, so the peak of a block is exact.
     """
+    # What is traced must not meet a tensor from outside of the graph, nor leave one of its own behind.
+    return torch.tensor(_NF4, device=device) if torch.compiler.is_compiling() else _nf4_map(device)
+
+
+@lru_cache(maxsize=32)
+def _nf4_map(device: torch.device) -> Tensor:
     return torch.tensor(_NF4, device=device)
 
 
