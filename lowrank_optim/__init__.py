@@ -5,7 +5,7 @@ from .backward import StepInBackward, step_in_backward
 from .groups import param_groups
 from .layers.convert import convert, merge
 from .layers.linear import LowRankLinear, ReparameterizedLinear
-from .layers.quantized import Int8Weight, quantize_weights
+from .layers.quantized import Int8Weight, NF4Weight, quantize_weights
 from .memory import MemoryEstimate, estimate_memory
 from .memory_report import MemoryReport, memory_report
 from .methods.apollo import APOLLO
@@ -55,6 +55,7 @@ __all__ = [
     "LowRankOptimizer",
     "MemoryEstimate",
     "MemoryReport",
+    "NF4Weight",
     "QGaLoreAdamW",
     "ReLoRA",
     "ReparameterizedLinear",

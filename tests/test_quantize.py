@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 import pytest
 import torch
 
@@ -266,3 +268,88 @@ def test_the_largest_never_wraps_around():
     places = (x - low) / scale
     assert (places.amax(-1) > 255).any(), "or nothing is tested"
     assert (codes.gather(1, x.argmax(1, keepdim=True)) == 255).all()
+
+
+def test_nf4_map(bnb):
+    """The quantiles of the paper, computed as their authors did: evenly spaced probabilities in float32."""
+    quantile, most = NormalDist().inv_cdf, 0.9677083
+    above = [quantile(p) for p in torch.linspace(most, 0.5, 9)[:-1].tolist()]
+    below = [-quantile(p) for p in torch.linspace(most, 0.5, 8)[:-1].tolist()]
+    values = torch.tensor(sorted([*below, 0.0, *above]))
+    assert torch.equal(q.nf4_map(), values / values.max())
+    assert torch.equal(q.nf4_map(), bnb.get_4bit_type("nf4", device="cpu"))
+    assert q.nf4_map()[7] == 0
+    assert q.nf4_map() is q.nf4_map(), "made once"
+
+
+def nf4_of_bitsandbytes(bnb, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Its codes, one to a byte, its absmax and its values. It puts the first code into the upper half."""
+    packed, state = bnb.quantize_4bit(x, quant_type="nf4", blocksize=64)
+    pairs = packed.flatten()
+    codes = torch.stack([pairs >> 4, pairs & 15], 1).flatten()[: x.numel()]
+    return codes, state.absmax, bnb.dequantize_4bit(packed, state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 9), (64, 64), (3, 5461), (5461, 2), (300, 1000)])
+@pytest.mark.parametrize("scale", [1.0, 0.02, 1e-6])
+def test_nf4_codes_and_values_are_those_of_bitsandbytes(bnb, shape, dtype, scale):
+    x = (scale * torch.randn(shape)).to(dtype)
+    x.view(-1)[::17] = 0
+    x.view(-1)[64:128] = 0
+    theirs, absmax, values = nf4_of_bitsandbytes(bnb, x)
+    codes, peaks = q.quantize_blockwise(x.flatten(), q.nf4_map(), 64)
+    assert torch.equal(codes, theirs)
+    # It raises the peak of a short last block to 1e-38, not of others: to be seen only where that block is all zero.
+    assert torch.equal(peaks.clamp(min=1e-38), absmax.clamp(min=1e-38))
+    assert torch.equal(q.dequantize_blockwise(codes, peaks, q.nf4_map(), 64, dtype).view(shape), values)
+
+
+def test_nf4_decides_ties_as_bitsandbytes_does(bnb):
+    """All float32 numbers near every midpoint; a one in each block, so that the division changes nothing."""
+    midpoints = (q.nf4_map()[1:] + q.nf4_map()[:-1]) / 2
+    near = (midpoints.view(torch.int32)[:, None] + torch.arange(-1000, 1001, dtype=torch.int32)).view(torch.float32)
+    x = torch.cat([torch.ones(near.numel(), 1), near.view(-1, 1).expand(-1, 63)], 1).flatten()
+    codes, _ = q.quantize_blockwise(x, q.nf4_map(), 64)
+    assert torch.equal(codes, nf4_of_bitsandbytes(bnb, x)[0])
+    assert torch.equal(codes.view(-1, 64)[:, 1].long(), torch.bucketize(near.flatten(), midpoints)), "ties go down"
+
+
+@pytest.mark.parametrize("peak", [1e-45, 1e-42, 5e-39, 1.17e-38])
+def test_nf4_of_blocks_below_the_smallest_normal_number(bnb, peak):
+    """The one place where codes differ. Lest 0 / 0 occur both divide such blocks by more than their peak, bitsandbytes
+    by 1e-38 (it calls 1e-38 itself a one), ours by the smallest normal number, 1.18e-38. Errors stay below the peak."""
+    x = peak * torch.linspace(-1, 1, 64)
+    codes, absmax = q.quantize_blockwise(x, q.nf4_map(), 64)
+    theirs, their_absmax, values = nf4_of_bitsandbytes(bnb, x)
+    assert torch.equal(absmax, their_absmax)
+    ours = q.dequantize_blockwise(codes, absmax, q.nf4_map(), 64)
+    assert (ours - x).abs().max() <= absmax.max()
+    assert (values - x).abs().max() <= absmax.max()
+    assert (codes.int() - theirs.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 3e30])
+def test_nf4_values_are_fixed_points(scale):
+    x = scale * torch.randn(20_003)
+    codes, absmax = q.quantize_blockwise(x, q.nf4_map(), 64)
+    back = q.dequantize_blockwise(codes, absmax, q.nf4_map(), 64)
+    for noise in (None, torch.full_like(x, 0.5 / 65536), torch.full_like(x, 1 - 0.5 / 65536)):
+        again, peaks = q.quantize_blockwise(back, q.nf4_map(), 64, noise=noise)
+        assert torch.equal(again, codes), "also under the smallest and the largest noise that there is"
+        assert torch.equal(peaks, absmax)
+
+
+@pytest.mark.parametrize("make", [q.nf4_map, lambda: q.dynamic_map(True), lambda: q.four_bit_map(False)])
+def test_noise_rounds_to_a_map_without_bias(make):
+    code_map, x = make(), torch.rand(300)
+    x[0] = 1
+    noise = (torch.arange(1000) + 0.5)[:, None].expand(-1, 300) / 1000
+    codes, absmax = q.quantize_blockwise(x.expand(1000, 300), code_map, 512, noise=noise)
+    values = q.dequantize_blockwise(codes, absmax, code_map, 512)
+    reached = x >= code_map[0]
+    gap = code_map[torch.bucketize(x, code_map)] - code_map[(torch.bucketize(x, code_map) - 1).clamp(min=0)]
+    error = values.double().mean(0) - x
+    assert (error.abs() <= gap / 1000 + 1e-6)[reached].all(), "noise takes all its values once"
+    assert ((values - x).abs() <= gap + 1e-6)[:, reached].all(), "only to the two neighbours"
+    assert (codes[:, ~reached] == 0).all()

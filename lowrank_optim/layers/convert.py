@@ -11,8 +11,8 @@ from torch import nn
 
 from .. import checks
 from ..plan import resolve_rank
+from .choose import linears
 from .linear import LowRankLinear, ReparameterizedLinear
-from .quantized import _chosen
 
 Build = Callable[..., ReparameterizedLinear]
 
@@ -154,7 +154,7 @@ def _eligible(
 ) -> tuple[dict[str, list[nn.Linear]], dict[str, str]]:
     """The linear layers to convert by the name of their weight, and why others are left."""
     chosen, left = {}, {}
-    for name, twins in _chosen(model, include, exclude).items():
+    for name, twins in linears(model, include, exclude, to="convert").items():
         reason = _why_left(twins[0], rank, min_dim)
         if reason:
             left[name] = reason

@@ -15,9 +15,13 @@ from .. import checks, ops
 from ..chunk import is_packed, unpacked, working_dtype
 from ..ops.factor import balance, split
 from ..plan import bare_name, resolve_rank
-from .quantized import Int8Weight
+from .quantized import Int8Weight, NF4Weight
 
-BASES: dict[str, Callable[[Tensor], Tensor]] = {"dense": lambda w: w, "int8": Int8Weight.quantize}
+BASES: dict[str, Callable[[Tensor], Tensor]] = {
+    "dense": lambda w: w,
+    "int8": Int8Weight.quantize,
+    "nf4": NF4Weight.quantize,
+}
 
 
 class ReparameterizedLinear(nn.Module, abc.ABC):

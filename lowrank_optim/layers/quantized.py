@@ -1,14 +1,18 @@
-"""Weights kept in 8 bits while they train: every update rounds stochastically, so that small ones survive on average.
+"""Weights in few bits that are tensors to torch: `Int8Weight`, for training, and `NF4Weight`, for bases that stay.
 
-Reference: Zhang et al., "Q-GaLore: quantized GaLore with INT4 projection and layer-adaptive low-rank gradients",
-arXiv 2407.08296. Differences from it: a block's grid starts at a float32 number and not at a clamped integer, the grid
-is made anew at each update, and the noise is a function of parameter, step and element.
+Writing to one rounds stochastically, so that updates below one step survive on average.
+
+References: Zhang et al., "Q-GaLore: quantized GaLore with INT4 projection and layer-adaptive low-rank gradients",
+arXiv 2407.08296 (8 bits); Dettmers et al., "QLoRA: efficient finetuning of quantized LLMs", arXiv 2305.14314 (NF4).
+Differences from the first: a block's grid starts at a float32 number and not at a clamped integer, the grid is made
+anew at each update, and the noise is a function of parameter, step and element. From the second: the numbers of the
+blocks stay in float32 (no double quantization).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +20,28 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from torch.utils._pytree import tree_map_only
 
-from ..groups import _any_match, _must_match, _rules
 from ..ops.philox import Stream
-from ..ops.quantize import PIECE, dequantize_affine, quantize_affine, uniform_noise
+from ..ops.quantize import (
+    PIECE,
+    dequantize_affine,
+    dequantize_blockwise,
+    nf4_map,
+    pack4,
+    quantize_affine,
+    quantize_blockwise,
+    uniform_noise,
+    unpack4,
+)
+from .choose import linears
 
-BLOCK = 256  # elements that share a grid
-_BITS = 8
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 _aten = torch.ops.aten
 
 
-class Int8Weight(Tensor):
-    """A weight `(..., m, n)` in one byte per element, and 8 bytes per block of 256 of a flattened matrix.
+class QuantizedWeight(Tensor):
+    """A weight `(..., m, n)` that keeps each matrix as one row-major line of codes, and numbers for blocks of it.
 
     To torch it is a tensor of its `dtype` (its gradient is a plain one), and any operation reads its values. Writing is
     `copy_`, which rounds to nearest, or `pack_`; every other in-place operation is refused, because rounded to nearest
@@ -34,33 +49,39 @@ class Int8Weight(Tensor):
 
     `F.linear` keeps the codes for backward, not the values.
 
+    A subclass says what it consists of, and how a line becomes that and back.
+
     Args:
-        codes: uint8, in the weight's shape.
-        scale, low: float32 `(..., ceil(m n / 256))`: the value is `low + scale * code`.
-        dtype: what it is to torch.
+        inner: the tensors of `per`, in its order, `(..., ceil(m n / per))`.
+        shape, dtype: what it is to torch.
     """
 
-    codes: Tensor
-    scale: Tensor
-    low: Tensor
+    per: ClassVar[dict[str, int]]  # its inner tensors by name, and how many elements share one entry of them
 
     @staticmethod
-    def __new__(cls, codes: Tensor, scale: Tensor, low: Tensor, dtype: torch.dtype) -> Int8Weight:
-        self = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device)
-        self.codes, self.scale, self.low = codes, scale, low
+    def __new__(cls, *inner: Tensor, shape: torch.Size, dtype: torch.dtype) -> Self:
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=inner[0].device)
+        for name, x in zip(cls.per, inner, strict=True):
+            setattr(self, name, x)
         return self
 
     @classmethod
-    def quantize(cls, x: Tensor) -> Int8Weight:
-        """The nearest 8-bit weight to a plain one, of its dtype."""
-        x = x.detach()
-        codes, scale, low = quantize_affine(_flat(x), _BITS, BLOCK)
-        return cls(codes.view(x.shape), scale, low, x.dtype)
+    def encode(cls, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The inner tensors for lines `(..., k)`, rounded to nearest, or by uniform noise so that `E[result] = x`."""
+        raise NotImplementedError
+
+    def decode(self, k: int, dtype: torch.dtype) -> Tensor:
+        """The lines `(..., k)` again."""
+        raise NotImplementedError
+
+    @classmethod
+    def quantize(cls, x: Tensor) -> Self:
+        """The nearest such weight to a plain one, of its dtype."""
+        return cls(*cls.encode(_flat(x.detach())), shape=x.shape, dtype=x.dtype)
 
     def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
         """The values as a plain tensor, by default of its own dtype; outside autograd."""
-        flat = dequantize_affine(_flat(self.codes), self.scale, self.low, BLOCK, dtype or self.dtype)
-        return flat.view(self.codes.shape)
+        return self.decode(self._line, dtype or self.dtype).view(self.shape)
 
     def pack_(self, x: Tensor, key: int, stream: Stream) -> None:
         """Overwrites it by `x`, each element rounded up or down so that `E[result] = x`.
@@ -72,30 +93,42 @@ class Int8Weight(Tensor):
         if x.shape != self.shape:
             raise ValueError(f"pack_ needs a tensor of shape {tuple(self.shape)}, got {tuple(x.shape)}")
         torch.autograd.graph.increment_version(self)  # backward through an older value is an error, as for any tensor
-        k = _flat(self.codes).shape[-1]
-        new, codes = x.detach().reshape(-1, k), self.codes.view(-1, k)
-        scale, low = (numbers.view(-1, numbers.shape[-1]) for numbers in (self.scale, self.low))
+        k = self._line
+        new, inner = x.detach().reshape(-1, k), [(t.view(-1, t.shape[-1]), self.per[name]) for name, t in self._inner()]
         size = PIECE if x.device.type == "cpu" else max(k, 1)  # whole blocks, whose noise stays in cache
         for i in range(len(new)):
             for start in range(0, k, size):
-                piece, blocks = slice(start, start + size), slice(start // BLOCK, -(-(start + size) // BLOCK))
-                values = new[i, piece]
+                values = new[i, start : start + size]
                 noise = uniform_noise((len(values),), key, stream, i * k + start, x.device)
-                codes[i, piece], scale[i, blocks], low[i, blocks] = quantize_affine(values, _BITS, BLOCK, noise)
+                for (target, per), piece in zip(inner, self.encode(values, noise), strict=True):
+                    target[i, start // per : start // per + len(piece)] = piece
 
     def stored_bytes(self) -> int:
-        """Bytes of the codes and of their grids."""
-        return sum(x.numel() * x.element_size() for x in (self.codes, self.scale, self.low))
+        """Bytes of the codes and of what their blocks share."""
+        return sum(x.numel() * x.element_size() for _, x in self._inner())
+
+    @property
+    def _line(self) -> int:
+        """Elements of one matrix."""
+        return self.shape[-2:].numel()
+
+    def _inner(self) -> list[tuple[str, Tensor]]:
+        return [(name, getattr(self, name)) for name in self.per]
+
+    def _map(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> Self:
+        return type(self)(*(change(x) for _, x in self._inner()), shape=self.shape, dtype=dtype or self.dtype)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"Int8Weight({self.unpack()!r}, requires_grad={self.requires_grad})"
+        return f"{type(self).__name__}({self.unpack()!r}, requires_grad={self.requires_grad})"
 
-    def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
-        return ["codes", "scale", "low"], self.dtype
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[torch.Size, torch.dtype]]:
+        return list(self.per), (self.shape, self.dtype)
 
-    @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], dtype: torch.dtype, size: object, stride: object) -> Int8Weight:
-        return Int8Weight(inner["codes"], inner["scale"], inner["low"], dtype)
+    @classmethod
+    def __tensor_unflatten__(
+        cls, inner: dict[str, Tensor], kind: tuple[torch.Size, torch.dtype], size: object, stride: object
+    ) -> Self:
+        return cls(*(inner[name] for name in cls.per), shape=kind[0], dtype=kind[1])
 
     @classmethod
     def __torch_function__(
@@ -103,8 +136,8 @@ class Int8Weight(Tensor):
     ) -> Any:
         if func in _READERS:
             return func(args[0].detach().unpack(), *args[1:], **(kwargs or {}))
-        if func in _WRITERS and isinstance(args[0], Int8Weight):
-            raise _refusal(_WRITERS[func])
+        if func in _WRITERS and isinstance(args[0], QuantizedWeight):
+            raise _refusal(_WRITERS[func], args[0])
         with torch._C.DisableTorchFunctionSubclass():
             if func is linear:
                 return _linear(*args, **(kwargs or {}))
@@ -116,15 +149,66 @@ class Int8Weight(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
-        if func in _SPECIAL and isinstance(args[0], Int8Weight):
+        if func in _SPECIAL and isinstance(args[0], QuantizedWeight):
             return _SPECIAL[func](*args, **kwargs)
         if func._schema.is_mutable:
             _refuse_writes(func, args, kwargs)
-        args, kwargs = tree_map_only(Int8Weight, Int8Weight.unpack, (args, kwargs))
+        args, kwargs = tree_map_only(QuantizedWeight, QuantizedWeight.unpack, (args, kwargs))
         return func(*args, **kwargs)
 
-    def _map(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> Int8Weight:
-        return Int8Weight(change(self.codes), change(self.scale), change(self.low), dtype or self.dtype)
+
+class Int8Weight(QuantizedWeight):
+    """A weight `(..., m, n)` in one byte per element, and 8 bytes per block of 256: 1.03 bytes per element.
+
+    What `quantize_weights` makes, for optimizers of this package to train. A value is `low + scale * code`: 256 equal
+    steps from the least to the largest of its block.
+
+    Inner tensors: `codes` uint8, one per element; `scale` and `low` float32, one per block.
+    """
+
+    per = {"codes": 1, "scale": 256, "low": 256}
+    codes: Tensor
+    scale: Tensor
+    low: Tensor
+
+    @classmethod
+    def encode(cls, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
+        return quantize_affine(x, 8, cls.per["scale"], noise)
+
+    def decode(self, k: int, dtype: torch.dtype) -> Tensor:
+        return dequantize_affine(self.codes, self.scale, self.low, self.per["scale"], dtype)
+
+
+class NF4Weight(QuantizedWeight):
+    """A weight `(..., m, n)` in half a byte per element, and 4 bytes per block of 64: 0.5625 bytes per element.
+
+    For the base of a low-rank layer, which is written to when factors are merged into it and rests in between. A value
+    is `absmax * nf4_map()[code]`. Codes and values are those of bitsandbytes; only in a byte the first code is the
+    lower half here, the upper there.
+
+    Rounded to nearest, as `copy_` does, a merge loses what is less than half a step, 4 to 15 % of a block's largest,
+    and loses it again at every merge. `pack_` keeps all of it in expectation: its noise is independent from element to
+    element and averages out in a product, which a low-rank update does not. Where something else makes up for the
+    rounding (LoQT fits its factor to what is left), nearest leaves the least to make up for.
+
+    `quantize_weights` does not make these: with 16 values in a block, the noise of an update at every step would be far
+    larger than the updates. An optimizer that is given one does write to it, by `pack_`.
+
+    Inner tensors: `codes` uint8, two to a byte; `absmax` float32, one per block.
+    """
+
+    per = {"codes": 2, "absmax": 64}
+    codes: Tensor
+    absmax: Tensor
+
+    @classmethod
+    def encode(cls, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
+        codes, absmax = quantize_blockwise(x, nf4_map(x.device), cls.per["absmax"], noise=noise)
+        return pack4(codes), absmax
+
+    def decode(self, k: int, dtype: torch.dtype) -> Tensor:
+        codes = unpack4(self.codes, k)
+        return dequantize_blockwise(codes, self.absmax, nf4_map(codes.device), self.per["absmax"], dtype)
 
 
 def quantize_weights(model: nn.Module, *, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> nn.Module:
@@ -148,15 +232,9 @@ def quantize_weights(model: nn.Module, *, include: Iterable[str] = (), exclude: 
 
         model = lowrank_optim.quantize_weights(model)
     """
-    chosen = _chosen(model, include, exclude)
+    chosen = linears(model, include, exclude, to="quantize")
     for name, layers in chosen.items():
         weight = layers[0].weight
-        others = [type(m).__name__ for m in model.modules() for p in m._parameters.values() if p is weight]
-        if len(others) != len(layers):
-            raise ValueError(
-                f"{name} is shared by {', '.join(others)}; only linear layers read 8-bit weights. "
-                "Take it out of `include`, or untie it first"
-            )
         if not weight.is_meta and not bool(weight.isfinite().all()):
             raise ValueError(f"{name} has entries that are not finite; its blocks could not be quantized")
     for layers in chosen.values():
@@ -167,35 +245,11 @@ def quantize_weights(model: nn.Module, *, include: Iterable[str] = (), exclude: 
     return model
 
 
-def _chosen(model: nn.Module, include: Iterable[str], exclude: Iterable[str]) -> dict[str, list[nn.Linear]]:
-    """Name of each weight to quantize, and the layers that share it."""
-    users: dict[int, list[nn.Linear]] = {}
-    for module in model.modules():
-        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
-        if weight is not None and weight.numel() and not isinstance(weight, Int8Weight):
-            users.setdefault(id(weight), []).append(cast(nn.Linear, module))
-    named: list[tuple[str, Tensor]] = list(model.named_parameters())
-    linear = [(name, p) for name, p in named if id(p) in users]
-    if not linear:
-        raise ValueError(f"{type(model).__name__} has no linear layers with float weights; nothing to quantize")
-    _must_match(linear, include=include)
-    _must_match(named, exclude=exclude)
-    rules = dict(_rules(model))
-    chosen = {}
-    for name, p in linear:
-        wanted = _any_match(include, name) or rules[id(p)] != "plain"
-        if wanted and not _any_match(exclude, name):
-            chosen[name] = users[id(p)]
-    if not chosen:
-        raise ValueError("every linear layer is excluded, the head, or tied to an embedding; name some in `include`")
-    return chosen
-
-
 class _Linear(torch.autograd.Function):
     """y = x W^T + b."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Int8Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return linear(x, weight.unpack(dtype), bias)
 
@@ -207,7 +261,7 @@ class _Linear(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             # hooks on saved tensors, such as those that offload them, may hand back a plain copy
-            plain = weight.unpack(grad.dtype) if isinstance(weight, Int8Weight) else weight.to(grad.dtype)
+            plain = weight.unpack(grad.dtype) if isinstance(weight, QuantizedWeight) else weight.to(grad.dtype)
             grad_x = grad @ plain
         if ctx.needs_input_grad[1]:
             grad_weight = (rows.mT @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
@@ -217,8 +271,8 @@ class _Linear(torch.autograd.Function):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002 (torch's name)
-    """`F.linear`, also under autocast, with any of its arguments in 8 bits."""
-    if not isinstance(weight, Int8Weight):
+    """`F.linear`, also under autocast, with any of its arguments quantized."""
+    if not isinstance(weight, QuantizedWeight):
         return linear(input, weight, bias)
     device, dtype = input.device.type, weight.dtype
     if torch.is_autocast_enabled(device):
@@ -229,19 +283,19 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def _flat(x: Tensor) -> Tensor:
     """Each matrix as one row-major line."""
-    return x.flatten(-2) if x.dim() > 1 else x
+    return x.flatten(-2) if x.dim() > 1 else x.view(-1)
 
 
-def _copy_(target: Int8Weight, source: Tensor, non_blocking: bool = False) -> Int8Weight:
-    if not isinstance(source, Int8Weight) or source.shape != target.shape:
-        plain = source.unpack() if isinstance(source, Int8Weight) else source
-        source = Int8Weight.quantize(plain.to(target.device).expand(target.shape))
-    for name in ("codes", "scale", "low"):
-        getattr(target, name).copy_(getattr(source, name), non_blocking)
+def _copy_(target: QuantizedWeight, source: Tensor, non_blocking: bool = False) -> QuantizedWeight:
+    if type(source) is not type(target) or source.shape != target.shape:
+        plain = source.unpack() if isinstance(source, QuantizedWeight) else source
+        source = target.quantize(plain.to(target.device).expand(target.shape))
+    for name, x in target._inner():
+        x.copy_(getattr(source, name), non_blocking)
     return target
 
 
-def _to_copy(weight: Int8Weight, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+def _to_copy(weight: QuantizedWeight, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
     """Another device or floating-point dtype keeps the codes."""
     if dtype is not None and not dtype.is_floating_point:
         return weight.unpack().to(dtype)
@@ -266,15 +320,17 @@ def _refuse_writes(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[i] if i < len(args) else kwargs.get(argument.name)
-            if any(isinstance(x, Int8Weight) for x in (value if isinstance(value, (list, tuple)) else [value])):
-                raise _refusal(func._schema.name.split("::")[-1])
+            for x in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(x, QuantizedWeight):
+                    raise _refusal(func._schema.name.split("::")[-1], x)
 
 
-def _refusal(name: str) -> RuntimeError:
+def _refusal(name: str, weight: Tensor) -> RuntimeError:
     return RuntimeError(
-        f"{name} would write to an 8-bit weight, where small updates vanish if they are rounded to nearest. Train "
-        "it with an optimizer of lowrank_optim; to overwrite it use copy_ (rounds to nearest) or pack_ (stochastically)"
+        f"{name} would write to an {type(weight).__name__}, where small updates vanish if they are rounded to nearest. "
+        "Train it with an optimizer of lowrank_optim; to overwrite it use copy_ (rounds to nearest) or pack_ "
+        "(stochastically)"
     )
 
 
-torch.serialization.add_safe_globals([Int8Weight])  # so that torch.load(weights_only=True) takes it
+torch.serialization.add_safe_globals([Int8Weight, NF4Weight])  # so that torch.load(weights_only=True) takes them

@@ -1,11 +1,12 @@
-"""Blockwise quantization to 8 and 4 bits: of optimizer states to a map of values, of weights to a uniform grid.
+"""Blockwise quantization to 8 and 4 bits: to a map of values (states, NF4 weights) or a uniform grid (weights).
 
 The last dimension of every tensor here is one flattened matrix of k elements, cut into blocks of `block`; the last
 block may be short. Leading dimensions are a batch, so a block never reaches into another matrix and a batch gives what
 its matrices would give one by one.
 
 References: Dettmers et al., "8-bit optimizers via block-wise quantization", ICLR 2022; Li et al., "Memory efficient
-optimizers with 4-bit states", NeurIPS 2023.
+optimizers with 4-bit states", NeurIPS 2023; Dettmers et al., "QLoRA: efficient finetuning of quantized LLMs", NeurIPS
+2023.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from .philox import Stream, random_bits16
 _CPU = torch.device("cpu")
 PIECE = 1 << 16  # elements worked on at once on CPU
 _TINY = torch.finfo(torch.float32).tiny
+_NF4 = (
+    *(-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.091050036, 0.0),
+    *(0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0),
+)
 
 
 @lru_cache(maxsize=32)
@@ -42,7 +47,23 @@ def four_bit_map(signed: bool, device: torch.device = _CPU) -> Tensor:
     return (_dynamic(signed, decades=3) if signed else torch.arange(1.0, 17.0) / 16).to(device)
 
 
-def quantize_blockwise(x: Tensor, code_map: Tensor, block: int, signed_peak: bool = False) -> tuple[Tensor, Tensor]:
+def nf4_map(device: torch.device = _CPU) -> Tensor:
+    """NormalFloat: 16 quantiles of the normal distribution over their largest, in ascending order; zero at index 7.
+
+    The numbers that the QLoRA paper prints. Both 1 and -1 are there, so the peak of a block is exact.
+    """
+    # What is traced must not meet a tensor from outside of the graph, nor leave one of its own behind.
+    return torch.tensor(_NF4, device=device) if torch.compiler.is_compiling() else _nf4_map(device)
+
+
+@lru_cache(maxsize=32)
+def _nf4_map(device: torch.device) -> Tensor:
+    return torch.tensor(_NF4, device=device)
+
+
+def quantize_blockwise(
+    x: Tensor, code_map: Tensor, block: int, signed_peak: bool = False, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The nearest entry of `code_map` to each element over its block's largest magnitude.
 
     Args:
@@ -51,13 +72,17 @@ def quantize_blockwise(x: Tensor, code_map: Tensor, block: int, signed_peak: boo
         block: elements that share one `absmax`.
         signed_peak: `absmax` has the sign of the largest element, which then is 1 to the map. Signed maps have 1 and no
             -1: a block whose peak is negative would otherwise lose a part of it each time it is written.
+        noise: uniform in (0, 1), of x's shape: goes to the entry above where it is below the distance to the one below,
+            over their gap, so that `E[result] = x` where the map reaches. None rounds to nearest.
 
     Returns:
         `codes (..., k)` uint8 and `absmax (..., ceil(k / block))` float32. Half-way goes to the lower entry.
     """
     codes, absmax = _outputs(x, block)
+    if x.is_meta:
+        return codes, absmax
     lower, midpoint = _nearest_table(code_map)
-    for blocks, code, peak in _pieces([x, codes], [absmax], block):
+    for blocks, code, *dither, peak in _pieces([x, codes] if noise is None else [x, codes, noise], [absmax], block):
         blocks = blocks.float()
         top, bottom = blocks.amax(-1, True), blocks.amin(-1, True)
         largest = torch.maximum(top, -bottom)
@@ -66,7 +91,8 @@ def quantize_blockwise(x: Tensor, code_map: Tensor, block: int, signed_peak: boo
         # The upper half of a float32 leaves two candidates: a look-up instead of `bucketize`, which is 20 times slower.
         upper = (unit.view(torch.int32) >> 16).add_(1 << 15)
         higher = (unit > midpoint.index_select(0, upper)).view(torch.uint8)
-        code.copy_(lower.index_select(0, upper).add_(higher).view(code.shape))
+        nearest = lower.index_select(0, upper).add_(higher)
+        code.copy_((_dithered(unit, nearest, code_map, dither[0]) if dither else nearest).view(code.shape))
     return codes, absmax
 
 
@@ -175,6 +201,15 @@ def _dynamic(signed: bool, decades: int) -> Tensor:
         middle = (edges[1:] + edges[:-1]) / 2 * 10.0 ** (i + 1 - decades)
         values += [middle, -middle] if signed else [middle]
     return torch.cat(values).sort().values
+
+
+def _dithered(unit: Tensor, nearest: Tensor, code_map: Tensor, noise: Tensor) -> Tensor:
+    """The entry below each number or the one above. Noise is never 0 or 1: an ulp away from an entry goes to it."""
+    nearest = nearest.int()
+    below = (nearest - (code_map.index_select(0, nearest) > unit).int()).clamp_(min=0)
+    gaps = torch.cat([code_map.diff(), torch.ones_like(code_map[:1])])  # nothing is above the last entry
+    rest = (unit - code_map.index_select(0, below)).div_(gaps.index_select(0, below))
+    return below.add_(rest > noise.flatten())
 
 
 @lru_cache(maxsize=32)
