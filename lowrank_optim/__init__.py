@@ -6,6 +6,7 @@ from .groups import param_groups
 from .layers.convert import convert, merge
 from .layers.linear import LowRankLinear, ReparameterizedLinear
 from .layers.quantized import Int8Weight, NF4Weight, quantize_weights
+from .layers.quantized_linear import QuantizedLinear
 from .memory import MemoryEstimate, estimate_memory
 from .memory_report import MemoryReport, memory_report
 from .methods.apollo import APOLLO
@@ -20,6 +21,7 @@ from .methods.galore_adafactor import GaLoreAdafactor
 from .methods.galore_plus import GaLorePlusAdamW
 from .methods.golore import GoLoreAdamW
 from .methods.ldadam import LDAdamW
+from .methods.loqt import LoQT
 from .methods.low_rank import LowRankAdamW
 from .methods.q_galore import QGaLoreAdamW
 from .methods.relora import ReLoRA
@@ -50,6 +52,7 @@ __all__ = [
     "Int8Weight",
     "JaggedCosine",
     "LDAdamW",
+    "LoQT",
     "LowRankAdamW",
     "LowRankLinear",
     "LowRankOptimizer",
@@ -57,6 +60,7 @@ __all__ = [
     "MemoryReport",
     "NF4Weight",
     "QGaLoreAdamW",
+    "QuantizedLinear",
     "ReLoRA",
     "ReparameterizedLinear",
     "Report",

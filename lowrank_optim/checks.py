@@ -217,6 +217,8 @@ _CHECKS: dict[str, Check] = {
     "heads": _whole(1),
     "queue": _whole(1),
     "growth": _whole(1),
+    "gap_growth": _number(1),
+    "compensation": _whole(0),
     "threshold": _number(0),
     "random_after": _whole(0),
     "subset_size": _subset_size,

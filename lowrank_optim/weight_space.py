@@ -50,7 +50,8 @@ class WeightSpaceOptimizer(LowRankOptimizer):
                 checks.nothing_lost(type(self).__name__, conversion.left.items())
             self._conversion, self._counted = conversion, dict.fromkeys(conversion.layers, 0)
             self._last_reset = 0.0
-            super().__init__(_groups(model, conversion, rest_lr), defaults, strict=strict)
+            groups = _groups(model, conversion, rest_lr) + self.extra_groups(conversion)
+            super().__init__(groups, defaults, strict=strict)
         except Exception:
             conversion.undo()
             raise
@@ -59,6 +60,10 @@ class WeightSpaceOptimizer(LowRankOptimizer):
 
     def check(self, group: dict[str, Any]) -> None:
         """Raises a ValueError for options that mean nothing together."""
+
+    def extra_groups(self, conversion: Conversion) -> list[dict[str, Any]]:
+        """Groups beside those of the factors and of what is not converted."""
+        return []
 
     @abc.abstractmethod
     def restart(self, name: str, layer: ReparameterizedLinear, count: int, group: dict[str, Any]) -> bool:
@@ -97,6 +102,9 @@ class WeightSpaceOptimizer(LowRankOptimizer):
         state = self.state.get(layer.leader)
         return int(state["step"] + state["skipped"]) if state else 0
 
+    def _restarts(self, name: str, layer: ReparameterizedLinear) -> int:
+        return self.restarts(self._count(layer), self.param_groups[0])
+
     def reset(self, layer: ReparameterizedLinear, how: str = "drop", ratio: float = 1.0) -> float:
         """Empties the moments of a layer's factors; the share of entries that were reset."""
         group, lost, total = self.param_groups[0], 0, 0
@@ -123,6 +131,10 @@ class WeightSpaceOptimizer(LowRankOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._continue()
+
+    def _continue(self) -> None:
+        """What follows from the state, after it was loaded."""
         self._counted = {name: self._count(layer) for name, layer in self._conversion.layers.items()}
 
     # -- what a user sees ----------------------------------------------------------------------------------------------
@@ -135,12 +147,12 @@ class WeightSpaceOptimizer(LowRankOptimizer):
         return table
 
     def _rows(self) -> Iterator[Row]:
-        factors = set()
+        inside: set[Tensor] = set()
         for name, layer in self._conversion.layers.items():
-            params = [getattr(layer, key) for key in layer.factors]
-            factors.update(params)
+            params = [p for key, p in layer.named_parameters() if key != "bias"]
+            inside.update(params)
             states = [self.state.get(p, {}) for p in params]
-            count = self.restarts(self._count(layer), self.param_groups[0])
+            count = self._restarts(name, layer)
             yield Row(
                 name=name,
                 shape=(layer.out_features, layer.in_features),
@@ -153,7 +165,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
                 reason=", ".join(filter(None, [layer.describe(), f"{count} restarts" if count else ""])),
             )
         for p, _ in self._members():
-            if p not in factors:
+            if p not in inside:
                 row = parameter_row(self, p)
                 left = self._conversion.left.get(row.name)
                 yield replace(row, reason=f"not converted: {left}" if left else _why_not(row))
@@ -166,9 +178,9 @@ class WeightSpaceOptimizer(LowRankOptimizer):
             state_reset: the share of a layer's state that the last restart reset.
             skipped_gradients: parameters left out of a step because their gradient was not finite.
         """
-        group, layers = self.param_groups[0], self._conversion.layers.values()
+        layers = self._conversion.layers.items()
         return {
-            "restarts": float(sum(self.restarts(self._count(layer), group) for layer in layers)),
+            "restarts": float(sum(self._restarts(name, layer) for name, layer in layers)),
             "state_reset": self._last_reset,
             "skipped_gradients": super().stats()["skipped_gradients"],
         }

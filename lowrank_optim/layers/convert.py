@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .. import checks
 from ..plan import resolve_rank
@@ -147,6 +148,12 @@ def merge(model: nn.Module) -> nn.Module:
 def converted(model: nn.Module) -> Iterator[tuple[str, ReparameterizedLinear]]:
     """Name and layer of all that is converted."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, ReparameterizedLinear))
+
+
+def leave_to_ranks(model: nn.Module, names: Iterable[str]) -> None:
+    """Tells DistributedDataParallel, which will wrap the model, to leave these parameters to themselves."""
+    ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ())) | set(names)
+    cast(Any, DistributedDataParallel)._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))
 
 
 def _eligible(

@@ -1,0 +1,199 @@
+"""LoQT: quantized weights, trained in subspaces. Loeschcke et al., NeurIPS 2024, https://arxiv.org/abs/2405.16528"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import count as counting
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import ops
+from ..chunk import Member, working_dtype
+from ..distributed.algebra import WHOLE
+from ..layers.convert import Conversion, leave_to_ranks
+from ..layers.linear import ReparameterizedLinear
+from ..layers.quantized_linear import QuantizedLinear
+from ..optimizer import Rescale
+from ..parts import NoMomentum, NoScaling
+from ..recipe import Recipe, Time
+from ..weight_space import WeightSpaceOptimizer
+from ._shared import BASES, WEIGHT_OPTIONS, adamw, given
+
+_GOLDEN = 0.6180339887498949  # its multiples spread any number of layers evenly
+
+
+class LoQT(WeightSpaceOptimizer):
+    __doc__ = (
+        r"""AdamW on one factor of an update to quantized weights; the other follows the gradient, as in GaLore.
+
+        W = Q + s B P                           Q (m, n) and P (r, n) quantized, B (m, r) trained; P belongs to the
+                                                shorter side, so W = Q + s P B where n > m
+        before updates 0, tau, 2 tau + [psi], 3 tau + [psi] + [psi^2], ...:
+            G = gradient of W,  P <- quantize(leading singular vectors of G),  moments of B reset
+            (Q, B) <- such that Q + s B P is close to W (error compensation),  gradient of B = s G P^T
+
+    Memory per weight, m >= n: `m n` and `n r` at 0.56 bytes per element, `4 m r` for B, its gradient and two moments.
+    Before such an update the gradient of the weight is whole: of all weights before the first update, of one after the
+    other later (`stagger`), and with `step_in_backward` never of two at once.
+
+    Args:
+        rank: of B and P, or a fraction of min(m, n).
+        update_proj_gap: tau, updates between subspaces at first.
+        gap_growth: psi: gaps grow by `[psi^k]`; 1 keeps them at tau.
+        scale: s itself, not divided by the rank. Published: 0.4 at 60M, 0.5 at 130M and 350M, 0.25 from 1B on.
+        base: how Q and P are kept: "nf4", "int8", or "dense" (the paper's LoQT-nq).
+        basis: "rsvd" (subspace iteration) or "svd".
+        compensation: iterations of error compensation; 0: none, B then starts at zero.
+        moments: of B at a new subspace: "reset", with a clock of their own, or "keep" as published.
+        stagger: False: all layers take new subspaces together.
+
+    Example::
+
+        opt = lowrank_optim.LoQT(model, lr=1e-2, rank=128, scale=0.4)
+
+    Differences from the paper and from its authors' code: no batch is spent on a new subspace (the code takes the
+    gradient of a batch with the factors switched off, and trains nothing with it); B's moments are reset, because they
+    belong to the old subspace (the code keeps them); compensation minimizes the distance to W, as the code does and
+    the printed formula, which oscillates, does not; P of wide layers are columns (the code's eigh option takes rows);
+    gaps and compensation are on by default; updates are counted, not forward passes.
+    """
+        + WEIGHT_OPTIONS
+    )
+    layer = QuantizedLinear
+    layer_options = ("scale", "base")
+    fixed = ("update_proj_gap",)
+    choices = {"base": ("nf4", "int8", "dense"), "basis": ("rsvd", "svd"), "moments": ("reset", "keep")}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        rank: int | float = 0.25,
+        update_proj_gap: int = 100,
+        gap_growth: float = 1.2,
+        scale: float = 0.5,
+        base: str = "nf4",
+        basis: str = "rsvd",
+        compensation: int = 5,
+        moments: str = "reset",
+        stagger: bool = True,
+        include: Iterable[str] = (),
+        exclude: Iterable[str] = (),
+        rest_lr: float | None = None,
+        state_dtype: str = "float32",
+        bf16_update: str = "stochastic",
+        nonfinite: str = "skip",
+        strict: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, {**given(locals()), "whole": False}, strict=strict)
+        leave_to_ranks(model, [f"{name}.base" for name in self._conversion.layers])
+        self._aim()
+
+    # -- when ----------------------------------------------------------------------------------------------------------
+
+    def restart(self, name: str, layer: ReparameterizedLinear, count: int, group: dict[str, Any]) -> bool:
+        """What there was to do was done within the update, where the gradient was."""
+        restarted = cast(QuantizedLinear, layer).base.requires_grad
+        self._aim([name])
+        return restarted
+
+    def restarts(self, count: int, group: dict[str, Any]) -> int:
+        return sum(time < count for time in _times(count, 0, group))
+
+    def _restarts(self, name: str, layer: ReparameterizedLinear) -> int:
+        count = self._count(layer)
+        return sum(time < count for time in _times(count, self._place(name), self.param_groups[0]))
+
+    def _aim(self, names: Iterable[str] | None = None) -> None:
+        """Weights that are due for a new subspace get a gradient in the next step, and no others."""
+        for name in self._conversion.layers if names is None else names:
+            layer = cast(QuantizedLinear, self._conversion.layers[name])
+            count = self._count(layer)
+            layer.base.requires_grad_(count in _times(count, self._place(name), self.param_groups[0]))
+
+    def _place(self, name: str) -> int:
+        return list(self._conversion.layers).index(name) if self.param_groups[0]["stagger"] else 0
+
+    def _continue(self) -> None:
+        super()._continue()
+        self._aim()
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    def plain(self, group: dict[str, Any]) -> Recipe:
+        if not group["whole"]:
+            return super().plain(group)
+        return replace(adamw(group), momentum=NoMomentum(), scaling=NoScaling())
+
+    def extra_groups(self, conversion: Conversion) -> list[dict[str, Any]]:
+        """The quantized weights: they have no state, but gradient scalers and `zero_grad` must find their gradients."""
+        bases = [(f"{name}.base", cast(QuantizedLinear, layer).base) for name, layer in conversion.layers.items()]
+        return [{"params": bases, "whole": True, "bf16_update": "none"}]
+
+    @torch._disable_dynamo
+    def _update(self, members: list[Member], rescale: Rescale | None = None) -> None:
+        """Where the gradient of a weight is there, it stands in for that of its factor."""
+        layers = [cast(QuantizedLinear, layer) for layer in self._conversion.layers.values()]
+        due: set[Tensor] = {layer.B for layer in layers if layer.base.requires_grad}
+        whole: dict[Tensor, QuantizedLinear] = {layer.base: layer for layer in layers}
+        for one in members:
+            if one.p in whole:
+                self._new_subspace(whole[one.p], one, rescale)
+        super()._update([one for one in members if one.p not in whole and one.p not in due], rescale)
+
+    def _new_subspace(self, layer: QuantizedLinear, member: Member, rescale: Rescale | None) -> None:
+        member = member._replace(grad=_mean_over_ranks(member.grad))
+        if not self._finite([member], rescale) or not bool(member.grad.any()):
+            return  # the layer stays due
+        group, count = self.param_groups[0], self._count(layer)
+
+        def draw(shape: tuple[int, ...], purpose: str = "sketch") -> Tensor:
+            stream = ops.stream_of(purpose, count)
+            return ops.normal(shape, layer.key, stream, member.grad.device).to(working_dtype(layer.B))
+
+        def fit(g: Tensor) -> Tensor:
+            at = Time(count, float(count))
+            return BASES[group["basis"]].fit(WHOLE, g, None, layer.rank, draw, at)["basis"]
+
+        gradient = layer.refit_(fit, member.grad, group["compensation"])
+        if group["moments"] == "reset":
+            self.reset(layer)
+        super()._update([Member(layer.B, group, gradient)])
+
+
+def _times(until: int, place: int, group: dict[str, Any]) -> Iterator[int]:
+    """Counts of updates before which a layer takes a new subspace, up to `until`.
+
+    Layers have their turns at different times, but for the first: without a subspace there is no step.
+    """
+    gap, growth = group["update_proj_gap"], group["gap_growth"]
+    yield 0
+    time = gap - int(place * _GOLDEN % 1 * gap)
+    for k in counting(1):
+        if time > until:
+            return
+        yield time
+        time += gap + (int(growth**k) if growth > 1 else 0)
+
+
+def _mean_over_ranks(grad: Tensor) -> Tensor:
+    """Of data-parallel ranks; wrappers reduce the gradients of parameters that always have one, and not these."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return grad
+    mean = grad / dist.get_world_size()
+    dist.all_reduce(mean)
+    return mean
