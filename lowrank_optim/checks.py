@@ -494,6 +494,19 @@ def whole_model(model: Any) -> torch.nn.Module:
     return model
 
 
+def given(name: str, value: Any) -> None:
+    if value is None:
+        raise ValueError(f"{name} must be given here, got None")
+
+
+def not_captured(method: str, group: Mapping[str, Any]) -> None:
+    if group["capturable"]:
+        raise ValueError(
+            f"{method} with capturable=True: merges and restarts are decisions of the host, which a captured graph "
+            "does not replay. Leave capturable out; `optimizer.compile()` works"
+        )
+
+
 def no_rank(method: str, group: Mapping[str, Any]) -> None:
     if group["rank"] is not None:
         raise ValueError(

@@ -317,4 +317,4 @@ def is_packed(p: Tensor) -> bool:
 
 
 def unpacked(p: Tensor, working: torch.dtype) -> Tensor:
-    return cast(Any, p).unpack(working) if is_packed(p) else p
+    return cast(Any, p).unpack(working) if is_packed(p) else p.to(working)

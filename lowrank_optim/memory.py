@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,7 @@ from .recipe import Recipe, Store
 from .report import human, state_bytes
 from .state import COUNTERS as COUNTER_KEYS
 from .state import fresh
+from .weight_space import WeightSpaceOptimizer
 
 BASES, COUNTERS = "bases", "counters"  # kinds of state
 Groups = list[dict[str, Any]]
@@ -34,7 +36,8 @@ class MemoryEstimate:
     """Bytes of one training process, without activations.
 
     Attributes:
-        weights: of the parameters that are trained.
+        weights: of the parameters that are trained; with weight-space methods of the whole converted model, frozen
+            bases and indices included (exact copies of bases are in main memory, and are not).
         gradients: of the same, alive at once.
         states: moments and counters; exact.
         bases: exact.
@@ -42,7 +45,8 @@ class MemoryEstimate:
         step_workspace: the most that a step without a refresh holds for one matrix. Where equal matrices are stacked
             (on accelerators, or with `foreach=True`), the stack takes up to 64 MiB per operand instead. Gradients with
             strides of their own are copied, which is not counted.
-        refresh_workspace: the most that refitting one basis holds (LAPACK's own buffers not counted).
+        refresh_workspace: the most that refitting one basis, or restarting one layer, holds (LAPACK's own buffers not
+            counted).
     """
 
     weights: int
@@ -113,6 +117,8 @@ def estimate_memory(
             f"step_in_backward takes optimizers of lowrank_optim, got {optimizer.__name__}. Leave it out, or estimate "
             "a class of this package"
         )
+    if issubclass(optimizer, WeightSpaceOptimizer):
+        return _of_converted(source, optimizer, dtype, step_in_backward, accumulation_steps, options)
     groups = _meta_groups(source, dtype, low_rank)
     params = [p for group in groups for _, p in group["params"]]
     weights = sum(getattr(p, "packed_bytes", p.nbytes) for p in params)
@@ -125,6 +131,35 @@ def estimate_memory(
     return expected(instance, weights, whole_gradients([p.nbytes for p in params], accumulation_steps))
 
 
+def _of_converted(
+    source: Any,
+    optimizer: type[WeightSpaceOptimizer],
+    dtype: torch.dtype | None,
+    in_backward: bool,
+    accumulation_steps: int,
+    options: dict[str, Any],
+) -> MemoryEstimate:
+    """Methods that change how weights are kept: the model is converted, on the meta device."""
+    model = _meta_copy(checks.whole_model(source), dtype)
+    instance = optimizer(model, **options)
+    tensors: set[Tensor] = {*model.parameters(), *model.buffers()}
+    weights = sum(cast(Any, x).stored_bytes() if is_packed(x) else x.nbytes for x in tensors)
+    if in_backward:
+        return expected(instance, weights, most_gradients(instance, accumulation_steps))
+    trained = [p.nbytes for p, _ in instance._members() if p.requires_grad]
+    return expected(instance, weights, whole_gradients(trained, accumulation_steps))
+
+
+def _meta_copy(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A copy without memory."""
+    memo: dict[int, Any] = {}
+    for x in (*model.parameters(), *model.buffers()):
+        kind = dtype if dtype is not None and x.is_floating_point() else x.dtype
+        meta = torch.empty(x.shape, dtype=kind, device="meta")
+        memo[id(x)] = nn.Parameter(meta, requires_grad=x.requires_grad) if isinstance(x, nn.Parameter) else meta
+    return copy.deepcopy(model, memo)
+
+
 def whole_gradients(sizes: list[int], accumulation_steps: int = 1) -> int:
     """Bytes of gradients that stay until the step; where they accumulate, the newest is beside its sum for a moment."""
     return sum(sizes) + (max(sizes, default=0) if accumulation_steps > 1 else 0)
@@ -132,7 +167,7 @@ def whole_gradients(sizes: list[int], accumulation_steps: int = 1) -> int:
 
 def expected(optimizer: LowRankOptimizer, weights: int, gradients: int) -> MemoryEstimate:
     """What an optimizer will hold, from its parameters' shapes alone."""
-    step = refresh = 0
+    step, refresh = 0, optimizer.restart_workspace()
     kept: Counter[str] = Counter()
     shared: dict[str, int] = {}
     for p, group in optimizer._members():

@@ -127,7 +127,7 @@ def _figures(
     weights = sum(p.stored_bytes() if hasattr(p, "stored_bytes") else p.nbytes for p in trained)
     plain = sum(p.numel() * p.element_size() for p in trained)
     ids = {id(p) for p in trained}
-    frozen = stored([p for p in model.parameters() if id(p) not in ids])
+    frozen = stored([[p for p in model.parameters() if id(p) not in ids], list(model.buffers())])
     gradients = stored([[p.grad for p in trained], list(_sums(optimizer))]) if peak is None else peak.gradients
     meta = [_meta(p, 0, None)[1] for p in trained]
     adamw = _bytes_after_step(torch.optim.AdamW(meta), meta)

@@ -77,6 +77,10 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     def refuse(self, plan: Plan, group: dict[str, Any]) -> None:
         """Raises a ValueError for a projected matrix that the method cannot serve; called before anything is kept."""
 
+    def restart_workspace(self) -> int:
+        """Bytes that work between steps takes for a moment; for `estimate_memory`."""
+        return 0
+
     # -- groups and state ----------------------------------------------------------------------------------------------
 
     @torch._disable_dynamo

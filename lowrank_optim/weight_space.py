@@ -118,11 +118,17 @@ class WeightSpaceOptimizer(LowRankOptimizer):
 
     def _admit(self, group: dict[str, Any]) -> None:
         super()._admit(group)
+        checks.not_captured(type(self).__name__, group)
         checks.no_rank(type(self).__name__, group)
         self.check(group)
 
     def _check_served(self) -> None:
         """Nothing converted was refused before."""
+
+    def restart_workspace(self) -> int:
+        """Bytes that the restart of one layer takes for a moment, at most; for `estimate_memory`."""
+        layers = self._conversion.layers.values()
+        return max(layer.restart_workspace() * working_dtype(layer.leader).itemsize for layer in layers)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

@@ -89,6 +89,7 @@ def make_conversion(
 ) -> Conversion:
     """`convert`, and what it did."""
     checks.convertible(model)
+    checks.given("rank", rank)
     checks.hyperparameters({"rank": rank}, {})
     chosen, left = _eligible(model, include, exclude, rank, min_dim)
     layers, replaced = {}, {}
@@ -150,9 +151,11 @@ def converted(model: nn.Module) -> Iterator[tuple[str, ReparameterizedLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, ReparameterizedLinear))
 
 
-def leave_to_ranks(model: nn.Module, names: Iterable[str]) -> None:
+def leave_to_ranks(model: nn.Module, params: Iterable[nn.Parameter]) -> None:
     """Tells DistributedDataParallel, which will wrap the model, to leave these parameters to themselves."""
-    ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ())) | set(names)
+    own = {id(p) for p in params}
+    names = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in own}
+    ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ())) | names
     cast(Any, DistributedDataParallel)._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))
 
 

@@ -17,8 +17,13 @@ from ..ops.factor import balance, split
 from ..plan import bare_name, resolve_rank
 from .quantized import Int8Weight, NF4Weight
 
+
+def _as_it_is(w: Tensor) -> Tensor:
+    return w
+
+
 BASES: dict[str, Callable[[Tensor], Tensor]] = {
-    "dense": lambda w: w,
+    "dense": _as_it_is,
     "int8": Int8Weight.quantize,
     "nf4": NF4Weight.quantize,
 }
@@ -128,7 +133,7 @@ class LowRankLinear(ReparameterizedLinear):
             raise ValueError(f"exact_base=True is for quantized bases, and base={base!r} is not one; leave it out")
         self.scale = alpha / self.rank
         w, (m, n, r) = plain.weight.detach(), (self.out_features, self.in_features, self.rank)
-        self.exact = w.clone().cpu() if exact_base else None
+        self.exact = (w.clone() if w.is_meta else w.clone().cpu()) if exact_base else None
         if base == "none":
             self.register_parameter("base", None)
             b, a = self._split(w) if init == "spectral" else self._random(w)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -120,5 +121,5 @@ def _pseudo_inverse(p: Tensor) -> Tensor:
     wide = p.double()
     factor, info = torch.linalg.cholesky_ex(wide @ wide.mT)
     if bool(info):
-        return torch.linalg.pinv(wide).to(p.dtype)
-    return torch.cholesky_solve(wide, factor).mT.to(p.dtype)
+        return cast(Tensor, torch.linalg.pinv(wide)).to(p.dtype)
+    return cast(Tensor, torch.cholesky_solve(wide, factor)).mT.to(p.dtype)

@@ -100,7 +100,7 @@ class LoQT(WeightSpaceOptimizer):
         seed: int = 0,
     ) -> None:
         super().__init__(model, {**given(locals()), "whole": False}, strict=strict)
-        leave_to_ranks(model, [f"{name}.base" for name in self._conversion.layers])
+        leave_to_ranks(model, [cast(QuantizedLinear, layer).base for layer in self._conversion.layers.values()])
         self._aim()
 
     # -- when ----------------------------------------------------------------------------------------------------------
@@ -140,8 +140,11 @@ class LoQT(WeightSpaceOptimizer):
         return replace(adamw(group), momentum=NoMomentum(), scaling=NoScaling())
 
     def extra_groups(self, conversion: Conversion) -> list[dict[str, Any]]:
-        """The quantized weights: they have no state, but gradient scalers and `zero_grad` must find their gradients."""
-        bases = [(f"{name}.base", cast(QuantizedLinear, layer).base) for name, layer in conversion.layers.items()]
+        """The quantized weights: no moments, but gradient scalers and `zero_grad` must find their gradients."""
+        bases = [
+            (f"{name}.base", cast(QuantizedLinear, layer).base.requires_grad_(True))
+            for name, layer in conversion.layers.items()
+        ]
         return [{"params": bases, "whole": True, "bf16_update": "none"}]
 
     @torch._disable_dynamo
