@@ -122,4 +122,4 @@ def _pseudo_inverse(p: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(wide @ wide.mT)
     if bool(info):
         return cast(Tensor, torch.linalg.pinv(wide)).to(p.dtype)
-    return cast(Tensor, torch.cholesky_solve(wide, factor)).mT.to(p.dtype)
+    return torch.cholesky_solve(wide, factor).mT.to(p.dtype)
