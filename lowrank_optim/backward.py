@@ -63,7 +63,8 @@ def step_in_backward(
         accumulation_steps: k, backward passes per step.
         accumulate: "whole" accumulates all gradients in `p.grad`, as without this function.
         basis_from: "micro-batch" takes a basis that is due from the first gradient of its window, which is then
-            projected like the others: no whole gradient ever accumulates, and bases follow smaller batches.
+            projected like the others: no whole gradient ever accumulates, and bases follow smaller batches. With one
+            micro-batch per step there is no difference.
         clip: "tensor" clips each gradient by its own norm. "delayed" clips all by the global norm of the step before
             (and each by its own, which bounds what a sudden spike can do before it is known). The global norm of this
             step is only known when most weights have been updated, so no step during backward can clip by it.
@@ -367,6 +368,7 @@ def _check(handle: StepInBackward) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     checks.hyperparameters({key: own[key] for key in _OPTIONS}, {})
+    checks.options_with_effect(own)
     if optimizer._in_backward is not None:
         raise ValueError("this optimizer steps during backward already; remove() the earlier handle first")
     inside = set(model.parameters())

@@ -360,6 +360,17 @@ def skips_nonfinite(groups: Iterable[Mapping[str, Any]]) -> None:
         )
 
 
+def options_with_effect(options: Mapping[str, Any]) -> None:
+    """Step in backward: refuses an option that another one leaves nothing to do."""
+    if options["clip"] != "tensor" and options["clip_norm"] is None:
+        raise ValueError(f"clip={options['clip']!r} without clip_norm clips nothing. Pass clip_norm, or leave clip out")
+    if options["basis_from"] == "micro-batch" and options["accumulate"] == "whole":
+        raise ValueError(
+            "basis_from='micro-batch' with accumulate='whole': gradients are not projected before the window is "
+            "complete, so bases are fitted to all of it anyway. Leave out one of the two"
+        )
+
+
 def scalable(dtypes: Iterable[tuple[str, torch.dtype]]) -> None:
     for name, dtype in dtypes:
         if dtype == torch.float16:

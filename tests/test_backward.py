@@ -768,6 +768,11 @@ REFUSED = {
     "half steps": (dict(accumulation_steps=1.5), "accumulation_steps must be an int >= 1"),
     "accumulate": (dict(accumulate="project"), "accumulate must be one of .*did you mean 'projected'"),
     "basis": (dict(basis_from="microbatch"), "basis_from must be one of .*did you mean 'micro-batch'"),
+    "delayed nothing": (dict(clip="delayed"), r"clip='delayed' without clip_norm clips nothing. Pass clip_norm"),
+    "basis of a part": (
+        dict(accumulation_steps=2, accumulate="whole", basis_from="micro-batch"),
+        r"basis_from='micro-batch' with accumulate='whole': .* fitted to all of it anyway. Leave out one",
+    ),
     "clip projected": (dict(accumulation_steps=2, clip_norm=1.0), r'clip_norm needs the norm .*accumulate="whole"'),
 }
 
@@ -780,6 +785,15 @@ def test_options_that_cannot_work(what):
         step_in_backward(model, optimizer, **options)
     assert optimizer._in_backward is None
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_one_micro_batch_is_a_window():
+    """So neither option promises what does not happen, and a script may set the number of micro-batches alone."""
+    for options in ({"basis_from": "micro-batch"}, {"accumulate": "whole"}):
+        plain, mine, _ = twins(options=options)
+        train(*plain, 6)
+        train(*mine, 6, zero=False)
+        assert_equal(mine, plain)
 
 
 def test_objects_that_cannot_work():
