@@ -118,6 +118,8 @@ class StepInBackward:
     and where some were accumulated projected, because projections do not tell it."""
 
     def __post_init__(self) -> None:
+        if self.scaler is not None and not self.scaler.is_enabled():
+            self.scaler = None  # it does nothing, as in torch
         _check(self)
         self._windows: dict[Tensor, _Window] = {}
         self._groups: dict[Tensor, dict[str, Any]] = {}
@@ -338,7 +340,7 @@ class StepInBackward:
     def _tell_scaler(self) -> None:
         """Tells it whether there was an overflow, for which it finds no gradients to look at."""
         scaler = self.scaler
-        if scaler is not None and scaler.is_enabled():
+        if scaler is not None:
             found = torch.full((), float(self._overflow), device=scaler._device)
             scaler._per_optimizer_states[id(self.optimizer)]["found_inf_per_device"] = {found.device: found}
 

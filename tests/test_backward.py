@@ -727,6 +727,8 @@ def test_a_scaler_that_is_switched_off():
         scaler.step(mine[1])
         scaler.update()
     assert_equal(mine, plain)
+    with pytest.warns(UserWarning, match="non-finite gradient in"):  # an enabled one causes them, to find its scale
+        (loss_of(mine[0], 70) * math.inf).backward()
 
 
 def test_nonfinite_raise_is_refused():
