@@ -266,7 +266,9 @@ class StepInBackward:
 
         For windows without a refresh.
         """
-        return _BackwardReport(self._row(p, group) for p, group in self.optimizer._members())
+        table = _BackwardReport(self._row(p, group) for p, group in self.optimizer._members())
+        table.waiting = waiting_gradients(self.optimizer)
+        return table
 
     def _row(self, p: Tensor, group: dict[str, Any]) -> Row:
         plan, thin = self.optimizer._plans[p], self._ever_thin(p, group)
@@ -352,10 +354,13 @@ class StepInBackward:
 
 
 class _BackwardReport(Report):
+    waiting: int = 0  # bytes of gradients that wait for their update, at most
+
     @property
     def summary(self) -> str:
-        kept, largest = sum(row.state_bytes for row in self), max(row.full_bytes for row in self)
-        line = f"of gradients, {human(kept)} are kept between micro-batches, and {human(largest)} live at once beside"
+        kept = sum(row.state_bytes for row in self)
+        line = f"of gradients, {human(kept)} are kept between micro-batches, and {human(self.waiting)} live at once"
+        line += " beside"
         return line + f", instead of {human(sum(row.full_bytes for row in self))}"
 
 
@@ -394,12 +399,17 @@ def _ratio(clip_norm: float | None, norm: float) -> float:
 
 def most_gradients(optimizer: LowRankOptimizer, accumulation_steps: int, accumulate: str = "projected") -> int:
     """Bytes of gradients alive at once, at most: what micro-batches have left, and what waits for its update."""
+    members = optimizer._members()
+    kept = sum(kept_gradient(optimizer, p, group, accumulation_steps, accumulate) for p, group in members)
+    return kept + waiting_gradients(optimizer)
+
+
+def waiting_gradients(optimizer: LowRankOptimizer) -> int:
+    """Bytes of gradients that are complete and not used yet, at most: the newest, and what is to be stacked with it."""
     trained = [(p, group) for p, group in optimizer._members() if p.requires_grad]
-    kept = sum(kept_gradient(optimizer, p, group, accumulation_steps, accumulate) for p, group in trained)
     sizes = [p.numel() * p.element_size() for p, _ in trained]
     stacked = any(group["foreach"] or p.device.type not in ("cpu", "meta") for p, group in trained)
-    waiting = max(sizes, default=0) + (CHUNK_BYTES if stacked else 0)
-    return kept + min(waiting, sum(sizes))
+    return min(max(sizes, default=0) + (CHUNK_BYTES if stacked else 0), sum(sizes))
 
 
 def kept_gradient(

@@ -272,6 +272,25 @@ def test_the_report_without_accumulation():
     assert [row.full_bytes for row in rows] == [p.nbytes for p in model.parameters()]
 
 
+def test_the_report_counts_gradients_that_wait_to_be_stacked(monkeypatch):
+    """The most that is alive while backward runs, beside what the report says."""
+    monkeypatch.setattr("lowrank_optim.backward.CHUNK_BYTES", 5000)
+    model, optimizer = made(foreach=True)
+    sizes = {p: p.nbytes for p in model.parameters()}
+    alive = []
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(
+            lambda _: alive.append(sum(size for p, size in sizes.items() if p.grad is not None))
+        )
+    handle = step_in_backward(model, optimizer)
+    train(model, optimizer, 1, zero=False)
+    bound = 5000 + max(sizes.values())
+    assert max(sizes.values()) < max(alive) <= bound < sum(sizes.values())
+    assert f"{lowrank_optim.report.human(bound)} live at once beside" in str(handle.report())
+    monkeypatch.setattr("lowrank_optim.backward.CHUNK_BYTES", 1 << 26)
+    assert f"{lowrank_optim.report.human(sum(sizes.values()))} live at once beside" in str(handle.report())
+
+
 def test_the_gradient_norm():
     plain, mine, handle = twins()
     assert handle.grad_norm is None
