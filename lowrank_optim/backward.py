@@ -53,6 +53,10 @@ def step_in_backward(
     is that of every matrix in the first window of all. Methods that use the rest of G as well (Fira, APOLLO, Flora,
     ...) and parameters that are not projected always accumulate whole. `report()` of the handle says which.
 
+    To drop a window that was begun, call `optimizer.zero_grad()`. `model.zero_grad()` only knows of `p.grad`: projected
+    sums stay, and so does the count of passes, so that the next window raises an error, at the pass too many. A first
+    pass whose gradients are all zero is a step, unlike in the normal mode: that is known when most have been used.
+
     Memory: of gradients, the largest one (on accelerators, and with `foreach=True`, up to 64 MiB more), and
     with accumulation what the handle's `report()` adds up.
 
@@ -175,8 +179,9 @@ class StepInBackward:
                 raise RuntimeError(
                     f"{self.optimizer._plans[p].name} got gradient number {window.count + 1} since the last "
                     f"optimizer.step(), and accumulation_steps is {self.accumulation_steps}. Call optimizer.step() "
-                    "after each window, or raise accumulation_steps; reentrant activation checkpointing (use "
-                    "use_reentrant=False) also hands out gradients of shared weights in parts"
+                    "after each window, or optimizer.zero_grad() (not the model's) to drop one, or raise "
+                    "accumulation_steps; reentrant activation checkpointing (use use_reentrant=False) also hands out "
+                    "gradients of shared weights in parts"
                 )
             self.optimizer._prepare([member])
             with full_precision([p]):

@@ -506,6 +506,18 @@ def test_half_a_window_can_be_dropped(drop):
     assert max(differences(mine[0], plain[0])) < 1e-10
 
 
+def test_a_window_that_the_model_drops_is_noticed():
+    """model.zero_grad() frees p.grad and cannot reach the rest, so the window after it has a pass too many."""
+    model, optimizer = made()
+    step_in_backward(model, optimizer, 2)
+    train(model, optimizer, 1, k=2)
+    loss_of(model, 20).backward()
+    model.zero_grad()
+    loss_of(model, 30).backward()
+    with pytest.raises(RuntimeError, match=r"or optimizer.zero_grad\(\) \(not the model's\) to drop one"):
+        loss_of(model, 31).backward()
+
+
 def test_loading_while_attached():
     plain, mine, _ = twins(k=2, dtype=torch.float64)
     other = made(dtype=torch.float64, lr=0.05)
@@ -550,6 +562,18 @@ def test_a_first_step_on_zero_gradients_set_by_hand_is_inert():
     for key, state in before["state"].items():
         assert all(torch.equal(after["state"][key][name], value) for name, value in state.items())
     assert handle.grad_norm is None
+
+
+def test_a_first_backward_of_zeros_is_a_step():
+    """Unlike in the normal mode: the first parameter cannot wait for what the gradients of the others are."""
+    model, optimizer = made(weight_decay=0.1)
+    step_in_backward(model, optimizer)
+    before = model.up.weight.detach().clone()
+    (0 * loss_of(model, 0)).backward()
+    optimizer.step()
+    assert all(int(optimizer.state[p]["step"]) == 1 for p in model.parameters())
+    assert int(optimizer.state[model.up.weight]["refreshes"]) == 0, "but no basis comes of it"
+    assert torch.allclose(model.up.weight, before * (1 - 0.1 * optimizer.param_groups[0]["lr"]))
 
 
 # -- loops -------------------------------------------------------------------------------------------------------------
