@@ -337,49 +337,6 @@ def capturable(method: str, feeds_back: bool) -> None:
         )
 
 
-def one_process(ddp: bool) -> None:
-    """Step in backward uses gradients before any other rank has added its own."""
-    world = torch.distributed.get_world_size() if torch.distributed.is_available() and _initialized() else 1
-    if ddp or world > 1:
-        what = "under DistributedDataParallel" if ddp else f"in a group of {world} processes"
-        raise NotImplementedError(
-            f"step_in_backward {what} would use gradients before they are averaged over ranks, which then would part. "
-            "Call optimizer.step() after backward, as ever"
-        )
-
-
-def _initialized() -> bool:
-    return bool(torch.distributed.is_initialized())
-
-
-def skips_nonfinite(groups: Iterable[Mapping[str, Any]]) -> None:
-    if any(group["nonfinite"] == "raise" for group in groups):
-        raise ValueError(
-            'nonfinite="raise" promises that nothing was updated, and a step during backward has updated what came '
-            'before. Use nonfinite="skip", and read the counts of report()'
-        )
-
-
-def options_with_effect(options: Mapping[str, Any]) -> None:
-    """Step in backward: refuses an option that another one leaves nothing to do."""
-    if options["clip"] != "tensor" and options["clip_norm"] is None:
-        raise ValueError(f"clip={options['clip']!r} without clip_norm clips nothing. Pass clip_norm, or leave clip out")
-    if options["basis_from"] == "micro-batch" and options["accumulate"] == "whole":
-        raise ValueError(
-            "basis_from='micro-batch' with accumulate='whole': gradients are not projected before the window is "
-            "complete, so bases are fitted to all of it anyway. Leave out one of the two"
-        )
-
-
-def scalable(dtypes: Iterable[tuple[str, torch.dtype]]) -> None:
-    for name, dtype in dtypes:
-        if dtype == torch.float16:
-            raise ValueError(
-                f"{name} is float16, whose gradients lose bits when they are divided by the scale; a GradScaler needs "
-                "float32 weights with autocast, as in torch"
-            )
-
-
 def nonfinite(names: list[str]) -> None:
     """`nonfinite="raise"`: called before anything is updated."""
     raise FloatingPointError(

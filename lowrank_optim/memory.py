@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checks
-from .backward import most_gradients
 from .chunk import CHUNK_BYTES, SLICE, is_packed, working_dtype
+from .gradient_memory import most_gradients
 from .groups import param_groups
 from .ops.philox import WORKSPACE
 from .optimizer import LowRankOptimizer

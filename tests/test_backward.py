@@ -274,7 +274,8 @@ def test_the_report_without_accumulation():
 
 def test_the_report_counts_gradients_that_wait_to_be_stacked(monkeypatch):
     """The most that is alive while backward runs, beside what the report says."""
-    monkeypatch.setattr("lowrank_optim.backward.CHUNK_BYTES", 5000)
+    for name in ("backward", "gradient_memory"):
+        monkeypatch.setattr(f"lowrank_optim.{name}.CHUNK_BYTES", 5000)
     model, optimizer = made(foreach=True)
     sizes = {p: p.nbytes for p in model.parameters()}
     alive = []
@@ -287,7 +288,7 @@ def test_the_report_counts_gradients_that_wait_to_be_stacked(monkeypatch):
     bound = 5000 + max(sizes.values())
     assert max(sizes.values()) < max(alive) <= bound < sum(sizes.values())
     assert f"{lowrank_optim.report.human(bound)} live at once beside" in str(handle.report())
-    monkeypatch.setattr("lowrank_optim.backward.CHUNK_BYTES", 1 << 26)
+    monkeypatch.setattr("lowrank_optim.gradient_memory.CHUNK_BYTES", 1 << 26)
     assert f"{lowrank_optim.report.human(sum(sizes.values()))} live at once beside" in str(handle.report())
 
 
