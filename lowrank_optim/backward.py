@@ -11,18 +11,17 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.nn.parallel import DistributedDataParallel
 
-from . import checks
-from .chunk import CHUNK_BYTES, Chunk, Member, gradient_norms, one_by_one, working_dtype
+from . import backward_checks, checks
+from .chunk import CHUNK_BYTES, Chunk, Member, gradient_norms, one_by_one
+from .clipping import Clipping
+from .gradient_memory import ever_thin, gradient_report
 from .hooks import full_precision, on_gradient
 from .optimizer import LowRankOptimizer
-from .report import Report, Row, human
+from .report import Report
 from .update import project, refresh_, refresh_due
 
 GRAD_NORM = "grad_norm"  # key of the first group: what delayed clipping remembers, so that checkpoints have it
-_OPTIONS = ("accumulation_steps", "accumulate", "basis_from", "clip", "clip_norm")
-_TINY = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 def step_in_backward(
@@ -53,6 +52,10 @@ def step_in_backward(
     is that of every matrix in the first window of all. Methods that use the rest of G as well (Fira, APOLLO, Flora,
     ...) and parameters that are not projected always accumulate whole. `report()` of the handle says which.
 
+    To drop a window that was begun, call `optimizer.zero_grad()`. `model.zero_grad()` only knows of `p.grad`: projected
+    sums stay, and so does the count of passes, so that the next window raises an error, at the pass too many. A first
+    pass whose gradients are all zero is a step, unlike in the normal mode: that is known when most have been used.
+
     Memory: of gradients, the largest one (on accelerators, and with `foreach=True`, up to 64 MiB more), and
     with accumulation what the handle's `report()` adds up.
 
@@ -63,7 +66,8 @@ def step_in_backward(
         accumulation_steps: k, backward passes per step.
         accumulate: "whole" accumulates all gradients in `p.grad`, as without this function.
         basis_from: "micro-batch" takes a basis that is due from the first gradient of its window, which is then
-            projected like the others: no whole gradient ever accumulates, and bases follow smaller batches.
+            projected like the others: no whole gradient ever accumulates, and bases follow smaller batches. With one
+            micro-batch per step there is no difference.
         clip: "tensor" clips each gradient by its own norm. "delayed" clips all by the global norm of the step before
             (and each by its own, which bounds what a sudden spike can do before it is known). The global norm of this
             step is only known when most weights have been updated, so no step during backward can clip by it.
@@ -117,15 +121,16 @@ class StepInBackward:
     and where some were accumulated projected, because projections do not tell it."""
 
     def __post_init__(self) -> None:
-        _check(self)
+        if self.scaler is not None and not self.scaler.is_enabled():
+            self.scaler = None  # it does nothing, as in torch
+        backward_checks.everything(self)
         self._windows: dict[Tensor, _Window] = {}
         self._groups: dict[Tensor, dict[str, Any]] = {}
         self._handles: list[Any] = []
         self._pending: list[Member] = []  # complete, but updated together with others
         self._lock = threading.RLock()  # backward has one thread per device
         self._open = False
-        self._limit, self._inverse_scale = math.inf, 1.0
-        self._squares, self._overflow, self._partial = 0.0, False, False
+        self._clipping = Clipping()
         self.optimizer._in_backward = self
         for group in self.optimizer.param_groups:
             self._attach(group)
@@ -172,8 +177,9 @@ class StepInBackward:
                 raise RuntimeError(
                     f"{self.optimizer._plans[p].name} got gradient number {window.count + 1} since the last "
                     f"optimizer.step(), and accumulation_steps is {self.accumulation_steps}. Call optimizer.step() "
-                    "after each window, or raise accumulation_steps; reentrant activation checkpointing (use "
-                    "use_reentrant=False) also hands out gradients of shared weights in parts"
+                    "after each window, or optimizer.zero_grad() (not the model's) to drop one, or raise "
+                    "accumulation_steps; reentrant activation checkpointing (use use_reentrant=False) also hands out "
+                    "gradients of shared weights in parts"
                 )
             self.optimizer._prepare([member])
             with full_precision([p]):
@@ -189,13 +195,12 @@ class StepInBackward:
         if self._open:
             return
         self.optimizer._recheck()
-        checks.skips_nonfinite(self.optimizer.param_groups)
+        backward_checks.skips_nonfinite(self.optimizer.param_groups)
         self._open = True
         self._groups = dict(self.optimizer._members())
         before = self.optimizer.param_groups[0].get(GRAD_NORM) if self.clip == "delayed" else None
-        self._limit = math.inf if before is None else _ratio(self.clip_norm, before)
-        self._inverse_scale = 1 / self.scaler.get_scale() if self.scaler is not None else 1.0
-        self._squares, self._overflow, self._partial = 0.0, False, False
+        scale = self.scaler.get_scale() if self.scaler is not None else 1.0
+        self._clipping = Clipping(self.clip_norm, before, 1 / scale)
 
     def _member(self, p: Tensor) -> Member:
         if p.grad is None:
@@ -209,7 +214,7 @@ class StepInBackward:
             return False
         chunk = self._chunk(member)
         if self.basis_from == "micro-batch" and refresh_due(chunk):
-            chunk.grads = [chunk.grads[0] * self._inverse_scale]
+            chunk.grads = [chunk.grads[0] * self._clipping.inverse_scale]
             if math.isfinite(gradient_norms(chunk.grads)[0]):
                 for piece in chunk.pieces():
                     refresh_(piece)
@@ -218,12 +223,12 @@ class StepInBackward:
     def _project(self, window: _Window, member: Member) -> None:
         """Adds the coordinates of this micro-batch, and frees its gradient."""
         sums = [project(piece) for piece in self._chunk(member).pieces()]
-        r = (sums[0] if len(sums) == 1 else torch.cat(sums)).mul_(self._inverse_scale)
+        r = (sums[0] if len(sums) == 1 else torch.cat(sums)).mul_(self._clipping.inverse_scale)
         # 0, or NaN if the gradient has one or an infinity, which its projection may hide: no look at it is needed
         r.add_(torch.linalg.vector_norm(member.grad, dtype=r.dtype) * 0)
         window.sum = r if window.sum is None else window.sum.add_(r)
         member.p.grad = None
-        self._partial = True
+        self._clipping.partial = True
 
     def _chunk(self, member: Member) -> Chunk:
         return next(self.optimizer._chunks([member], {}))
@@ -242,19 +247,9 @@ class StepInBackward:
 
     def _flush(self) -> None:
         members, self._pending = self._pending, []
-        self.optimizer._update(members, self._rescale)
+        self.optimizer._update(members, self._clipping.factor)
         for one in members:
             one.p.grad, self._windows[one.p].sum = None, None
-
-    def _rescale(self, member: Member, norm: float) -> float:
-        """What this gradient is to be multiplied by. Projected ones have been divided by the scale before."""
-        unscale = 1.0 if member.projected else self._inverse_scale
-        norm *= unscale
-        if not math.isfinite(norm):
-            self._overflow = True
-            return 1.0
-        self._squares += norm**2
-        return unscale * min(1.0, _ratio(self.clip_norm, norm), self._limit)
 
     # -- what a user sees ----------------------------------------------------------------------------------------------
 
@@ -263,27 +258,7 @@ class StepInBackward:
 
         For windows without a refresh.
         """
-        return _BackwardReport(self._row(p, group) for p, group in self.optimizer._members())
-
-    def _row(self, p: Tensor, group: dict[str, Any]) -> Row:
-        plan, thin = self.optimizer._plans[p], self._ever_thin(p, group)
-        method, reason = "projected" if thin else "whole", ""
-        if self.accumulation_steps == 1:
-            method = "freed at once"
-        elif not thin:
-            used = plan.projected and not self.optimizer._recipe_of(plan, group).thin
-            reason = plan.reason or ("the rest of its gradient is used as well" if used else 'accumulate="whole"')
-        return Row(
-            name=plan.name,
-            shape=plan.shape,
-            method=method,
-            rank=plan.rank if thin else None,
-            side=plan.side,
-            state_bytes=kept_gradient(self.optimizer, p, group, self.accumulation_steps, self.accumulate),
-            full_bytes=p.numel() * p.element_size() if p.requires_grad else 0,
-            skipped=0,
-            reason=reason if p.requires_grad else "frozen",
-        )
+        return gradient_report(self.optimizer, self.accumulation_steps, self.accumulate)
 
     def _ever_thin(self, p: Tensor, group: dict[str, Any]) -> bool:
         return ever_thin(self.optimizer, p, group, self.accumulation_steps, self.accumulate)
@@ -299,8 +274,8 @@ class StepInBackward:
         with self._lock:
             self._refuse_unknown_scaler()
             self._begin()
-            if getattr(self.optimizer, "grad_scale", self) is None:
-                self._inverse_scale = 1.0  # the scaler says so after unscale_(), which has divided what was left
+            if getattr(self.optimizer, "grad_scale", self) is None:  # after unscale_(), which has divided what was left
+                self._clipping.inverse_scale = 1.0
             done = [p for p, window in self._windows.items() if window.count == self.accumulation_steps]
             self._refuse_late_gradients(done)
             rest = [p for p, window in self._windows.items() if window.count < self.accumulation_steps]
@@ -310,12 +285,15 @@ class StepInBackward:
             if done or not self.optimizer._dry_run(left):
                 self._pending += left
                 self._flush()
-                self.grad_norm = None if self._partial else math.sqrt(self._squares)
-                whole = (done or left) and not self._overflow  # a step with an overflow says nothing about the next one
-                if self.clip_norm is not None and self.clip == "delayed" and whole:
-                    self.optimizer.param_groups[0][GRAD_NORM] = self.grad_norm
+                self.grad_norm = self._clipping.norm
+                if (done or left) and not self._clipping.overflow:  # which says nothing about the next step
+                    self._remember_norm()
             self._tell_scaler()
             self._forget()
+
+    def _remember_norm(self) -> None:
+        if self.clip_norm is not None and self.clip == "delayed":
+            self.optimizer.param_groups[0][GRAD_NORM] = self.grad_norm
 
     def _refuse_late_gradients(self, done: list[Tensor]) -> None:
         waiting = {one.p for one in self._pending}
@@ -336,9 +314,8 @@ class StepInBackward:
 
     def _tell_scaler(self) -> None:
         """Tells it whether there was an overflow, for which it finds no gradients to look at."""
-        scaler = self.scaler
-        if scaler is not None and scaler.is_enabled():
-            found = torch.full((), float(self._overflow), device=scaler._device)
+        if (scaler := self.scaler) is not None:
+            found = torch.full((), float(self._clipping.overflow), device=scaler._device)
             scaler._per_optimizer_states[id(self.optimizer)]["found_inf_per_device"] = {found.device: found}
 
     def _forget(self) -> None:
@@ -346,75 +323,3 @@ class StepInBackward:
         self._pending, self._open = [], False
         for p in self._windows:
             self._windows[p] = _Window()
-
-
-class _BackwardReport(Report):
-    @property
-    def summary(self) -> str:
-        kept, largest = sum(row.state_bytes for row in self), max(row.full_bytes for row in self)
-        line = f"of gradients, {human(kept)} are kept between micro-batches, and {human(largest)} live at once beside"
-        return line + f", instead of {human(sum(row.full_bytes for row in self))}"
-
-
-def _check(handle: StepInBackward) -> None:
-    """Everything that cannot work is refused before a hook hangs anywhere."""
-    optimizer, model, own = handle.optimizer, handle.model, vars(handle)
-    if not isinstance(optimizer, LowRankOptimizer):
-        raise TypeError(
-            f"step_in_backward needs an optimizer of lowrank_optim, got {type(optimizer).__name__}. For one of "
-            "torch.optim, see PyTorch's tutorial on fusing the optimizer step into backward"
-        )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    checks.hyperparameters({key: own[key] for key in _OPTIONS}, {})
-    if optimizer._in_backward is not None:
-        raise ValueError("this optimizer steps during backward already; remove() the earlier handle first")
-    inside = set(model.parameters())
-    outside = [plan.name for p, plan in optimizer._plans.items() if p not in inside]
-    if outside:
-        raise ValueError(f"{checks.few(outside)} of the optimizer is no parameter of this model. Was the model copied?")
-    checks.one_process(any(isinstance(module, DistributedDataParallel) for module in model.modules()))
-    checks.skips_nonfinite(optimizer.param_groups)
-    if handle.scaler is not None:
-        checks.scalable((plan.name, p.dtype) for p, plan in optimizer._plans.items())
-    if handle.clip_norm is not None and any(handle._ever_thin(*one) for one in optimizer._members()):
-        raise ValueError(
-            "clip_norm needs the norm of the sum of all micro-batches, which their projections do not tell. Pass "
-            'accumulate="whole", which keeps a gradient per matrix, or accumulation_steps=1'
-        )
-
-
-def _ratio(clip_norm: float | None, norm: float) -> float:
-    return math.inf if clip_norm is None else clip_norm / (norm + _TINY)
-
-
-def most_gradients(optimizer: LowRankOptimizer, accumulation_steps: int, accumulate: str = "projected") -> int:
-    """Bytes of gradients alive at once, at most: what micro-batches have left, and what waits for its update."""
-    trained = [(p, group) for p, group in optimizer._members() if p.requires_grad]
-    kept = sum(kept_gradient(optimizer, p, group, accumulation_steps, accumulate) for p, group in trained)
-    sizes = [p.numel() * p.element_size() for p, _ in trained]
-    stacked = any(group["foreach"] or p.device.type not in ("cpu", "meta") for p, group in trained)
-    waiting = max(sizes, default=0) + (CHUNK_BYTES if stacked else 0)
-    return kept + min(waiting, sum(sizes))
-
-
-def kept_gradient(
-    optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], accumulation_steps: int, accumulate: str
-) -> int:
-    """Bytes kept of the gradient of p between micro-batches, in windows without a refresh."""
-    if accumulation_steps == 1 or not p.requires_grad:
-        return 0
-    if not ever_thin(optimizer, p, group, accumulation_steps, accumulate):
-        return p.numel() * p.element_size()
-    plan = optimizer._plans[p]
-    coordinates = optimizer._recipe_of(plan, group).basis.coordinates(plan.matrix, plan.rank or 0)
-    return plan.count * math.prod(coordinates) * working_dtype(p).itemsize
-
-
-def ever_thin(
-    optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], accumulation_steps: int, accumulate: str
-) -> bool:
-    """Are gradients of p accumulated projected, in windows without a refresh?"""
-    plan = optimizer._plans[p]
-    wanted = accumulation_steps > 1 and accumulate == "projected" and plan.projected
-    return wanted and optimizer._recipe_of(plan, group).thin

@@ -364,38 +364,6 @@ def capturable(method: str, feeds_back: bool) -> None:
         )
 
 
-def one_process(ddp: bool) -> None:
-    """Step in backward uses gradients before any other rank has added its own."""
-    world = torch.distributed.get_world_size() if torch.distributed.is_available() and _initialized() else 1
-    if ddp or world > 1:
-        what = "under DistributedDataParallel" if ddp else f"in a group of {world} processes"
-        raise NotImplementedError(
-            f"step_in_backward {what} would use gradients before they are averaged over ranks, which then would part. "
-            "Call optimizer.step() after backward, as ever"
-        )
-
-
-def _initialized() -> bool:
-    return bool(torch.distributed.is_initialized())
-
-
-def skips_nonfinite(groups: Iterable[Mapping[str, Any]]) -> None:
-    if any(group["nonfinite"] == "raise" for group in groups):
-        raise ValueError(
-            'nonfinite="raise" promises that nothing was updated, and a step during backward has updated what came '
-            'before. Use nonfinite="skip", and read the counts of report()'
-        )
-
-
-def scalable(dtypes: Iterable[tuple[str, torch.dtype]]) -> None:
-    for name, dtype in dtypes:
-        if dtype == torch.float16:
-            raise ValueError(
-                f"{name} is float16, whose gradients lose bits when they are divided by the scale; a GradScaler needs "
-                "float32 weights with autocast, as in torch"
-            )
-
-
 def nonfinite(names: list[str]) -> None:
     """`nonfinite="raise"`: called before anything is updated."""
     raise FloatingPointError(

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from .kept import Kept, Spec, Store
 from .ops import round_to_bfloat16, stream_of
 from .plan import Plan
-from .recipe import AGE, Clock, Kept, Recipe, Spec, State, Store
+from .recipe import AGE, Clock, Recipe, State
 from .stats import Watch
 from .step_numbers import Numbers
 

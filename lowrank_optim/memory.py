@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checks
-from .backward import most_gradients
 from .chunk import CHUNK_BYTES, SLICE, is_packed, working_dtype
+from .gradient_memory import most_gradients
 from .groups import param_groups
+from .kept import Store
 from .ops.philox import WORKSPACE
 from .optimizer import LowRankOptimizer
 from .plan import Plan
-from .recipe import Recipe, Store
+from .recipe import Recipe
 from .report import human, state_bytes
 from .state import COUNTERS as COUNTER_KEYS
 from .state import fresh

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .backward import StepInBackward, most_gradients
+from .backward import StepInBackward
 from .chunk import working_dtype
+from .gradient_memory import most_gradients
 from .memory import COUNTERS, _bytes_after_step, _meta, expected, expected_state, state_kinds
 from .memory_reasons import Facts, Figure, reasons
 from .optimizer import LowRankOptimizer

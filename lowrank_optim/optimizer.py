@@ -294,7 +294,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         return report(self)
 
     def stats(self) -> dict[str, float]:
-        """Counters for any logger, as a flat dict of numbers; asking costs one read of each tensor that counts.
+        """Counters for any logger, as a flat dict of numbers; asking costs one read per kind of counter.
 
         Returns:
             refreshes: of bases, over all matrices.

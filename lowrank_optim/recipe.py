@@ -9,9 +9,10 @@ For a gradient matrix `G (m, n)`, turned once so that the projected side comes f
     S = residual.after(G, R, D)  (m, n)  what of the rest of G is used
     W = (1 - lr wd) W - lr scale (basis.up(D) + S)
 
-with every tensor that lives longer than the step kept by `store`. A method is the choice of these parts and nothing
-else; the engine (`update.py`) runs the lines above and never asks which part it holds. Two switches of `Recipe` say
-whether scaling sees R or all of G (`scaling_in`), and whether it comes after the average or before (`momentum_of`).
+with every tensor that lives longer than the step kept by `store` (its protocol: `kept.py`). A method is the choice of
+these parts and nothing else; the engine (`update.py`) runs the lines above and never asks which part it holds. Two
+switches of `Recipe` say whether scaling sees R or all of G (`scaling_in`), and whether it comes after the average or
+before (`momentum_of`).
 
 Rules that all parts obey:
 
@@ -41,12 +42,11 @@ import torch
 from torch import Tensor
 
 from .distributed.algebra import Algebra
-from .ops.philox import Stream
+from .kept import Exact, Shape, Spec, Store
+from .turns import Turn
 
 State = MutableMapping[str, Tensor]
-Shape = tuple[int, ...]  # (m, n), or (n,) for a vector
 Clock = float | Tensor
-Noise = tuple[int, Stream, int]  # key, stream and first element of the random numbers that rounding uses
 
 
 class Draw(Protocol):
@@ -60,112 +60,6 @@ class Time(NamedTuple):
 
     step: int
     seen: float
-
-
-class Kept(NamedTuple):
-    """One stored tensor: an entry of it stands for `per` elements in row-major order."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    per: int = 1
-
-
-class Store(abc.ABC):
-    """How is a tensor kept between steps? As one stored tensor or more, told apart by a suffix to its name."""
-
-    suffixes: ClassVar[tuple[str, ...]] = ("",)
-    block: ClassVar[int] = 1  # elements that are coded together, so that nothing may cut between them
-    narrow: ClassVar[bool] = True  # read gives a copy
-
-    @abc.abstractmethod
-    def layout(self, shape: Shape, working: torch.dtype) -> tuple[Kept, ...]:
-        """What is kept for one matrix, for parameters whose arithmetic runs in `working`; all zeros reads as zeros."""
-
-    @abc.abstractmethod
-    def read(self, kept: Mapping[str, Tensor], shape: Shape, working: torch.dtype) -> Tensor:
-        """The tensor `(..., *shape)`, writable."""
-
-    @abc.abstractmethod
-    def write_(self, kept: Mapping[str, Tensor], x: Tensor, noise: Noise | None) -> None:
-        """Keeps x; without noise rounded to nearest."""
-
-    def small(self) -> Store:
-        """What keeps vectors and small matrices, where narrow numbers save nothing and cost accuracy."""
-        return self
-
-    def of(self, spec: Spec) -> Store:
-        """The store fitted to the range of numbers of a tensor."""
-        return self
-
-    def rounded(self, x: Tensor, working: torch.dtype) -> Tensor:
-        """What `read` would give after `write_`."""
-        kept = {
-            suffix: torch.zeros(shape, dtype=dtype, device=x.device)
-            for suffix, (shape, dtype, _) in zip(self.suffixes, self.layout(tuple(x.shape), working), strict=True)
-        }
-        self.write_(kept, x, None)
-        return self.read(kept, tuple(x.shape), working)
-
-
-class Spec(NamedTuple):
-    """A persistent tensor that a part asks for.
-
-    Args:
-        shape: for one matrix (or vector).
-        steady: written at refreshes only, and rounded to nearest.
-        unsigned: never negative.
-        store: how it is kept, where the recipe's own choice would be wrong (indices, counts, norms).
-    """
-
-    shape: tuple[int, ...]
-    steady: bool = False
-    unsigned: bool = False
-    store: Store | None = None
-
-
-@dataclass(frozen=True)
-class Turn:
-    """The change of coordinates at a refresh: `x -> left x right^T` with `left = P_new^T P_old`."""
-
-    left: Tensor
-    right: Tensor | None = None
-    mixes: ClassVar[bool] = True  # an old coordinate enters several new ones
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Coordinates (first moments) in the new basis."""
-        y = self.left @ x
-        return y if self.right is None else y @ self.right.mT
-
-    def variances(self, x: Tensor) -> Tensor:
-        """Variances of independent coordinates in the new basis: the entries of the matrices enter squared."""
-        y = self.left.square() @ x
-        return y if self.right is None else y @ self.right.square().mT
-
-    def overlap(self) -> Tensor:
-        """Mean squared cosine of the angles between the two subspaces: 1 where they agree, 0 where orthogonal."""
-        both = self.left.square().sum() / self.left.shape[-1]
-        return both if self.right is None else both * self.right.square().sum() / self.right.shape[-1]
-
-
-@dataclass(frozen=True)
-class Reindex(Turn):
-    """The turn between two selections of fixed vectors: coordinates move to another slot, or begin at zero.
-
-    Args:
-        left: `(r,)`, the old slot of each new slot, -1 for none.
-    """
-
-    mixes: ClassVar[bool] = False
-
-    def __call__(self, x: Tensor) -> Tensor:
-        found = (self.left >= 0).view(-1, *[1] * (x.dim() - 1))
-        return torch.where(found, x[self.left.clamp(min=0)], torch.zeros_like(x[:1]))
-
-    def variances(self, x: Tensor) -> Tensor:
-        return self(x)
-
-    def overlap(self) -> Tensor:
-        return (self.left >= 0).double().mean()
 
 
 class Basis(abc.ABC):
@@ -432,20 +326,3 @@ class Recipe:
 
 
 AGE = "age"  # steps that each coordinate of a selection, or each entry, has seen
-
-
-@dataclass(frozen=True)
-class Exact(Store):
-    """As it is, in one dtype: indices, counts, norms."""
-
-    dtype: torch.dtype
-    narrow: ClassVar[bool] = False
-
-    def layout(self, shape: Shape, working: torch.dtype) -> tuple[Kept, ...]:
-        return (Kept(shape, self.dtype),)
-
-    def read(self, kept: Mapping[str, Tensor], shape: Shape, working: torch.dtype) -> Tensor:
-        return kept[""]
-
-    def write_(self, kept: Mapping[str, Tensor], x: Tensor, noise: Noise | None) -> None:
-        kept[""].copy_(x)

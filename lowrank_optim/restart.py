@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .kept import Spec, Store
 from .plan import Plan
-from .recipe import AGE, Recipe, Spec, Store
+from .recipe import AGE, Recipe
 
 PARTIAL = ("magnitude", "random")
 

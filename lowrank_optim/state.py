@@ -10,8 +10,9 @@ from torch import Tensor
 
 from . import checks
 from .chunk import COMPENSATION, is_packed, working_dtype
+from .kept import Store
 from .plan import Plan
-from .recipe import Recipe, Store
+from .recipe import Recipe
 
 COUNTERS = {
     "step",

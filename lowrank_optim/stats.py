@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,29 +42,44 @@ class Watch:
 def stats(optimizer: LowRankOptimizer) -> dict[str, float]:
     watch, states = optimizer._watch, [state for state in optimizer.state.values() if state]
     result = {
-        "refreshes": _sum(states, "refreshes"),
+        "refreshes": float(sum(_counts(states, "refreshes"))),
         "refresh_seconds": watch.refresh_seconds,
-        "skipped_gradients": _sum(states, "skipped"),
-        "moment_resets": float(sum(_resets(optimizer))),
-        "limiter_hits": _sum(states, HITS),
+        "skipped_gradients": float(sum(_counts(states, "skipped"))),
+        "moment_resets": float(sum(max(0, count - 1) for count in _counts(_restarting(optimizer), "refreshes"))),
+        "limiter_hits": float(sum(_counts(states, HITS))),
     }
-    shares = {name: _mean(list(parts.values())) for name, parts in watch.captured.items()}
+    shares = _shares(watch.captured)
     if shares:
         result["captured_energy"] = sum(shares.values()) / len(shares)
     return {**result, **{f"captured_energy/{name}": share for name, share in shares.items()}}
 
 
-def _sum(states: list[dict[str, Tensor]], key: str) -> float:
-    return float(sum(int(state[key].sum()) for state in states if key in state))
+def _counts(states: list[dict[str, Tensor]], key: str) -> list[int]:
+    """Of all matrices."""
+    return [int(count) for counts in _read([state[key] for state in states if key in state]) for count in counts]
 
 
-def _resets(optimizer: LowRankOptimizer) -> Iterator[int]:
-    """Per matrix: the first refresh finds nothing to reset."""
-    for p, group in optimizer._members():
-        state = optimizer.state.get(p)
-        if state and "refreshes" in state and optimizer.recipe(group).refresh.restarts:
-            yield int((state["refreshes"] - 1).clamp(min=0).sum())
+def _restarting(optimizer: LowRankOptimizer) -> list[dict[str, Tensor]]:
+    """States of the matrices whose moments a refresh resets; the first one finds nothing to reset."""
+    groups = [group for group in optimizer.param_groups if optimizer.recipe(group).refresh.restarts]
+    return [state for group in groups for p in group["params"] if (state := optimizer.state.get(p))]
 
 
-def _mean(parts: list[Tensor]) -> float:
-    return float(sum(float(part.sum()) for part in parts) / sum(part.numel() for part in parts))
+def _shares(captured: dict[str, dict[int, Tensor]]) -> dict[str, float]:
+    """The mean of the matrices of each parameter."""
+    read = iter(_read([part for parts in captured.values() for part in parts.values()]))
+    numbers = {name: [share for _ in parts for share in next(read)] for name, parts in captured.items()}
+    return {name: sum(some) / len(some) for name, some in numbers.items()}
+
+
+def _read(tensors: list[Tensor]) -> list[list[float]]:
+    """The numbers of each tensor, with one synchronisation per device."""
+    devices: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        devices.setdefault(tensor.device, []).append(i)
+    found: list[list[float]] = [[] for _ in tensors]
+    for same in devices.values():
+        flat = iter(torch.cat([tensors[i].reshape(-1) for i in same]).tolist())
+        for i in same:
+            found[i] = list(islice(flat, tensors[i].numel()))
+    return found

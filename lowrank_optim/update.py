@@ -12,9 +12,11 @@ from torch import Tensor
 from . import ops
 from .chunk import Chunk
 from .distributed.algebra import WHOLE, Algebra
+from .kept import Store
 from .parts import fused
 from .plan import Plan
-from .recipe import AGE, Clock, Draw, Recipe, State, Store, Time, Turn, Update
+from .recipe import AGE, Clock, Draw, Recipe, State, Time, Update
+from .turns import Turn
 
 # A plan, its state, the number of a matrix within its parameter and within its chunk, the counters of its schedule.
 Due = tuple[Plan, dict[str, Tensor], int, int, dict[str, Tensor]]

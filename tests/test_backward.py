@@ -272,6 +272,26 @@ def test_the_report_without_accumulation():
     assert [row.full_bytes for row in rows] == [p.nbytes for p in model.parameters()]
 
 
+def test_the_report_counts_gradients_that_wait_to_be_stacked(monkeypatch):
+    """The most that is alive while backward runs, beside what the report says."""
+    for name in ("backward", "gradient_memory"):
+        monkeypatch.setattr(f"lowrank_optim.{name}.CHUNK_BYTES", 5000)
+    model, optimizer = made(foreach=True)
+    sizes = {p: p.nbytes for p in model.parameters()}
+    alive = []
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(
+            lambda _: alive.append(sum(size for p, size in sizes.items() if p.grad is not None))
+        )
+    handle = step_in_backward(model, optimizer)
+    train(model, optimizer, 1, zero=False)
+    bound = 5000 + max(sizes.values())
+    assert max(sizes.values()) < max(alive) <= bound < sum(sizes.values())
+    assert f"{lowrank_optim.report.human(bound)} live at once beside" in str(handle.report())
+    monkeypatch.setattr("lowrank_optim.gradient_memory.CHUNK_BYTES", 1 << 26)
+    assert f"{lowrank_optim.report.human(sum(sizes.values()))} live at once beside" in str(handle.report())
+
+
 def test_the_gradient_norm():
     plain, mine, handle = twins()
     assert handle.grad_norm is None
@@ -487,6 +507,18 @@ def test_half_a_window_can_be_dropped(drop):
     assert max(differences(mine[0], plain[0])) < 1e-10
 
 
+def test_a_window_that_the_model_drops_is_noticed():
+    """model.zero_grad() frees p.grad and cannot reach the rest, so the window after it has a pass too many."""
+    model, optimizer = made()
+    step_in_backward(model, optimizer, 2)
+    train(model, optimizer, 1, k=2)
+    loss_of(model, 20).backward()
+    model.zero_grad()
+    loss_of(model, 30).backward()
+    with pytest.raises(RuntimeError, match=r"or optimizer.zero_grad\(\) \(not the model's\) to drop one"):
+        loss_of(model, 31).backward()
+
+
 def test_loading_while_attached():
     plain, mine, _ = twins(k=2, dtype=torch.float64)
     other = made(dtype=torch.float64, lr=0.05)
@@ -531,6 +563,18 @@ def test_a_first_step_on_zero_gradients_set_by_hand_is_inert():
     for key, state in before["state"].items():
         assert all(torch.equal(after["state"][key][name], value) for name, value in state.items())
     assert handle.grad_norm is None
+
+
+def test_a_first_backward_of_zeros_is_a_step():
+    """Unlike in the normal mode: the first parameter cannot wait for what the gradients of the others are."""
+    model, optimizer = made(weight_decay=0.1)
+    step_in_backward(model, optimizer)
+    before = model.up.weight.detach().clone()
+    (0 * loss_of(model, 0)).backward()
+    optimizer.step()
+    assert all(int(optimizer.state[p]["step"]) == 1 for p in model.parameters())
+    assert int(optimizer.state[model.up.weight]["refreshes"]) == 0, "but no basis comes of it"
+    assert torch.allclose(model.up.weight, before * (1 - 0.1 * optimizer.param_groups[0]["lr"]))
 
 
 # -- loops -------------------------------------------------------------------------------------------------------------
@@ -727,6 +771,8 @@ def test_a_scaler_that_is_switched_off():
         scaler.step(mine[1])
         scaler.update()
     assert_equal(mine, plain)
+    with pytest.warns(UserWarning, match="non-finite gradient in"):  # an enabled one causes them, to find its scale
+        (loss_of(mine[0], 70) * math.inf).backward()
 
 
 def test_nonfinite_raise_is_refused():
@@ -768,6 +814,11 @@ REFUSED = {
     "half steps": (dict(accumulation_steps=1.5), "accumulation_steps must be an int >= 1"),
     "accumulate": (dict(accumulate="project"), "accumulate must be one of .*did you mean 'projected'"),
     "basis": (dict(basis_from="microbatch"), "basis_from must be one of .*did you mean 'micro-batch'"),
+    "delayed nothing": (dict(clip="delayed"), r"clip='delayed' without clip_norm clips nothing. Pass clip_norm"),
+    "basis of a part": (
+        dict(accumulation_steps=2, accumulate="whole", basis_from="micro-batch"),
+        r"basis_from='micro-batch' with accumulate='whole': .* fitted to all of it anyway. Leave out one",
+    ),
     "clip projected": (dict(accumulation_steps=2, clip_norm=1.0), r'clip_norm needs the norm .*accumulate="whole"'),
 }
 
@@ -780,6 +831,15 @@ def test_options_that_cannot_work(what):
         step_in_backward(model, optimizer, **options)
     assert optimizer._in_backward is None
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_one_micro_batch_is_a_window():
+    """So neither option promises what does not happen, and a script may set the number of micro-batches alone."""
+    for options in ({"basis_from": "micro-batch"}, {"accumulate": "whole"}):
+        plain, mine, _ = twins(options=options)
+        train(*plain, 6)
+        train(*mine, 6, zero=False)
+        assert_equal(mine, plain)
 
 
 def test_objects_that_cannot_work():

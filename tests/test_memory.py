@@ -137,7 +137,7 @@ def test_gradients_alive_at_once_are_what_was_estimated(case, micro_batches, dur
 def test_stacked_matrices_wait_for_each_other_during_backward(monkeypatch):
     shapes = [(64, 48)] * 10
     for limit, waiting in ((64 << 20, 10), (3 * 64 * 48 * 4, 4)):
-        monkeypatch.setattr("lowrank_optim.backward.CHUNK_BYTES", limit)
+        monkeypatch.setattr("lowrank_optim.gradient_memory.CHUNK_BYTES", limit)
         planned = estimate_memory(shapes, lowrank_optim.GaLoreAdamW, rank=4, foreach=True, step_in_backward=True)
         assert planned.gradients == waiting * 64 * 48 * 4
 

@@ -8,7 +8,7 @@ import torch
 from lowrank_optim import ops
 from lowrank_optim.distributed.algebra import WHOLE
 from lowrank_optim.parts import EMA, RMS, SVD, Every, Factored, Identity, SubspaceIteration, TwoSided
-from lowrank_optim.recipe import Turn
+from lowrank_optim.turns import Turn
 
 BASES = [SVD(), SubspaceIteration(), TwoSided(SVD()), TwoSided(SubspaceIteration())]
 

@@ -87,11 +87,19 @@ def test_no_gradient_outlives_backward(folder, cache, tmp_path):
 
 
 def test_options_reach_the_library(folder, cache, tmp_path):
-    flags = ["--step-in-backward", "--clip", "0.5", "--clip-by", "delayed", "--accumulate", "whole"]
-    job = make_job(command(folder, cache, *GALORE, *flags, "--basis-from", "micro-batch", "--micro-batch", "3"))
-    handle = loop.Run(job, tmp_path, Interrupt()).updater.handle
-    assert (handle.accumulation_steps, handle.accumulate, handle.basis_from) == (2, "whole", "micro-batch")
-    assert (handle.clip, handle.clip_norm, handle.scaler) == ("delayed", 0.5, None)
+    handles = []
+    for flags in (
+        ["--clip", "0.5", "--clip-by", "delayed", "--accumulate", "whole"],
+        ["--clip", "0", "--basis-from", "micro-batch"],
+    ):
+        job = make_job(command(folder, cache, *GALORE, "--step-in-backward", *flags, "--micro-batch", "3"))
+        handles.append(loop.Run(job, tmp_path, Interrupt()).updater.handle)
+    found = [(one.accumulation_steps, one.accumulate, one.basis_from) for one in handles]
+    assert found == [(2, "whole", "window"), (2, "projected", "micro-batch")]
+    assert [(one.clip, one.clip_norm, one.scaler) for one in handles] == [
+        ("delayed", 0.5, None),
+        ("tensor", None, None),
+    ]
 
 
 @pytest.mark.parametrize("flags", [[], ["--step-in-backward"]], ids=["normal", "backward"])
@@ -256,6 +264,14 @@ def test_interrupted_program_goes_on_bit_for_bit(folder, cache, tmp_path):
     [
         (["--step-in-backward"], r"cannot clip \(--clip 1\) by the norm of all .*Add --clip-by delayed .* or --clip 0"),
         (["--step-in-backward", "--clip-by", "global"], r"cannot clip .*--clip-by tensor"),
+        (
+            ["--step-in-backward", "--clip", "0", "--clip-by", "tensor"],
+            "--clip-by tensor with --clip 0 clips nothing; leave one of them out",
+        ),
+        (
+            [*BACKWARD, *WINDOWS, "--accumulate", "whole", "--basis-from", "micro-batch"],
+            "--basis-from micro-batch with --accumulate whole: .* leave one of them out",
+        ),
         (["--clip-by", "delayed"], r"--clip-by delayed needs --step-in-backward; add it, or leave --clip-by out"),
         (["--basis-from", "window"], r"--basis-from window needs --step-in-backward"),
         (["--accumulate", "whole"], r"--accumulate whole needs --step-in-backward"),

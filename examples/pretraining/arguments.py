@@ -152,6 +152,13 @@ def _complete_backward(args: argparse.Namespace) -> None:
             "when most of them have been used. Add --clip-by delayed (by the norm of all in the step before), "
             "--clip-by tensor (each gradient by its own norm), or --clip 0"
         )
+    if "clip_by" in given and not args.clip:
+        raise PretrainError(f"--clip-by {args.clip_by} with --clip 0 clips nothing; leave one of them out")
+    if (args.accumulate, args.basis_from) == ("whole", "micro-batch"):
+        raise PretrainError(
+            "--basis-from micro-batch with --accumulate whole: gradients are not projected before the window is "
+            "complete, so bases are fitted to all of it anyway; leave one of them out"
+        )
     for name, default in IN_BACKWARD.items():
         setattr(args, name, getattr(args, name) or default)
     if not args.step_in_backward:

@@ -61,7 +61,7 @@ def attach(
             basis_from=job.basis_from,
             clip=job.clip_by,
             clip_norm=job.clip or None,
-            scaler=scaler if scaler is not None and scaler.is_enabled() else None,
+            scaler=scaler,
         )
     except ValueError as error:
         raise PretrainError(f"{job.label} cannot step in backward: {_in_flags(str(error), job)}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import checks
+from ..kept import Store
 from ..parts import (
     EMA,
     RMS,
@@ -22,7 +23,7 @@ from ..parts import (
     SubspaceIteration,
     TwoSided,
 )  # fmt: skip
-from ..recipe import Basis, Recipe, Store
+from ..recipe import Basis, Recipe
 
 OPTIONS = """
     Options that every method has:

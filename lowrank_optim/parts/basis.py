@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ..distributed.algebra import Algebra
+from ..kept import Shape, Spec
 from ..ops import orthonormalize, subspace_iteration
 from ..ops.philox import BLOCK
-from ..recipe import Basis, Draw, Shape, Spec, State, Time, Turn
+from ..recipe import Basis, Draw, State, Time
+from ..turns import Turn
 
 
 @dataclass(frozen=True)

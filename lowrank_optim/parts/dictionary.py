@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ..distributed.algebra import Algebra
+from ..kept import Exact, Shape, Spec
 from ..ops.dictionary import atoms, coefficients, dictionary
-from ..recipe import Draw, Exact, Shape, Spec, State, Time, Turn
+from ..recipe import Draw, State, Time
+from ..turns import Turn
 from .basis import OneSided
 from .random import reindex, top
 

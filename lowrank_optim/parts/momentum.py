@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..recipe import Clock, Momentum, Shape, Spec, State, Turn
+from ..kept import Shape, Spec
+from ..recipe import Clock, Momentum, State
+from ..turns import Turn
 
 
 def bias_correction(beta: float, t: Clock) -> Clock:

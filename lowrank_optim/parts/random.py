@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ..distributed.algebra import Algebra
+from ..kept import Exact, Shape, Spec
 from ..ops import orthonormalize
 from ..ops.philox import BLOCK
-from ..recipe import Basis, Draw, Exact, Reindex, Shape, Spec, State, Time, Turn
+from ..recipe import Basis, Draw, State, Time
+from ..turns import Reindex, Turn
 from .basis import OneSided
 
 

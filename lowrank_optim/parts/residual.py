@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..distributed.algebra import Algebra
-from ..recipe import Clock, Recipe, Residual, Shape, Spec, State, Store, Update
+from ..kept import Shape, Spec, Store
+from ..recipe import Clock, Recipe, Residual, State, Update
 
 _NOISE = 16  # units of rounding below which a residual is none
 

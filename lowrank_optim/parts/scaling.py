@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..distributed.algebra import Algebra
-from ..recipe import Clock, Scaling, Shape, Spec, State, Turn
+from ..kept import Shape, Spec
+from ..recipe import Clock, Scaling, State
+from ..turns import Turn
 from .momentum import bias_correction
 
 

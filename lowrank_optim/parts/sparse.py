@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..distributed.algebra import Algebra
-from ..recipe import Clock, Exact, Recipe, Residual, Shape, Spec, State, Update
+from ..kept import Exact, Shape, Spec
+from ..recipe import Clock, Recipe, Residual, State, Update
 from .momentum import EMA
 from .scaling import RMS
 

@@ -1,0 +1,94 @@
+"""How a tensor lives between two steps: what a part asks for, and the protocol of the slot that keeps it."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .ops.philox import Stream
+
+Shape = tuple[int, ...]  # (m, n), or (n,) for a vector
+Noise = tuple[int, Stream, int]  # key, stream and first element of the random numbers that rounding uses
+
+
+class Kept(NamedTuple):
+    """One stored tensor: an entry of it stands for `per` elements in row-major order."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    per: int = 1
+
+
+class Store(abc.ABC):
+    """How is a tensor kept between steps? As one stored tensor or more, told apart by a suffix to its name."""
+
+    suffixes: ClassVar[tuple[str, ...]] = ("",)
+    block: ClassVar[int] = 1  # elements that are coded together, so that nothing may cut between them
+    narrow: ClassVar[bool] = True  # read gives a copy
+
+    @abc.abstractmethod
+    def layout(self, shape: Shape, working: torch.dtype) -> tuple[Kept, ...]:
+        """What is kept for one matrix, for parameters whose arithmetic runs in `working`; all zeros reads as zeros."""
+
+    @abc.abstractmethod
+    def read(self, kept: Mapping[str, Tensor], shape: Shape, working: torch.dtype) -> Tensor:
+        """The tensor `(..., *shape)`, writable."""
+
+    @abc.abstractmethod
+    def write_(self, kept: Mapping[str, Tensor], x: Tensor, noise: Noise | None) -> None:
+        """Keeps x; without noise rounded to nearest."""
+
+    def small(self) -> Store:
+        """What keeps vectors and small matrices, where narrow numbers save nothing and cost accuracy."""
+        return self
+
+    def of(self, spec: Spec) -> Store:
+        """The store fitted to the range of numbers of a tensor."""
+        return self
+
+    def rounded(self, x: Tensor, working: torch.dtype) -> Tensor:
+        """What `read` would give after `write_`."""
+        kept = {
+            suffix: torch.zeros(shape, dtype=dtype, device=x.device)
+            for suffix, (shape, dtype, _) in zip(self.suffixes, self.layout(tuple(x.shape), working), strict=True)
+        }
+        self.write_(kept, x, None)
+        return self.read(kept, tuple(x.shape), working)
+
+
+class Spec(NamedTuple):
+    """A persistent tensor that a part asks for.
+
+    Args:
+        shape: for one matrix (or vector).
+        steady: written at refreshes only, and rounded to nearest.
+        unsigned: never negative.
+        store: how it is kept, where the recipe's own choice would be wrong (indices, counts, norms).
+    """
+
+    shape: tuple[int, ...]
+    steady: bool = False
+    unsigned: bool = False
+    store: Store | None = None
+
+
+@dataclass(frozen=True)
+class Exact(Store):
+    """As it is, in one dtype: indices, counts, norms."""
+
+    dtype: torch.dtype
+    narrow: ClassVar[bool] = False
+
+    def layout(self, shape: Shape, working: torch.dtype) -> tuple[Kept, ...]:
+        return (Kept(shape, self.dtype),)
+
+    def read(self, kept: Mapping[str, Tensor], shape: Shape, working: torch.dtype) -> Tensor:
+        return kept[""]
+
+    def write_(self, kept: Mapping[str, Tensor], x: Tensor, noise: Noise | None) -> None:
+        kept[""].copy_(x)
