@@ -7,6 +7,7 @@ from .layers.convert import convert, merge
 from .layers.linear import LowRankLinear, ReparameterizedLinear
 from .layers.quantized import Int8Weight, NF4Weight, quantize_weights
 from .layers.quantized_linear import QuantizedLinear
+from .layers.spectral import SpectralLinear
 from .memory import MemoryEstimate, estimate_memory
 from .memory_report import MemoryReport, memory_report
 from .methods.apollo import APOLLO
@@ -26,6 +27,7 @@ from .methods.low_rank import LowRankAdamW
 from .methods.q_galore import QGaLoreAdamW
 from .methods.relora import ReLoRA
 from .methods.snsm import SNSMAdamW
+from .methods.sst import SST
 from .methods.subset_norm import SubsetNormAdamW
 from .methods.subspace_momentum import SubspaceMomentum
 from .optimizer import LowRankOptimizer
@@ -38,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "APOLLO",
     "FRUGAL",
+    "SST",
     "APOLLOMini",
     "Composed",
     "CompressedAccumulation",
@@ -65,6 +68,7 @@ __all__ = [
     "ReparameterizedLinear",
     "Report",
     "SNSMAdamW",
+    "SpectralLinear",
     "StepInBackward",
     "SubsetNormAdamW",
     "SubspaceMomentum",

@@ -187,6 +187,8 @@ _CHECKS: dict[str, Check] = {
     "base": _one_of("dense", "int8", "nf4", "none"),
     "exact_base": _flag,
     "init": _one_of("spectral", "random"),
+    "iteration_steps": _whole(1),
+    "iterations": _whole_or_none,
     "merge_every": _whole(1),
     "refactor_every": _whole_or_none,
     "reset_every": _whole_or_none,

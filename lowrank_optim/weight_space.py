@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import abc
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import checks
-from .chunk import working_dtype
+from .chunk import COMPENSATION, working_dtype
 from .layers.convert import Conversion, make_conversion
 from .layers.linear import ReparameterizedLinear
 from .methods._shared import adamw
@@ -105,16 +105,27 @@ class WeightSpaceOptimizer(LowRankOptimizer):
     def _restarts(self, name: str, layer: ReparameterizedLinear) -> int:
         return self.restarts(self._count(layer), self.param_groups[0])
 
-    def reset(self, layer: ReparameterizedLinear, how: str = "drop", ratio: float = 1.0) -> float:
-        """Empties the moments of a layer's factors; the share of entries that were reset."""
+    def reset(
+        self, layer: ReparameterizedLinear, how: str = "drop", ratio: float = 1.0, only: Collection[str] | None = None
+    ) -> float:
+        """Empties the moments of a layer's factors, or of some of them; the share of entries that were reset."""
         group, lost, total = self.param_groups[0], 0, 0
-        for p in (getattr(layer, key) for key in layer.factors):
+        for key in layer.factors:
+            p = cast(Tensor, getattr(layer, key))
             if self.state.get(p):
-                plan = self._plans[p]
-                lost += reset_(self.state[p], plan, self._recipe_of(plan, group), working_dtype(p), how, ratio)
                 total += p.numel()
+                if only is None or key in only:
+                    plan = self._plans[p]
+                    lost += reset_(self.state[p], plan, self._recipe_of(plan, group), working_dtype(p), how, ratio)
         self._last_reset = lost / max(1, total)
         return self._last_reset
+
+    def settle(self, layer: ReparameterizedLinear, only: Collection[str]) -> None:
+        """Factors that were overwritten owe nothing to what they were (`bf16_update="kahan"`)."""
+        for key in only:
+            owed = self.state.get(getattr(layer, key), {}).get(COMPENSATION)
+            if owed is not None:
+                owed.zero_()
 
     def _admit(self, group: dict[str, Any]) -> None:
         super()._admit(group)

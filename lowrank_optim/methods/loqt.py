@@ -173,6 +173,7 @@ class LoQT(WeightSpaceOptimizer):
             return BASES[group["basis"]].fit(WHOLE, g, None, layer.rank, draw, at)["basis"]
 
         gradient = layer.refit_(fit, member.grad, group["compensation"])
+        self.settle(layer, layer.factors)
         if group["moments"] == "reset":
             self.reset(layer)
         super()._update([Member(layer.B, group, gradient)])

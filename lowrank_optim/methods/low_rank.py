@@ -77,6 +77,7 @@ class LowRankAdamW(WeightSpaceOptimizer):
         refactor, reset = restarts_due(count, group)
         if refactor:
             cast(LowRankLinear, layer).balance_()
+            self.settle(layer, layer.factors)
         if reset:
             self.reset(layer)
         return refactor or reset

@@ -89,6 +89,7 @@ class ReLoRA(WeightSpaceOptimizer):
         if due:
             return False
         cast(LowRankLinear, layer).merge_(merges, stochastic=group["bf16_update"] == "stochastic")
+        self.settle(layer, layer.factors)
         self.reset(layer, group["reset"], group["reset_ratio"])
         return True
 

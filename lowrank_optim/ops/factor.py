@@ -26,6 +26,17 @@ def balance(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     return _shared_out(qb @ u.to(b.dtype), s.to(b.dtype), vh.to(b.dtype) @ qa.mT)
 
 
+def singular(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(U (k, m), S (k,), V (k, n)) of `w (m, n)`, k = min(m, n): vectors as contiguous rows, signs as in `split`."""
+    try:
+        u, s, vh = torch.linalg.svd(w, full_matrices=False)
+    except torch.linalg.LinAlgError:  # seldom, and more seldom in float64
+        u, s, vh = (x.to(w.dtype) for x in torch.linalg.svd(w.double(), full_matrices=False))
+    fixed = fix_signs(u)
+    signs = (fixed * u).sum(0).sign()
+    return fixed.mT.contiguous(), s, (signs.unsqueeze(-1) * vh).contiguous()
+
+
 def _shared_out(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
     """Signs are free, and fixed so that all devices agree: the largest entry of each column of u becomes positive."""
     fixed = fix_signs(u)

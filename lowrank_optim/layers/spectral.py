@@ -1,0 +1,182 @@
+"""Linear layers kept as a singular value decomposition, of which a few singular vectors train at a time.
+
+Reference: Zhao et al., "Sparse spectral training and inference on Euclidean and hyperbolic neural networks",
+https://arxiv.org/abs/2405.15481.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.autocast_mode import is_autocast_available
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from .. import ops
+from ..chunk import working_dtype
+from ..ops.factor import singular
+from .linear import ReparameterizedLinear
+
+SEGMENT = ("U_active", "V_active")
+
+
+class SpectralLinear(ReparameterizedLinear):
+    r"""`W = sum_i sigma_i u_i v_i^T` over all k = min(m, n) singular directions; sigma trains, and r of the vectors.
+
+        y = ((x V^T) * sigma) U                        U (k, m), V (k, n): the vectors are rows
+        sigma:          g_i = u_i^T G v_i              G = dL/dW, which is never formed
+        U_active[j]:    G v_i,  i = index[j]           the gradient of u_i without its factor sigma_i, which would
+        V_active[j]:    G^T u_i                        starve small directions
+
+    U and V are frozen, and hold the active vectors as well. Training changes the parameters `U_active (r, m)` and
+    `V_active (r, n)`; `retract_` brings them back to unit length and writes them to U and V, and until then nothing
+    else sees the change. `SST` does so after each update. sigma is float32 whatever the dtype of the rest.
+
+    Args:
+        plain, rank, name, seed: see `ReparameterizedLinear`; the rank is the number r of active directions.
+    """
+
+    factors = (*SEGMENT, "sigma")
+
+    def __init__(self, plain: nn.Linear, rank: int | float, *, name: str = "", seed: int = 0) -> None:
+        super().__init__(plain, rank, name=name, seed=seed)
+        w, (m, n, r) = plain.weight.detach(), (self.out_features, self.in_features, self.rank)
+        wide = w.to(working_dtype(w))
+        k = min(m, n)
+        u, s, v = (wide.new_empty(x) for x in ((k, m), k, (k, n))) if w.is_meta else singular(wide)
+        self.U, self.V = (nn.Parameter(x.to(w.dtype), requires_grad=False) for x in (u, v))
+        self.sigma = nn.Parameter(s)
+        self.U_active, self.V_active = nn.Parameter(w.new_empty(r, m)), nn.Parameter(w.new_empty(r, n))
+        # a parameter, because layers that share their weight must share it too, through casts and moves
+        self.index = nn.Parameter(torch.empty(r, dtype=torch.int64, device=w.device), requires_grad=False)
+        if not w.is_meta:
+            self.activate_(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) to (..., m)."""
+        device, dtype = x.device.type, self.U.dtype
+        if is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+            x = x.to(dtype)
+        y: Tensor = _Spectral.apply(  # type: ignore[no-untyped-call]
+            x, self.sigma, self.U_active, self.V_active, self.U, self.V, self.index, dtype
+        )
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dense(self) -> Tensor:
+        working = working_dtype(self.U)
+        w = (self.U.to(working).mT * self.sigma.to(working)) @ self.V.to(working)
+        if torch.is_grad_enabled():  # nothing is added but the gradients of the active vectors
+            u, v = self.U_active.to(working), self.V_active.to(working)
+            w = w + (u - u.detach()).mT @ v.detach() + u.detach().mT @ (v - v.detach())
+        return w
+
+    def odds(self) -> Tensor:
+        """`1/2 (1/k + sigma_i / sum sigma)` of each direction, float64 on the CPU: half uniform, half by size."""
+        s = self.sigma.detach().double().cpu().nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
+        even, total = torch.full_like(s, 1 / len(s)), s.sum()
+        return 0.5 * (even + s / total) if float(total) > 0 else even
+
+    @torch.no_grad()
+    def activate_(self, count: int) -> None:
+        """Draws r directions by their odds, without replacement, and takes their vectors as the active ones.
+
+        `count`: number of this draw, from 0, which with the layer's key decides it. Of exponential clocks with rates p
+        the first r to ring are r successive draws without replacement (Efraimidis and Spirakis, 2006).
+        """
+        odds = self.odds()
+        clocks = -ops.uniform(tuple(odds.shape), self.key, ops.stream_of("segment", count)).double().log()
+        chosen = (clocks / odds).topk(self.rank, largest=False).indices.sort().values
+        self.index.copy_(chosen)
+        for active, stored in self._pairs():
+            active.copy_(stored[self.index])
+
+    @torch.no_grad()
+    def retract_(self) -> None:
+        """sigma back to >= 0 and the active vectors back to unit length, in float32 and rounded once.
+
+        A vector without a direction (zero, or not finite) becomes what it was.
+        """
+        self.sigma.clamp_(min=0)
+        for active, stored in self._pairs():
+            x = active.to(working_dtype(active))
+            length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+            good = length.isfinite() & (length > 0)
+            active.copy_(torch.where(good, x / length, stored[self.index].to(x.dtype)))
+            stored.index_copy_(0, self.index, active)
+
+    @torch.no_grad()
+    def orthogonalize_(self) -> bool:
+        """Decomposes W anew: the same function with orthonormal vectors, all of them in another order.
+
+        Returns:
+            False if W is not finite or the decomposition fails; then nothing has changed.
+        """
+        w = self.dense()
+        if not bool(w.isfinite().all()):
+            return False
+        try:
+            fresh = singular(w)
+        except torch.linalg.LinAlgError:
+            return False
+        for kept, new in zip((self.U, self.sigma, self.V), fresh, strict=True):
+            kept.copy_(new)
+        for active, stored in self._pairs():
+            active.copy_(stored[self.index])
+        return True
+
+    def restart_workspace(self) -> int:
+        m, n = self.out_features, self.in_features
+        k = min(m, n)
+        return 2 * m * n + k * (m + n) + 4 * k * k  # W and the copy that LAPACK destroys, the vectors, its workspace
+
+    def describe(self) -> str:
+        return f"{self.rank} of {min(self.out_features, self.in_features)} directions at a time"
+
+    def _pairs(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Active vectors, and all of their side."""
+        return (self.U_active, self.U), (self.V_active, self.V)
+
+
+class _Spectral(torch.autograd.Function):
+    """`y = ((x V^T) * sigma) U` with the gradients that `SpectralLinear` states; its active vectors are not read."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        sigma: Tensor,
+        u_active: Tensor,
+        v_active: Tensor,
+        u: Tensor,
+        v: Tensor,
+        index: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        h = linear(x, v.to(dtype))
+        _, by_sigma, by_u, by_v, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if by_v else None, h if by_sigma or by_u else None, sigma, u, v, index)
+        ctx.dtypes = u_active.dtype, v_active.dtype
+        return (h * sigma).to(dtype) @ u.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, sigma, u, v, index = ctx.saved_tensors
+        by_x, by_sigma, by_u, by_v, *_ = ctx.needs_input_grad
+        q = linear(grad, u.to(grad.dtype))
+        rows, q_rows = grad.reshape(-1, grad.shape[-1]), q.reshape(-1, q.shape[-1])
+        grad_x = grad_sigma = grad_u = grad_v = None
+        if by_x:
+            grad_x = (q * sigma).to(grad.dtype) @ v.to(grad.dtype)
+        if by_sigma or by_u:
+            h_rows = h.reshape(-1, h.shape[-1])
+        if by_sigma:
+            grad_sigma = (h_rows * q_rows).sum(0, dtype=sigma.dtype)
+        if by_u:
+            grad_u = (h_rows[:, index].mT @ rows).to(ctx.dtypes[0])
+        if by_v:
+            grad_v = (q_rows[:, index].mT @ x.reshape(-1, x.shape[-1])).to(ctx.dtypes[1])
+        return grad_x, grad_sigma, grad_u, grad_v, None, None, None, None
