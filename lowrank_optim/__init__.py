@@ -6,6 +6,7 @@ from .groups import param_groups
 from .layers.convert import convert, merge
 from .layers.linear import LowRankLinear, ReparameterizedLinear
 from .layers.quantized import Int8Weight, quantize_weights
+from .layers.sparse import SparseLowRankLinear
 from .memory import MemoryEstimate, estimate_memory
 from .memory_report import MemoryReport, memory_report
 from .methods.apollo import APOLLO
@@ -23,6 +24,7 @@ from .methods.ldadam import LDAdamW
 from .methods.low_rank import LowRankAdamW
 from .methods.q_galore import QGaLoreAdamW
 from .methods.relora import ReLoRA
+from .methods.sltrain import SLTrain
 from .methods.snsm import SNSMAdamW
 from .methods.subset_norm import SubsetNormAdamW
 from .methods.subspace_momentum import SubspaceMomentum
@@ -59,7 +61,9 @@ __all__ = [
     "ReLoRA",
     "ReparameterizedLinear",
     "Report",
+    "SLTrain",
     "SNSMAdamW",
+    "SparseLowRankLinear",
     "StepInBackward",
     "SubsetNormAdamW",
     "SubspaceMomentum",
