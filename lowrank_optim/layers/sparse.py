@@ -28,7 +28,8 @@ class SparseLowRankLinear(ProductLinear):
     The places are drawn once, any as likely as any other, and never change: `support (nnz,)`, sorted row-major
     positions, is a buffer (int32, which 2^31 elements of W outgrow), and a state dict brings its own.
 
-    Memory: `(m + n) r + nnz` elements and 4 bytes for each of the nnz places; in passing, W.
+    Memory: `(m + n) r + nnz` elements and 4 bytes for each of the nnz places; in passing, W. DistributedDataParallel
+    would send the places with every forward: give it `broadcast_buffers=False`, for they are the same on all ranks.
 
     Args:
         plain, rank, name, seed: see `ReparameterizedLinear`.
@@ -68,7 +69,7 @@ class SparseLowRankLinear(ProductLinear):
             b, a = w.new_zeros(m, r), self._drawn((r, n), n, "A", 0, w.device)
             values = self._drawn((count,), n, "values", 0, w.device)
         self.B, self.A, self.values = (nn.Parameter(x.to(w.dtype).contiguous()) for x in (b, a, values))
-        self._cuts: tuple[tuple[int, ...], list[int]] = (), []
+        self._cuts: tuple[Tensor, int, int, list[int]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., m)."""
@@ -105,11 +106,15 @@ class SparseLowRankLinear(ProductLinear):
         """
         rows = max(1, _PIECE // self.in_features)
         firsts = [*range(0, self.out_features, rows), self.out_features]
-        state = self.support.data_ptr(), self.support._version, rows
-        if self._cuts[0] != state:
-            edges = torch.tensor(firsts, device=self.support.device) * self.in_features
-            self._cuts = state, torch.searchsorted(self.support, edges.to(self.support)).tolist()
-        return ((*row, *entry) for row, entry in zip(pairwise(firsts), pairwise(self._cuts[1]), strict=True))
+        support, version, cuts = self.support, self.support._version, self._cuts
+        if cuts is None or cuts[0] is not support or cuts[1:3] != (version, rows):
+            edges = torch.tensor(firsts, device=support.device) * self.in_features
+            self._cuts = cuts = support, version, rows, torch.searchsorted(support, edges.to(support)).tolist()
+        return ((*row, *entry) for row, entry in zip(pairwise(firsts), pairwise(cuts[3]), strict=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies read for themselves where their support is cut: versions of a tensor are not copied with it."""
+        return {**self.__dict__, "_cuts": None}
 
 
 Pieces = Callable[[], Iterator[tuple[int, int, int, int]]]
