@@ -102,7 +102,7 @@ def test_every_place_is_as_likely_as_any_other():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_random_gives_the_sparse_part_alone(m, n, bias):
-    made = SparseLowRankLinear(nn.Linear(n, m, bias=bias), 5, name="a")
+    made = SparseLowRankLinear(nn.Linear(n, m, bias=bias), 5, init="random", name="a")
     x = torch.randn(4, n)
     w = torch.zeros(m * n)
     w[made.support] = made.values.detach()

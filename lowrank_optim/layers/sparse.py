@@ -35,9 +35,9 @@ class SparseLowRankLinear(ProductLinear):
         plain, rank, name, seed: see `ReparameterizedLinear`.
         density: nnz is the whole part of `density * m * n`.
         alpha: s times the rank.
-        init: "random" draws A and the values uniform in +-1/sqrt(n), starts with B zero, and forgets the weight of
-            `plain`, as published; "spectral" takes its best approximation of rank r, balanced (`B^T B = A A^T`), and
-            what that misses at the support.
+        init: "spectral" takes the best approximation of rank r of the weight of `plain`, balanced (`B^T B = A A^T`),
+            and what that misses at the support; "random" draws A and the values uniform in +-1/sqrt(n), starts with B
+            zero, and forgets the weight, as published.
     """
 
     factors = ("B", "A", "values")
@@ -50,7 +50,7 @@ class SparseLowRankLinear(ProductLinear):
         *,
         density: float = 0.03,
         alpha: float = 32.0,
-        init: str = "random",
+        init: str = "spectral",
         name: str = "",
         seed: int = 0,
     ) -> None:

@@ -33,8 +33,8 @@ class SLTrain(WeightSpaceOptimizer):
         rank: of the product, or a fraction of min(m, n).
         density: share of the entries of each weight that are trained by themselves.
         alpha: s times the rank.
-        init: "random": A and S uniform in +-1/sqrt(n), B zero, the weight forgotten; "spectral": the best approximation
-            of each weight by the product, and what that misses at the support.
+        init: "spectral": the best approximation of each weight by the product, and what that misses at the support;
+            "random": A and S uniform in +-1/sqrt(n), B zero, the weight forgotten.
         refactor_every: updates between refactorisations of the product, which leave the function alone; None: never.
         reset_every: updates between resets of the moments, after which lr should recover over some 10 steps, as with
             `JaggedCosine(optimizer, restart_every=reset_every, restart_warmup=10, restart_from=0.001)`; None: never.
@@ -43,11 +43,12 @@ class SLTrain(WeightSpaceOptimizer):
 
         opt = lowrank_optim.SLTrain(model, lr=3e-3, rank=128, density=0.03)
 
-    Differences from the paper and from its authors' code: the gradient of W is never formed as a whole; the support is
-    kept in 4 bytes per entry instead of 8 and follows from `seed`, not from torch's generator; biases keep the
-    initialisation that they have; no dropout, no trainable scale. Restarts are as in `LowRankAdamW`, at any period, and
-    off by default as in the paper; their authors' code computes a dense bfloat16 product and its SVD, and rebuilds the
-    optimizer of all parameters. Decay, off by default, takes S like the factors.
+    Differences from the paper and from its authors' code: the initial weight is approximated, not forgotten, unless
+    init="random"; the gradient of W is never formed as a whole; the support is kept in 4 bytes per entry instead of 8
+    and follows from `seed`, not from torch's generator; biases keep the values that they have; no dropout, no trainable
+    scale. Restarts are as in `LowRankAdamW`, at any period, and off by default as in the paper; the code of Glentis et
+    al. computes a dense bfloat16 product and its SVD, and rebuilds the optimizer of all parameters. Decay, off by
+    default, takes S like the factors.
     """
         + WEIGHT_OPTIONS
     )
@@ -70,7 +71,7 @@ class SLTrain(WeightSpaceOptimizer):
         rank: int | float = 0.25,
         density: float = 0.03,
         alpha: float = 32.0,
-        init: str = "random",
+        init: str = "spectral",
         refactor_every: int | None = None,
         reset_every: int | None = None,
         include: Iterable[str] = (),
