@@ -7,6 +7,7 @@ from .layers.convert import convert, merge
 from .layers.linear import LowRankLinear, ReparameterizedLinear
 from .layers.quantized import Int8Weight, NF4Weight, quantize_weights
 from .layers.quantized_linear import QuantizedLinear
+from .layers.sparse import SparseLowRankLinear
 from .layers.spectral import SpectralLinear
 from .memory import MemoryEstimate, estimate_memory
 from .memory_report import MemoryReport, memory_report
@@ -26,6 +27,7 @@ from .methods.loqt import LoQT
 from .methods.low_rank import LowRankAdamW
 from .methods.q_galore import QGaLoreAdamW
 from .methods.relora import ReLoRA
+from .methods.sltrain import SLTrain
 from .methods.snsm import SNSMAdamW
 from .methods.sst import SST
 from .methods.subset_norm import SubsetNormAdamW
@@ -67,7 +69,9 @@ __all__ = [
     "ReLoRA",
     "ReparameterizedLinear",
     "Report",
+    "SLTrain",
     "SNSMAdamW",
+    "SparseLowRankLinear",
     "SpectralLinear",
     "StepInBackward",
     "SubsetNormAdamW",

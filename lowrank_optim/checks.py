@@ -454,6 +454,14 @@ def thin(name: str, rank: int, shape: tuple[int, ...]) -> None:
         )
 
 
+def sparse(name: str, count: int, density: float, shape: tuple[int, ...]) -> None:
+    if not count:
+        raise ValueError(
+            f"{name or 'this layer'} {shape} has no entries at density {density:g}; take a higher one, leave the layer "
+            "out with `exclude`, or use LowRankAdamW, which has none anywhere"
+        )
+
+
 def whole_model(model: Any) -> torch.nn.Module:
     """The model itself, or an error that says that it must be one."""
     if not isinstance(model, torch.nn.Module):

@@ -97,7 +97,31 @@ class ReparameterizedLinear(nn.Module, abc.ABC):
         return unit.mul_(2).sub_(1).mul_(1 / math.sqrt(fan_in))
 
 
-class LowRankLinear(ReparameterizedLinear):
+class ProductLinear(ReparameterizedLinear):
+    """What layers share that have a product `s B A`, `A (r, n)`, `B (m, r)`, `s = alpha / r`, in their weight."""
+
+    B: nn.Parameter
+    A: nn.Parameter
+    scale: float
+
+    @torch.no_grad()
+    def balance_(self) -> None:
+        """Shares the singular values of the product out evenly between the factors; the function stays."""
+        working = working_dtype(self.B)
+        if bool(self.A.isfinite().all() and self.B.isfinite().all()):  # else there is nothing to save
+            b, a = balance(self.B.to(working), self.A.to(working))
+            self.B.copy_(b)
+            self.A.copy_(a)
+
+    def _split(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        shapes = (self.out_features, self.rank), (self.rank, self.in_features)
+        if w.is_meta:
+            return w.new_empty(shapes[0]), w.new_empty(shapes[1])
+        b, a = split(w.to(working_dtype(w)), self.rank)
+        return b * self.scale**-0.5, a * self.scale**-0.5
+
+
+class LowRankLinear(ProductLinear):
     r"""`W = base + s B A` with `A (r, n)`, `B (m, r)` trained, `s = alpha / r` and a frozen base, or none.
 
     With a base: A uniform in +-1/sqrt(n), B zero, so that the function is the one of `plain`. Without, `init` says how
@@ -178,15 +202,6 @@ class LowRankLinear(ReparameterizedLinear):
         self.A.copy_(self._drawn((self.rank, self.in_features), self.in_features, "A", count, self.A.device))
         self.B.zero_()
 
-    @torch.no_grad()
-    def balance_(self) -> None:
-        """Shares the singular values of the product out evenly between the factors; the function stays."""
-        working = working_dtype(self.B)
-        if bool(self.A.isfinite().all() and self.B.isfinite().all()):  # else there is nothing to save
-            b, a = balance(self.B.to(working), self.A.to(working))
-            self.B.copy_(b)
-            self.A.copy_(a)
-
     def restart_workspace(self) -> int:
         if self.base is None:  # two orthonormal bases and what replaces the factors
             return 3 * self.rank * (self.out_features + self.in_features)
@@ -207,13 +222,6 @@ class LowRankLinear(ReparameterizedLinear):
             raise ValueError("one of the two layers keeps an exact base and the other does not; give both exact_base")
         if state is not None and self.exact is not None:
             self.exact.copy_(state)
-
-    def _split(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        shapes = (self.out_features, self.rank), (self.rank, self.in_features)
-        if w.is_meta:
-            return w.new_empty(shapes[0]), w.new_empty(shapes[1])
-        b, a = split(w.to(working_dtype(w)), self.rank)
-        return b * self.scale**-0.5, a * self.scale**-0.5
 
     def _random(self, w: Tensor) -> tuple[Tensor, Tensor]:
         (m, n), r = w.shape, self.rank

@@ -1,7 +1,7 @@
 """The numeric kernels: plain torch, and the truth that a native kernel has to match."""
 
 from .linalg import fix_signs, leading_left_vectors, orthonormalize, subspace_iteration
-from .philox import key_of, normal, random_bits16, stream_of, uniform
+from .philox import key_of, normal, random_bits16, sample, stream_of, uniform
 from .rounding import round_to_bfloat16
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "orthonormalize",
     "random_bits16",
     "round_to_bfloat16",
+    "sample",
     "stream_of",
     "subspace_iteration",
     "uniform",

@@ -98,6 +98,36 @@ def random_bits16(count: int, key: int, stream: Stream, start: int = 0, device: 
     return out
 
 
+def sample(below: int, count: int, key: int, stream: Stream) -> Tensor:
+    """`count` different integers in [0, below), sorted, int64, on the CPU; every set of them is equally likely.
+
+    They are the first ones of a stream of integers that is drawn until enough of it differ, so time and memory go with
+    `count` and not with `below`. Of more than half of all integers those are drawn that are left out.
+    """
+    if 2 * count > below:
+        kept = torch.ones(below, dtype=torch.bool)
+        kept[sample(below, below - count, key, stream)] = False
+        return kept.nonzero().flatten()
+    drawn = math.ceil(-below * math.log1p(-count / below) + 4 * math.sqrt(count))  # as many differ, but for bad luck
+    while True:
+        numbers, place = _integers(drawn, below, key, stream).sort(stable=True)
+        new = torch.ones_like(numbers, dtype=torch.bool)
+        new[1:] = numbers[1:] != numbers[:-1]
+        numbers, place = numbers[new], place[new]
+        if len(numbers) >= count:
+            return numbers[place <= place.kthvalue(count).values] if count else numbers[:0]
+        drawn += drawn // 8 + 1
+
+
+def _integers(count: int, below: int, key: int, stream: Stream) -> Tensor:
+    """Uniform integers in [0, below), of 62 random bits each: the remainders differ in likelihood by below / 2^62."""
+    out = torch.empty(count, dtype=torch.int64)
+    for target, (w0, w1, w2, w3), skip in _blocks(out, 2, 0, key, stream):
+        bits = torch.stack([w0 << 30 | w1 >> 2, w2 << 30 | w3 >> 2], dim=-1)
+        target.copy_(bits.flatten()[skip : skip + target.numel()] % below)
+    return out
+
+
 def _blocks(out: Tensor, lanes: int, start: int, key: int, stream: Stream) -> Iterator[_Block]:
     """Cuts `out` into pieces of at most `BLOCK` counters."""
     position = 0

@@ -1,0 +1,172 @@
+"""Linear layers whose weight is a product of thin factors and a few entries of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from .. import checks, ops
+from ..chunk import working_dtype
+from ..hooks import full_precision
+from .linear import ProductLinear
+
+_PIECE = 1 << 22  # elements of the dense gradient that exist at once, from which that of the entries is gathered
+
+
+class SparseLowRankLinear(ProductLinear):
+    r"""`W = s B A + S` with `A (r, n)`, `B (m, r)`, `s = alpha / r`, and S zero but for `values` at fixed places.
+
+    W is composed in forward, again in backward, and never kept: for backward are saved the input and what is trained.
+    The gradient of W never exists as a whole.
+
+    The places are drawn once, any as likely as any other, and never change: `support (nnz,)`, sorted row-major
+    positions, is a buffer (int32, which 2^31 elements of W outgrow), and a state dict brings its own.
+
+    Memory: `(m + n) r + nnz` elements and 4 bytes for each of the nnz places; in passing, W. DistributedDataParallel
+    would send the places with every forward: give it `broadcast_buffers=False`, for they are the same on all ranks.
+
+    Args:
+        plain, rank, name, seed: see `ReparameterizedLinear`.
+        density: nnz is the whole part of `density * m * n`.
+        alpha: s times the rank.
+        init: "spectral" takes the best approximation of rank r of the weight of `plain`, balanced (`B^T B = A A^T`),
+            and what that misses at the support; "random" draws A and the values uniform in +-1/sqrt(n), starts with B
+            zero, and forgets the weight, as published.
+    """
+
+    factors = ("B", "A", "values")
+    support: Tensor
+
+    def __init__(
+        self,
+        plain: nn.Linear,
+        rank: int | float,
+        *,
+        density: float = 0.03,
+        alpha: float = 32.0,
+        init: str = "spectral",
+        name: str = "",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(plain, rank, name=name, seed=seed)
+        checks.hyperparameters({"density": density, "alpha": alpha, "init": init}, {})
+        w, (m, n, r) = plain.weight.detach(), (self.out_features, self.in_features, self.rank)
+        count = int(density * m * n)
+        checks.sparse(name, count, density, (m, n))
+        self.scale = alpha / r
+        self.register_buffer("support", self._places(count, w.device))
+        if init == "spectral":
+            b, a = (x.to(w.dtype) for x in self._split(w))
+            values = w.flatten() if w.is_meta else (w - self.scale * (b.to(w) @ a.to(w))).flatten()
+            values = values[: len(self.support)] if w.is_meta else values.index_select(0, self.support)
+        else:
+            b, a = w.new_zeros(m, r), self._drawn((r, n), n, "A", 0, w.device)
+            values = self._drawn((count,), n, "values", 0, w.device)
+        self.B, self.A, self.values = (nn.Parameter(x.to(w.dtype).contiguous()) for x in (b, a, values))
+        self._cuts: tuple[Tensor, int, int, list[int]] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) to (..., m)."""
+        dtype, kind = self.B.dtype, x.device.type
+        bias: Tensor | None = self.bias
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        y = _Linear.apply(x, self.B, self.A, self.values, bias, self.support, self.scale, dtype, self._pieces)  # type: ignore[no-untyped-call]
+        return y  # type: ignore[no-any-return]
+
+    def dense(self) -> Tensor:
+        working = working_dtype(self.B)
+        product = self.scale * (self.B.to(working) @ self.A.to(working))
+        return product.flatten().index_add(0, self.support, self.values.to(working)).view_as(product)
+
+    def restart_workspace(self) -> int:
+        return 3 * self.rank * (self.out_features + self.in_features)  # two orthonormal bases, and the new factors
+
+    def describe(self) -> str:
+        return f"{100 * self.support.numel() / (self.out_features * self.in_features):.1f} % sparse"
+
+    def _places(self, count: int, device: torch.device) -> Tensor:
+        total = self.out_features * self.in_features
+        dtype = torch.int32 if total < 1 << 31 else torch.int64
+        if device.type == "meta":
+            return torch.empty(count, dtype=dtype, device=device)
+        return ops.sample(total, count, self.key, ops.stream_of("support", 0)).to(device, dtype)
+
+    def _pieces(self) -> Iterator[tuple[int, int, int, int]]:
+        """(first row, first row of the next, first entry, first entry of the next) of pieces of W.
+
+        Where the entries are cut is read once, and again when the support was written to or moved.
+        """
+        rows = max(1, _PIECE // self.in_features)
+        firsts = [*range(0, self.out_features, rows), self.out_features]
+        support, version, cuts = self.support, self.support._version, self._cuts
+        if cuts is None or cuts[0] is not support or cuts[1:3] != (version, rows):
+            edges = torch.tensor(firsts, device=support.device) * self.in_features
+            self._cuts = cuts = support, version, rows, torch.searchsorted(support, edges.to(support)).tolist()
+        return ((*row, *entry) for row, entry in zip(pairwise(firsts), pairwise(cuts[3]), strict=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies read for themselves where their support is cut: versions of a tensor are not copied with it."""
+        return {**self.__dict__, "_cuts": None}
+
+
+Pieces = Callable[[], Iterator[tuple[int, int, int, int]]]
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + b."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, b: Tensor, a: Tensor, values: Tensor, bias: Tensor | None, support: Tensor, scale: float,
+        dtype: torch.dtype, pieces: Pieces,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:4]) else None, b, a, values, support)
+        ctx.scale, ctx.pieces = scale, pieces
+        with full_precision([x]):
+            return linear(x, _composed(b, a, values, support, scale, dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, b, a, values, support = ctx.saved_tensors  # x is None where it is of no use
+        of_x, of_b, of_a, of_values, of_bias = ctx.needs_input_grad[:5]
+        grad_x = grad_b = grad_a = grad_values = grad_bias = None
+        with full_precision([grad]):
+            g = grad.reshape(-1, grad.shape[-1])
+            if of_x:
+                grad_x = grad @ _composed(b, a, values, support, ctx.scale, grad.dtype)
+            rows = x.reshape(-1, x.shape[-1]) if of_b or of_a or of_values else x
+            if of_b:
+                grad_b = (g.mT @ linear(rows, a.to(grad.dtype))).mul_(ctx.scale).to(b.dtype)
+            if of_a:
+                grad_a = ((g @ b.to(grad.dtype)).mT @ rows).mul_(ctx.scale).to(a.dtype)
+            if of_values:
+                grad_values = _at_support(g, rows, support, ctx.pieces()).to(values.dtype)
+            if of_bias:
+                grad_bias = g.sum(0)
+        return grad_x, grad_b, grad_a, grad_values, grad_bias, None, None, None, None
+
+
+def _composed(b: Tensor, a: Tensor, values: Tensor, support: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """W (m, n), rounded once."""
+    flat = torch.zeros(b.shape[0] * a.shape[1], dtype=dtype, device=b.device)
+    flat.index_add_(0, support, values.to(dtype))
+    return flat.view(b.shape[0], a.shape[1]).addmm_(b.to(dtype), a.to(dtype), alpha=scale)
+
+
+def _at_support(g: Tensor, x: Tensor, support: Tensor, pieces: Iterator[tuple[int, int, int, int]]) -> Tensor:
+    """`g^T x` at the support."""
+    out = g.new_empty(support.shape)
+    for top, bottom, start, stop in pieces:
+        if start < stop:
+            dense = (g[:, top:bottom].mT @ x).flatten()
+            out[start:stop] = dense.index_select(0, support[start:stop] - top * x.shape[-1])
+    return out

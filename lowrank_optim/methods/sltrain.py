@@ -1,0 +1,97 @@
+"""SLTrain: a sparse plus low-rank approach for parameter and memory efficient pretraining. Han et al., NeurIPS 2024,
+https://arxiv.org/abs/2406.02214. Restarts: Glentis et al., https://arxiv.org/abs/2505.22922"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from ..layers.linear import ReparameterizedLinear
+from ..layers.sparse import SparseLowRankLinear
+from ..weight_space import WeightSpaceOptimizer
+from ._shared import WEIGHT_OPTIONS, given, restarts_due
+
+
+class SLTrain(WeightSpaceOptimizer):
+    __doc__ = (
+        r"""AdamW on thin factors and on a few single entries, which together are the weight.
+
+        W = s B A + S                           A (r, n), B (m, r), s = alpha / r, S zero outside a fixed support
+        y = x W^T                               W composed in forward and in backward, and never kept
+        dB = s g^T (x A^T),  dA = s (g B)^T x,  dS = (g^T x) at the support
+        every `refactor_every` updates:         B A = U Z V^T,   B <- U sqrt(Z),  A <- sqrt(Z) V^T
+        every `reset_every` updates:            moments of A, B and S begin anew
+
+    The support is drawn once, uniformly, by the name of the layer, and stays; a state dict of the model brings its own.
+
+    Memory per weight, with `k = density m n`: `4 ((m + n) r + k)`: what is trained, its gradients and two moments; and
+    4 bytes for each of k places. In passing, one W at a time. The moments of S stay float32 in any `state_dtype`.
+
+    Args:
+        rank: of the product, or a fraction of min(m, n).
+        density: share of the entries of each weight that are trained by themselves.
+        alpha: s times the rank.
+        init: "spectral": the best approximation of each weight by the product, and what that misses at the support;
+            "random": A and S uniform in +-1/sqrt(n), B zero, the weight forgotten.
+        refactor_every: updates between refactorisations of the product, which leave the function alone; None: never.
+        reset_every: updates between resets of the moments, after which lr should recover over some 10 steps, as with
+            `JaggedCosine(optimizer, restart_every=reset_every, restart_warmup=10, restart_from=0.001)`; None: never.
+
+    Example::
+
+        opt = lowrank_optim.SLTrain(model, lr=3e-3, rank=128, density=0.03)
+
+    Differences from the paper and from its authors' code: the initial weight is approximated, not forgotten, unless
+    init="random"; the gradient of W is never formed as a whole; the support is kept in 4 bytes per entry instead of 8
+    and follows from `seed`, not from torch's generator; biases keep the values that they have; no dropout, no trainable
+    scale. Restarts are as in `LowRankAdamW`, at any period, and off by default as in the paper; the code of Glentis et
+    al. computes a dense bfloat16 product and its SVD, and rebuilds the optimizer of all parameters. Decay, off by
+    default, takes S like the factors.
+    """
+        + WEIGHT_OPTIONS
+    )
+    layer = SparseLowRankLinear
+    layer_options = ("density", "alpha", "init")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        rank: int | float = 0.25,
+        density: float = 0.03,
+        alpha: float = 32.0,
+        init: str = "spectral",
+        refactor_every: int | None = None,
+        reset_every: int | None = None,
+        include: Iterable[str] = (),
+        exclude: Iterable[str] = (),
+        rest_lr: float | None = None,
+        state_dtype: str = "float32",
+        bf16_update: str = "stochastic",
+        nonfinite: str = "skip",
+        strict: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, given(locals()), strict=strict)
+
+    def restart(self, name: str, layer: ReparameterizedLinear, count: int, group: dict[str, Any]) -> bool:
+        refactor, reset = restarts_due(count, group)
+        if refactor:
+            cast(SparseLowRankLinear, layer).balance_()
+        if reset:
+            self.reset(layer)
+        return refactor or reset
+
+    def restarts(self, count: int, group: dict[str, Any]) -> int:
+        return count // int(group["reset_every"] or group["refactor_every"] or count + 1)
