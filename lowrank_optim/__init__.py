@@ -5,6 +5,7 @@ from .backward import StepInBackward, step_in_backward
 from .groups import param_groups
 from .layers.convert import convert, merge
 from .layers.linear import LowRankLinear, ReparameterizedLinear
+from .layers.multihead import MultiHeadLinear
 from .layers.quantized import Int8Weight, quantize_weights
 from .memory import MemoryEstimate, estimate_memory
 from .memory_report import MemoryReport, memory_report
@@ -21,6 +22,7 @@ from .methods.galore_plus import GaLorePlusAdamW
 from .methods.golore import GoLoreAdamW
 from .methods.ldadam import LDAdamW
 from .methods.low_rank import LowRankAdamW
+from .methods.lte import LTE
 from .methods.q_galore import QGaLoreAdamW
 from .methods.relora import ReLoRA
 from .methods.snsm import SNSMAdamW
@@ -36,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "APOLLO",
     "FRUGAL",
+    "LTE",
     "APOLLOMini",
     "Composed",
     "CompressedAccumulation",
@@ -55,6 +58,7 @@ __all__ = [
     "LowRankOptimizer",
     "MemoryEstimate",
     "MemoryReport",
+    "MultiHeadLinear",
     "QGaLoreAdamW",
     "ReLoRA",
     "ReparameterizedLinear",
