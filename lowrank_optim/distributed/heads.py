@@ -21,9 +21,9 @@ def place() -> tuple[int, int]:
 def gathered(tensors: list[Tensor]) -> list[Tensor]:
     """Each tensor (1, ...) of every process, (N, ...), in the order of ranks; sent together."""
     own = torch.cat([x.flatten() for x in tensors])
-    everyone = own.new_empty(dist.get_world_size(), own.numel())
+    everyone = own.new_empty(dist.get_world_size() * own.numel())
     dist.all_gather_into_tensor(everyone, own)
-    pieces = torch.split(everyone, [x.numel() for x in tensors], 1)
+    pieces = torch.split(everyone.view(-1, own.numel()), [x.numel() for x in tensors], 1)
     return [piece.reshape(-1, *x.shape[1:]) for piece, x in zip(pieces, tensors, strict=True)]
 
 

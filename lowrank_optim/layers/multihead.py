@@ -79,8 +79,8 @@ class MultiHeadLinear(ReparameterizedLinear):
                 f"Use batches of a multiple of {heads} (drop_last=True in the loader), or model.eval() to evaluate"
             )
         rows = shape[:-1].numel() // heads
-        parts, y = x.reshape(heads, rows, -1), linear(x, self.base, self.bias)
-        y = y.reshape(heads, rows, -1)
+        parts, y = x.reshape(heads, rows, self.in_features), linear(x, self.base, self.bias)
+        y = y.reshape(heads, rows, self.out_features)
         y = torch.baddbmm(y, parts @ self.A.mT, self.B.mT, alpha=self.scale)
         y = torch.baddbmm(y, parts @ self.A_merged.mT, self.B_merged.mT, alpha=-self.scale)
         return y.view(*shape[:-1], self.out_features)
@@ -111,7 +111,8 @@ class MultiHeadLinear(ReparameterizedLinear):
             stochastic: round to bfloat16 or to packed codes so that small sums survive on average; else to nearest.
         """
         delta, stream = self._learned(), ops.stream_of("merge", count)
-        add_to_base_(self.base, delta, self.key, stream, stochastic=stochastic)
+        if bool(delta.any()):  # else rounding to packed codes would only add noise
+            add_to_base_(self.base, delta, self.key, stream, stochastic=stochastic)
         self.A_merged.copy_(self.A)
         self.B_merged.copy_(self.B)
         if self.world > 1:
@@ -168,6 +169,9 @@ class MultiHeadLinear(ReparameterizedLinear):
 
 
 def _side_by_side(dtype: torch.dtype, factors: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """(m, 2 H r) and (2 H r, n), whose product is `sum_h B_h A_h - B'_h A'_h`: one product instead of 2 H."""
+    """(m, 2 H r) and (2 H r, n), whose product is `sum_h B_h A_h - B'_h A'_h`: one product instead of 2 H.
+
+    It is written `(B - B') A + B' (A - A')`, which is small where little was learned, and zero where nothing was.
+    """
     b, a, b_merged, a_merged = (x.to(dtype) for x in factors)
-    return torch.cat([*b, *-b_merged], 1), torch.cat([*a, *a_merged], 0)
+    return torch.cat([*(b - b_merged), *b_merged], 1), torch.cat([*a, *(a - a_merged)], 0)
