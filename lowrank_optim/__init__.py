@@ -5,6 +5,7 @@ from .backward import StepInBackward, step_in_backward
 from .groups import param_groups
 from .layers.convert import convert, merge
 from .layers.linear import LowRankLinear, ReparameterizedLinear
+from .layers.multihead import MultiHeadLinear
 from .layers.quantized import Int8Weight, NF4Weight, quantize_weights
 from .layers.quantized_linear import QuantizedLinear
 from .layers.sparse import SparseLowRankLinear
@@ -25,6 +26,7 @@ from .methods.golore import GoLoreAdamW
 from .methods.ldadam import LDAdamW
 from .methods.loqt import LoQT
 from .methods.low_rank import LowRankAdamW
+from .methods.lte import LTE
 from .methods.q_galore import QGaLoreAdamW
 from .methods.relora import ReLoRA
 from .methods.sltrain import SLTrain
@@ -42,6 +44,7 @@ __version__ = "0.1.0"
 __all__ = [
     "APOLLO",
     "FRUGAL",
+    "LTE",
     "SST",
     "APOLLOMini",
     "Composed",
@@ -63,6 +66,7 @@ __all__ = [
     "LowRankOptimizer",
     "MemoryEstimate",
     "MemoryReport",
+    "MultiHeadLinear",
     "NF4Weight",
     "QGaLoreAdamW",
     "QuantizedLinear",

@@ -181,9 +181,15 @@ def _positive_or_none(name: str, value: Any) -> None:
         _number(0, open_low=True, hint="None does not clip")(name, value)
 
 
+def _alpha(name: str, value: Any) -> None:
+    """None where a method knows its own."""
+    if value is not None:
+        _number(0, open_low=True)(name, value)
+
+
 _CHECKS: dict[str, Check] = {
     "accumulation_steps": _whole(1),
-    "alpha": _number(0, open_low=True),
+    "alpha": _alpha,
     "base": _one_of("dense", "int8", "nf4", "none"),
     "exact_base": _flag,
     "init": _one_of("spectral", "random"),
@@ -459,6 +465,34 @@ def sparse(name: str, count: int, density: float, shape: tuple[int, ...]) -> Non
         raise ValueError(
             f"{name or 'this layer'} {shape} has no entries at density {density:g}; take a higher one, leave the layer "
             "out with `exclude`, or use LowRankAdamW, which has none anywhere"
+        )
+
+
+def heads(value: Any) -> tuple[int, bool]:
+    """LTE: (heads in this process, whether every process has its own)."""
+    if isinstance(value, str):
+        if value != "ranks":
+            raise ValueError(f'heads must be an int >= 1 or "ranks" (one in every process), got {value!r}')
+        return 1, True
+    _whole(1)("heads", value)
+    return value, False
+
+
+def no_grad_scaler(optimizer: Any) -> None:
+    """One head per rank: gradients of factors are a rank's own, and so would be what a GradScaler finds in them."""
+    if hasattr(optimizer, "grad_scale") or hasattr(optimizer, "found_inf"):
+        raise NotImplementedError(
+            'heads="ranks" with a GradScaler: an overflow on one rank would change the scale of that rank alone, and '
+            "gradients that are averaged over ranks would no longer have one scale. Use autocast in bfloat16 instead"
+        )
+
+
+def same_weights(name: str, same: bool) -> None:
+    """One head per rank: merges add the same to all, so weights that differ would differ for good."""
+    if not same:
+        raise RuntimeError(
+            f"{name}: the weight differs between ranks after a merge. Load equal weights on every rank before the "
+            "optimizer is made, or wrap the model by DistributedDataParallel, which sends those of rank 0"
         )
 
 

@@ -15,6 +15,7 @@ from .. import checks, ops
 from ..chunk import is_packed, unpacked, working_dtype
 from ..ops.factor import balance, split
 from ..plan import bare_name, resolve_rank
+from .base import add_to_base_
 from .quantized import Int8Weight, NF4Weight
 
 
@@ -155,7 +156,7 @@ class LowRankLinear(ProductLinear):
         checks.hyperparameters({"alpha": alpha, "base": base, "init": init, "exact_base": exact_base}, {})
         if exact_base and base in ("dense", "none"):
             raise ValueError(f"exact_base=True is for quantized bases, and base={base!r} is not one; leave it out")
-        self.scale = alpha / self.rank
+        self.scale = float(checks.single("alpha", alpha)) / self.rank
         w, (m, n, r) = plain.weight.detach(), (self.out_features, self.in_features, self.rank)
         self.exact = (w.clone() if w.is_meta else w.clone().cpu()) if exact_base else None
         if base == "none":
@@ -188,17 +189,10 @@ class LowRankLinear(ProductLinear):
         """
         if self.base is None:
             raise RuntimeError("a layer without a base has nothing to merge into")
-        w, stream = self.dense(), ops.stream_of("merge", count)
-        if self.exact is not None:
-            w = self.exact.to(w) + (w - unpacked(self.base, w.dtype))
-            self.exact.copy_(w)
-            self.base.copy_(w)  # from the exact one, so there is no error to be averaged away
-        elif is_packed(self.base) and stochastic:
-            cast(Any, self.base).pack_(w, self.key, stream)
-        elif self.base.dtype == torch.bfloat16 and stochastic:
-            self.base.copy_(ops.round_to_bfloat16(w, self.key, stream))
-        else:
-            self.base.copy_(w)
+        working = working_dtype(self.B)
+        product = self.scale * (self.B.to(working) @ self.A.to(working))
+        stream = ops.stream_of("merge", count)
+        add_to_base_(self.base, product, self.key, stream, stochastic=stochastic, exact=self.exact)
         self.A.copy_(self._drawn((self.rank, self.in_features), self.in_features, "A", count, self.A.device))
         self.B.zero_()
 

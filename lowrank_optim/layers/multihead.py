@@ -1,0 +1,177 @@
+"""Linear layers with several low-rank heads, each of which trains on its own part of the batch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from .. import checks, ops
+from ..chunk import is_packed, unpacked, working_dtype
+from ..distributed import heads as processes
+from .base import add_to_base_
+from .linear import BASES, ReparameterizedLinear
+
+MERGED = ("B_merged", "A_merged")
+INITS = ("code", "paper")
+
+
+class MultiHeadLinear(ReparameterizedLinear):
+    r"""`W + s (B_h A_h - B'_h A'_h)` for head h, with frozen W, `A (H, r, n)`, `B (H, m, r)` trained, `s = alpha / r`.
+
+    W holds the mean of all heads as of the last merge, and B', A' are the factors of that time: a head sees the others
+    as they were then, and itself as it is.
+
+    In training the batch, dimension 0 of the input, is cut into H equal parts in order, and part h goes through head h.
+    Inputs of `(batch * sequence, n)` are cut at whole examples if H divides the batch; where dimension 0 is something
+    else (time, in torch's recurrent layers and default attention), heads see pieces of that. In evaluation all see
+    `W + (s / H) sum_h (B_h A_h - B'_h A'_h)`: what the next merge would make of W. So do modules that read `weight`
+    instead of calling the layer, also in training.
+
+    Args:
+        plain, rank, name, seed: see `ReparameterizedLinear`.
+        heads: H.
+        ranks: one head here and one on every other process of torch.distributed. It takes the whole input; evaluation
+            and `weight` then see W alone (with one process, as above), which is the same on all processes.
+        alpha: s times the rank; None: twice the rank.
+        base: how W is kept: "dense" (in the dtype of `plain`), "int8" (1.03 bytes per element), "nf4" (0.56).
+        init: A begins semi-orthogonal, B zero. "code" multiplies A by sqrt(n / r), "paper" by sqrt(m / n).
+    """
+
+    factors = ("B", "A")
+
+    def __init__(
+        self,
+        plain: nn.Linear,
+        rank: int | float,
+        *,
+        heads: int = 4,
+        ranks: bool = False,
+        alpha: float | None = None,
+        base: str = "dense",
+        init: str = "code",
+        name: str = "",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(plain, rank, name=name, seed=seed)
+        given = {"heads": heads, "alpha": alpha, "base": base, "init": init}
+        checks.hyperparameters(given, {"base": tuple(BASES), "init": INITS})
+        first, world = processes.place() if ranks else (0, 1)
+        self.heads, self.world, self.label = 1 if ranks else heads, world, name
+        self.scale = 2.0 if alpha is None else alpha / self.rank
+        w, (m, n, r) = plain.weight.detach(), (self.out_features, self.in_features, self.rank)
+        self.base = nn.Parameter(BASES[base](w), requires_grad=False)
+        length = math.sqrt(n / r if init == "code" else m / n)
+        a = torch.stack([self._orthogonal(first + h, w) * length for h in range(self.heads)]).to(w.dtype)
+        self.B, self.A = nn.Parameter(w.new_zeros(self.heads, m, r)), nn.Parameter(a)
+        self.B_merged, self.A_merged = (nn.Parameter(torch.zeros_like(x), requires_grad=False) for x in (self.B, a))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) to (..., m)."""
+        if not self.training:
+            return self._evaluated(x)
+        heads, shape = self.heads, x.shape
+        if heads > 1 and (x.dim() < 2 or shape[0] % heads):
+            raise ValueError(
+                f"dimension 0 of an input {tuple(shape)} must be a batch that {heads} heads divide, one part for each. "
+                f"Use batches of a multiple of {heads} (drop_last=True in the loader), or model.eval() to evaluate"
+            )
+        rows = shape[:-1].numel() // heads
+        parts, y = x.reshape(heads, rows, self.in_features), linear(x, self.base, self.bias)
+        y = y.reshape(heads, rows, self.out_features)
+        y = torch.baddbmm(y, parts @ self.A.mT, self.B.mT, alpha=self.scale)
+        y = torch.baddbmm(y, parts @ self.A_merged.mT, self.B_merged.mT, alpha=-self.scale)
+        return y.view(*shape[:-1], self.out_features)
+
+    def dense(self) -> Tensor:
+        w = unpacked(self.base, working_dtype(self.B)).to(working_dtype(self.B))
+        if self.world > 1:
+            return w
+        b, a = _side_by_side(w.dtype, self._all())
+        return w + (self.scale / self.heads) * (b @ a)
+
+    def to_linear(self) -> nn.Linear:
+        if self.world > 1 and not (torch.equal(self.B, self.B_merged) and torch.equal(self.A, self.A_merged)):
+            raise RuntimeError(
+                "heads on other ranks have trained since the last merge, and that would be lost; call "
+                "optimizer.merge_now() on every rank first"
+            )
+        return super().to_linear()
+
+    @torch.no_grad()
+    def merge_(self, count: int, stochastic: bool = True) -> None:
+        """Adds the mean of what heads have learned since the last merge to W. Evaluation stays, up to one rounding.
+
+        With heads on several processes all must call it, and all have the same W afterwards.
+
+        Args:
+            count: any number that no merge had before; decides how W is rounded.
+            stochastic: round to bfloat16 or to packed codes so that small sums survive on average; else to nearest.
+        """
+        delta, stream = self._learned(), ops.stream_of("merge", count)
+        if bool(delta.any()):  # else rounding to packed codes would only add noise
+            add_to_base_(self.base, delta, self.key, stream, stochastic=stochastic)
+        self.A_merged.copy_(self.A)
+        self.B_merged.copy_(self.B)
+        if self.world > 1:
+            total = unpacked(self.base, delta.dtype).sum(dtype=torch.float64)
+            checks.same_weights(self.label, processes.same_everywhere(total))
+
+    def restart_workspace(self) -> int:
+        """Elements that a merge holds at once."""
+        m, n, total = self.out_features, self.in_features, self.heads * self.world
+        thin = 2 * self.rank * (m + n) * total if self._gathers() else 0
+        return (2 + (self.base.dtype == torch.bfloat16)) * m * n + thin
+
+    def describe(self) -> str:
+        kind = type(self.base).__name__.removesuffix("Weight").lower() if is_packed(self.base) else "dense"
+        return f"{kind} base, " + (f"one of {self.world} heads" if self.world > 1 else f"{self.heads} heads")
+
+    # -- the mean of heads ---------------------------------------------------------------------------------------------
+
+    def _evaluated(self, x: Tensor) -> Tensor:
+        y = linear(x, self.base, self.bias)
+        if self.world > 1:
+            return y
+        b, a = _side_by_side(self.B.dtype, self._all())
+        return y + linear(linear(x, a) * (self.scale / self.heads), b)
+
+    def _learned(self) -> Tensor:
+        """The mean over all heads of s (B A - B' A'), in the working dtype."""
+        working, total = working_dtype(self.B), self.heads * self.world
+        kept = self._all()
+        if self.world > 1 and self._gathers():
+            kept = processes.gathered(kept)
+        b, a = _side_by_side(working, kept)
+        product = b @ a
+        if self.world > 1 and not self._gathers():
+            processes.summed_(product)
+        return product.mul_(self.scale / total)
+
+    def _gathers(self) -> bool:
+        """Whether thin factors (new and old ones, from all others) are less to send than two times a dense sum."""
+        m, n = self.out_features, self.in_features
+        thin = 2 * self.rank * (m + n) * self.B.element_size() * (self.world - 1)
+        return thin <= 2 * m * n * working_dtype(self.B).itemsize * (self.world - 1) / self.world
+
+    def _all(self) -> list[Tensor]:
+        return [self.B, self.A, self.B_merged, self.A_merged]
+
+    def _orthogonal(self, head: int, like: Tensor) -> Tensor:
+        """Orthonormal rows (r, n) of head number `head` among all processes."""
+        shape = self.in_features, self.rank
+        if like.is_meta:
+            return like.new_empty(shape[::-1])
+        drawn = ops.normal(shape, self.key, ops.stream_of("A", head), like.device)
+        return ops.orthonormalize(drawn.to(working_dtype(like))).mT
+
+
+def _side_by_side(dtype: torch.dtype, factors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(m, 2 H r) and (2 H r, n), whose product is `sum_h B_h A_h - B'_h A'_h`: one product instead of 2 H.
+
+    It is written `(B - B') A + B' (A - A')`, which is small where little was learned, and zero where nothing was.
+    """
+    b, a, b_merged, a_merged = (x.to(dtype) for x in factors)
+    return torch.cat([*(b - b_merged), *b_merged], 1), torch.cat([*a, *(a - a_merged)], 0)

@@ -1,0 +1,181 @@
+"""LTE: training from scratch with parallel low-rank adapters. Huh et al., 2024, https://arxiv.org/abs/2402.16828"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..chunk import Member
+from ..distributed import heads as processes
+from ..layers.linear import ReparameterizedLinear
+from ..layers.multihead import INITS, MERGED, MultiHeadLinear
+from ..weight_space import WeightSpaceOptimizer
+from ._shared import WEIGHT_OPTIONS, given
+
+
+class LTE(WeightSpaceOptimizer):
+    __doc__ = (
+        r"""AdamW on H low-rank heads beside frozen weights, each on its part of the batch, averaged from time to time.
+
+        head h, of H equal parts of the batch:  y = x (W + s (B_h A_h - B'_h A'_h))^T,    s = alpha / r
+        every `merge_every` updates:            W <- W + (s / H) sum_h (B_h A_h - B'_h A'_h),   A', B' <- A, B
+        evaluation:                             y = x (W + (s / H) sum_h (B_h A_h - B'_h A'_h))^T
+
+    A (H, r, n), B (H, m, r) and their moments go on over merges: a head takes back its own share of W and keeps all of
+    itself, so W is always the first weight plus the mean of `s B' A'`. The sum of heads has rank up to H r.
+
+    Memory per weight: `m n` frozen and `5 (m + n) r H`: factors, their gradients, two moments, and the factors of the
+    last merge. With heads="ranks" H is 1 in every process.
+
+    Args:
+        rank: of each head, or a fraction of min(m, n). H r should reach the longer side, or at least the shorter.
+        heads: H, which must divide every batch that is trained on; or "ranks": one in each process of
+            torch.distributed, see below.
+        merge_every: updates between merges.
+        alpha: s times the rank. None: twice the rank, the authors' 16 at rank 8. As A begins with rows of norm
+            sqrt(n / r), an update of lr moves the entries of a head's product by s lr at any rank, and the mean over H
+            heads that do not agree is smaller by up to sqrt(H): at s = 2 four heads move W as AdamW would at this lr.
+            The paper's alpha=4096 at rank 64, s = 64, goes with 32 heads and 0.05 to 0.1 of the dense lr.
+        base: how the frozen weight is kept: "dense" in its dtype, "int8" or "nf4" in blocks. Merges into a quantized
+            base round stochastically, which is right on average and noisy: choose a longer `merge_every`.
+        init: A begins semi-orthogonal, B zero. "code" multiplies A by sqrt(n / r), "paper" by sqrt(m / n).
+        reset: what a merge does to the moments of the factors: "keep", as published, or "drop".
+
+    Example::
+
+        opt = lowrank_optim.LTE(model, lr=1e-3, rank=64, heads=4)  # batches of a multiple of 4
+
+    One head per process, `heads="ranks"`: every process trains its head on its whole batch. Convert before wrapping::
+
+        torch.distributed.init_process_group("nccl")
+        opt = lowrank_optim.LTE(model, lr=1e-3, rank=64, heads="ranks")
+        ddp = DistributedDataParallel(model)  # of all that is not converted; skip it if nothing of that is trained
+
+    Factors are never averaged. A merge sends them to all or sums the dense product, whichever is less: that of 2 r (m +
+    n) elements from each process, and 2 m n. In between no process knows what the others learned, so `model.eval()` is
+    W as of the last merge, equal on all; `merge_now()`, called on all, brings it up to date. Each process saves and
+    loads a model and an optimizer of its own. Clip factors and other parameters separately: one norm over both would
+    differ between processes, and with it the parameters that DDP keeps equal.
+
+    Differences from the paper and from its authors' code: evaluation sees what was learned since the last merge (the
+    code: W alone); W is float32 while it is summed and rounded once; factors of all heads are one parameter, which is
+    skipped as one if its gradient is not finite; no biases of adapters. A mean over the batch makes gradients of heads
+    in one process H times smaller than those of heads on ranks, which Adam does not notice but `eps` may.
+    """
+        + WEIGHT_OPTIONS
+    )
+    layer = MultiHeadLinear
+    layer_options = ("heads", "ranks", "alpha", "base", "init")
+    choices = {"base": ("dense", "int8", "nf4"), "init": INITS, "reset": ("keep", "drop")}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        rank: int | float = 0.25,
+        heads: int | str = 4,
+        merge_every: int = 10,
+        alpha: float | None = None,
+        base: str = "dense",
+        init: str = "code",
+        reset: str = "keep",
+        include: Iterable[str] = (),
+        exclude: Iterable[str] = (),
+        rest_lr: float | None = None,
+        state_dtype: str = "float32",
+        bf16_update: str = "stochastic",
+        nonfinite: str = "skip",
+        strict: bool = False,
+        seed: int = 0,
+    ) -> None:
+        options = given(locals())
+        options["heads"], options["ranks"] = checks.heads(heads)
+        super().__init__(model, options, strict=strict)
+        if self._apart:
+            layers = {id(layer.leader) for layer in self._conversion.layers.values()}
+            own = (*MultiHeadLinear.factors, *MERGED)
+            found = [name for name, one in model.named_modules() if id(getattr(one, "B", None)) in layers]
+            processes.keep_apart(model, {f"{name}.{key}" for name in found for key in own})
+
+    def check(self, group: dict[str, Any]) -> None:
+        if group["capturable"] and hasattr(self, "_conversion") and self._apart:
+            raise ValueError(
+                'capturable=True with heads="ranks": what is captured cannot wait for other processes; leave it out'
+            )
+
+    def merge_now(self) -> None:
+        """Merges all layers before it is due, so that evaluation, saving or `lowrank_optim.merge` see all there is.
+
+        With heads="ranks" every process must call it after the same update. Training goes on from there; heads then
+        know of each other earlier than they would have.
+        """
+        for layer in self._conversion.layers.values():
+            self._merge(layer, self._count(layer))
+
+    def restart(self, name: str, layer: ReparameterizedLinear, count: int, group: dict[str, Any]) -> bool:
+        if count % group["merge_every"]:
+            return False
+        self._merge(layer, count)
+        if group["reset"] == "drop":
+            self.reset(layer)
+        return True
+
+    def restarts(self, count: int, group: dict[str, Any]) -> int:
+        return count // int(group["merge_every"])
+
+    def _merge(self, layer: ReparameterizedLinear, count: int) -> None:
+        stochastic = self.param_groups[0]["bf16_update"] == "stochastic"
+        cast(MultiHeadLinear, layer).merge_(count, stochastic)
+
+    # -- heads on ranks: all count alike, whatever happens to the gradients of one -------------------------------------
+
+    @property
+    def _apart(self) -> bool:
+        return any(cast(MultiHeadLinear, layer).world > 1 for layer in self._conversion.layers.values())
+
+    @torch._disable_dynamo
+    def _step(self) -> None:
+        if not self._apart:
+            super()._step()
+            return
+        checks.no_grad_scaler(self)
+        with self._all_gradients():
+            super()._step()
+
+    @contextmanager
+    def _all_gradients(self) -> Iterator[None]:
+        """Layers that this rank's batch did not reach have a gradient of zero, as they would beside other heads."""
+        params = [getattr(layer, key) for layer in self._conversion.layers.values() for key in layer.factors]
+        missing = [p for p in params if p.grad is None and p.requires_grad]
+        for p in missing:
+            p.grad = torch.zeros_like(p)
+        try:
+            yield
+        finally:
+            for p in missing:
+                p.grad = None
+
+    def _dry_run(self, members: list[Member]) -> bool:
+        dry = super()._dry_run(members)
+        if not self._apart or any(self._counted.values()):
+            return dry
+        return not processes.anywhere(not dry, members[0].p.device)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Else a GradScaler would leave out the step on the rank with an overflow alone, before it can be refused."""
+        return self._apart or super()._step_supports_amp_scaling
