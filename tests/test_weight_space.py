@@ -160,14 +160,16 @@ def test_the_first_update_after_a_restart_is_not_longer_than_lr(case, options):
     model, lr = net(), 0.013
     optimizer = case.build(model, lr=lr, weight_decay=0.0, betas=(0.9, 0.999), **options)
     for step in range(4 * case.period + 1):
-        before = {name: (layer, [getattr(layer, key).clone() for key in layer.factors])
-                  for name, layer in converted(model)}  # fmt: skip
+        before = {
+            name: (layer, {key: getattr(layer, key).clone() for key in layer.factors if key not in case.retracted})
+            for name, layer in converted(model)
+        }
         restarts = optimizer.stats()["restarts"]
         train(model, optimizer, 1, first=step)
         if step % case.period == 0 and step and optimizer.stats()["restarts"] == restarts:
             for name, (layer, old) in before.items():
-                for x, y in zip(old, (getattr(layer, key) for key in layer.factors), strict=True):
-                    assert (y - x).abs().max() <= 1.05 * lr, name
+                for key, x in old.items():
+                    assert (getattr(layer, key) - x).abs().max() <= 1.05 * lr, name
 
 
 @every_variant
@@ -181,7 +183,7 @@ def test_step_in_backward_is_the_same_optimizer(case, options):
     assert all(p.grad is None for p in other.parameters())
 
 
-@every_case
+@pytest.mark.parametrize("case", [case for case in WEIGHT_CASES if not case.splits], ids=lambda case: case.name)
 def test_gradients_accumulate_over_micro_batches(case):
     whole, parts = net(torch.float64), net(torch.float64)
     ours, theirs = case.build(whole), case.build(parts)
@@ -278,7 +280,7 @@ def test_autocast(case, options):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
 
 
 @every_case
@@ -377,7 +379,7 @@ def test_report_has_a_row_for_every_layer_and_parameter(case, options):
     rows = {row.name: row for row in optimizer.report()}
     for name, shape in CONVERTED.items():
         assert rows[name].shape == shape
-        assert rows[name].rank == 4
+        assert rows[name].rank == options.get("rank", 4)
         assert rows[name].method == case.make.__name__
         assert "restart" in rows[name].reason
     assert "too" in rows["gate.weight"].reason or "below 16" in rows["gate.weight"].reason
@@ -466,4 +468,5 @@ def test_two_processes_equal_one(tmp_path):
         for name, x in model.state_dict().items():
             if isinstance(x, torch.Tensor):
                 assert torch.equal(first[name], second[name]), f"{case.name}: {name} differs between ranks"
-                assert torch.allclose(first[name], x, atol=1e-8), f"{case.name}: {name} differs from one process"
+                equal = case.splits or torch.allclose(first[name], x, atol=1e-8)
+                assert equal, f"{case.name}: {name} differs from one process"

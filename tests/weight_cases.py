@@ -24,7 +24,8 @@ class WeightCase:
         period: updates between its restarts.
         draws: it needs random numbers.
         keeps: converting leaves the function of the model alone.
-        bases: the bases it can have.
+        splits: what a sample does depends on its place in the batch, so parts of a batch are not the batch.
+        retracted: factors that are changed again after their update.
         variants: options to be tried beside `kwargs`.
     """
 
@@ -34,6 +35,8 @@ class WeightCase:
     period: int
     keeps: bool = True
     draws: bool = True
+    splits: bool = False
+    retracted: tuple[str, ...] = ()
     variants: tuple[dict[str, Any], ...] = ()
     common: dict[str, Any] = field(default_factory=lambda: dict(lr=0.013, betas=(0.83, 0.97), eps=3e-7, rank=4))
 
@@ -52,6 +55,18 @@ WEIGHT_CASES = [
     WeightCase(
         "low_rank", lowrank_optim.LowRankAdamW, dict(refactor_every=3, reset_every=3, alpha=5.0, weight_decay=0.1), 3,
         keeps=False, draws=False, variants=(dict(init="random"), dict(refactor_every=None), dict(reset_every=None)),
+    ),
+    WeightCase(
+        "sltrain", lowrank_optim.SLTrain, dict(density=0.05, refactor_every=3, reset_every=3, weight_decay=0.1), 3,
+        keeps=False, variants=(dict(init="random"), dict(refactor_every=None), dict(reset_every=None)),
+    ),
+    WeightCase(
+        "lte", lowrank_optim.LTE, dict(heads=2, merge_every=3, reset="drop", weight_decay=0.1), 3, splits=True,
+        variants=(dict(base="nf4"), dict(base="int8", init="paper"), dict(reset="keep", heads=1), dict(alpha=3.0)),
+    ),
+    WeightCase(
+        "sst", lowrank_optim.SST, dict(iteration_steps=3, iterations=2), 3,
+        retracted=("U_active", "V_active"), variants=(dict(rank=7),),
     ),
     WeightCase(
         "loqt", lowrank_optim.LoQT, dict(update_proj_gap=3, gap_growth=1, scale=0.7, base="dense", stagger=False), 3,
