@@ -242,6 +242,18 @@ def test_a_merge_in_bfloat16_rounds_once_and_right_on_average():
     assert torch.equal(layer.base, exact.bfloat16())
 
 
+@pytest.mark.parametrize(("how", "share"), [("stochastic", 1.0), ("kahan", 1.0), ("none", 0.0)])
+def test_merges_below_the_last_bit_add_up(how, share):
+    model, batches = one_layer((48, 64), torch.bfloat16), pairs((48, 64), 1, torch.bfloat16)
+    weight = model[0].weight.detach().double()
+    options = {"lr": 3e-5, "rank": 16, "include": ["."], "merge_every": 1, "bf16_update": how}
+    train(model, LTE(model, heads=2, **options), batches * 60)
+    layer = model[0]
+    learned = layer.scale * (layer.B_merged.double() @ layer.A_merged.double()).mean(0).detach()
+    arrived = ((layer.base.double() - weight) * learned).sum() / learned.pow(2).sum()
+    assert abs(float(arrived) - share) < 0.35
+
+
 def test_an_int8_base():
     model = Tied().double()
     weight = model.up.weight.detach().clone()
@@ -281,6 +293,25 @@ def test_a_batch_that_heads_do_not_divide(shape):
         layer(torch.randn(shape))
     assert layer.eval()(torch.randn(shape)).shape == (*shape[:-1], 24)
     assert MultiHeadLinear(nn.Linear(16, 24), 3, heads=1)(torch.randn(shape)).shape == (*shape[:-1], 24)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 400])  # few go through thin factors, for many what was learned is composed
+@pytest.mark.parametrize("heads", [1, 4])
+def test_evaluation_is_the_dense_weight(rows, heads):
+    layer = MultiHeadLinear(nn.Linear(40, 24).double(), 5, heads=heads)
+    with torch.no_grad():
+        for p in (layer.B, layer.A_merged, layer.B_merged):
+            p.normal_()
+    x = torch.randn(rows, 40, dtype=torch.float64)
+    assert error(layer.eval()(x), x @ layer.dense().T + layer.bias) < 1e-12
+    assert torch.equal(layer.weight, layer.dense())
+
+
+def test_it_compiles_without_a_break():
+    layer = MultiHeadLinear(nn.Linear(40, 24), 5, heads=4)
+    compiled, x = torch.compile(layer, fullgraph=True, backend="eager"), torch.randn(8, 40)
+    assert torch.equal(compiled(x), layer(x))
+    assert torch.equal(compiled.eval()(x), layer(x))
 
 
 def test_evaluation_has_no_side_effects():

@@ -121,8 +121,9 @@ class MultiHeadLinear(ReparameterizedLinear):
 
     def restart_workspace(self) -> int:
         """Elements that a merge holds at once."""
-        m, n, total = self.out_features, self.in_features, self.heads * self.world
-        thin = 2 * self.rank * (m + n) * total if self._gathers() else 0
+        m, n = self.out_features, self.in_features
+        sent = 2 * self.world if self.world > 1 and self._gathers() else 1  # what came from others, and side by side
+        thin = 2 * self.rank * (m + n) * self.heads * sent
         return (2 + (self.base.dtype == torch.bfloat16)) * m * n + thin
 
     def describe(self) -> str:
@@ -136,7 +137,10 @@ class MultiHeadLinear(ReparameterizedLinear):
         if self.world > 1:
             return y
         b, a = _side_by_side(self.B.dtype, self._all())
-        return y + linear(linear(x, a) * (self.scale / self.heads), b)
+        share, (m, k), n, rows = self.scale / self.heads, b.shape, self.in_features, x.shape[:-1].numel()
+        if rows * k * (m + n) > m * n * (rows + k):  # fewer products if what was learned is composed
+            return y + linear(x, share * (b @ a))
+        return y + linear(linear(x, a) * share, b)
 
     def _learned(self) -> Tensor:
         """The mean over all heads of s (B A - B' A'), in the working dtype."""

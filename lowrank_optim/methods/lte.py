@@ -56,11 +56,12 @@ class LTE(WeightSpaceOptimizer):
         opt = lowrank_optim.LTE(model, lr=1e-3, rank=64, heads="ranks")
         ddp = DistributedDataParallel(model)  # of all that is not converted; skip it if nothing of that is trained
 
-    Factors are never averaged. A merge sends them to all or sums the dense product, whichever is less: that of 2 r (m +
-    n) elements from each process, and 2 m n. In between no process knows what the others learned, so `model.eval()` is
+    Factors are never averaged. A merge sends them to all or sums the dense product, whichever is less: 2 r (m + n)
+    elements from each process or 2 m n. In between no process knows what the others learned, so `model.eval()` is
     W as of the last merge, equal on all; `merge_now()`, called on all, brings it up to date. Each process saves and
-    loads a model and an optimizer of its own. Clip factors and other parameters separately: one norm over both would
-    differ between processes, and with it the parameters that DDP keeps equal.
+    loads a model and an optimizer of its own. Gradients of factors are a rank's own, so nonfinite="raise" stops the
+    rank that has the bad one, and a GradScaler is refused (use bfloat16). Clip factors and other parameters separately:
+    one norm over both would differ between processes, and with it the parameters that DDP keeps equal.
 
     Differences from the paper and from its authors' code: evaluation sees what was learned since the last merge (the
     code: W alone); W is float32 while it is summed and rounded once; factors of all heads are one parameter, which is
@@ -138,7 +139,8 @@ class LTE(WeightSpaceOptimizer):
         return count // int(group["merge_every"])
 
     def _merge(self, layer: ReparameterizedLinear, count: int) -> None:
-        stochastic = self.param_groups[0]["bf16_update"] == "stochastic"
+        # Merges are many and small. To nearest, what is below the last bit of W would be lost, and heads not know it.
+        stochastic = self.param_groups[0]["bf16_update"] != "none"
         cast(MultiHeadLinear, layer).merge_(count, stochastic)
 
     # -- heads on ranks: all count alike, whatever happens to the gradients of one -------------------------------------
@@ -173,7 +175,8 @@ class LTE(WeightSpaceOptimizer):
         dry = super()._dry_run(members)
         if not self._apart or any(self._counted.values()):
             return dry
-        return not processes.anywhere(not dry, members[0].p.device)
+        layer = next(iter(self._conversion.layers.values()))
+        return not processes.anywhere(not dry, layer.leader.device)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
