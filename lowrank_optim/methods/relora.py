@@ -88,7 +88,7 @@ class ReLoRA(WeightSpaceOptimizer):
         merges, due = divmod(count, group["merge_every"])
         if due:
             return False
-        cast(LowRankLinear, layer).merge_(merges, stochastic=group["bf16_update"] == "stochastic")
+        cast(LowRankLinear, layer).merge_(merges, stochastic=group["bf16_update"] != "none")
         self.settle(layer, layer.factors)
         self.reset(layer, group["reset"], group["reset_ratio"])
         return True
