@@ -13,6 +13,7 @@ from test_pretrain import StopAt, assert_matches, assert_same, command, make_job
 import lowrank_optim
 
 import pretrain  # isort: skip
+from benchmarks import quality  # isort: skip
 from pretraining import arguments, checkpoint, launch, loop, model, optimizers, presets  # isort: skip
 from pretraining import schedule, summary, worker  # isort: skip
 from pretraining.errors import PretrainError  # isort: skip
@@ -284,3 +285,33 @@ def test_the_whole_program(folder, cache, tmp_path, capfd):
     assert "merged into a plain model" in shown.err
     assert pretrain.main([*argv, "--resume"]) == 0
     assert capfd.readouterr().out.count("finished before") == 2
+
+
+# ---------------------------------------------------------------- benchmarks/quality.py
+
+
+@every_method
+def test_sweep_is_of_lr_alone(name):
+    method = quality.METHODS[name]
+    assert method.first == 0.002
+    assert method.candidate(0.004) == (0.004, {"rest_lr": 0.032})
+
+
+def test_rows_without_weights_and_gradients_are_read(tmp_path, monkeypatch, capsys):
+    """Rows of earlier versions know the bytes of the state alone, and those of diverged runs none."""
+    rows = [{"validation_loss": 5.0, "state_bytes": 8}, {"validation_loss": None}]
+    full = {"state_bytes": 2**20, "weights_bytes": 2**21, "gradients_bytes": 2**19}
+    rows += [{"validation_loss": 4.0, **full}] * 2
+    settings = {"lr": 0.002, "keywords": {"rest_lr": 0.032}, "steps": 9}
+    for index, row in enumerate(rows):
+        row = rows[index] = {"method": ("AdamW", "ReLoRA")[index // 2], "seed": index % 2, **settings, **row}
+    monkeypatch.setattr(quality, "SWEEP", tmp_path / "sweep.json")
+    quality.SWEEP.write_text(json.dumps({"rows": rows}))
+    store = quality.Store(9)
+    old, new = (quality._summary(store, name, name, 0.002, {"rest_lr": 0.032}, 2) for name in ("AdamW", "ReLoRA"))
+    assert (old["state_bytes"], "weights_bytes" in old) == (8, False)
+    assert full.items() <= new.items()
+    quality.show([{**row, "over_better_adamw": 1.0, "state_over_adamw": 1.0} for row in (old, new)])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[2].endswith("| - |")
+    assert shown[3].endswith("| 3.50 |")
