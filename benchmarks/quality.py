@@ -214,9 +214,8 @@ def _summary(store: Store, name: str, optimizer: str, lr: float, keywords: Row, 
     losses = [loss(row) for row in runs]
     row: Row = {"method": name, "optimizer": optimizer, "lr": lr, "keywords": keywords}
     row |= {"validation_loss": statistics.mean(losses), "losses": losses}
-    found = {
-        key: one[key] for one in runs for key in one if key.endswith("_bytes")
-    }  # older rows know the state's alone
+    # Older rows know the state's bytes alone, and those of runs that diverged none.
+    found = {key: one[key] for one in runs for key in one if key.endswith("_bytes")}
     row |= {"state_bytes": math.nan, **found}
     return row | {"inside": inside(store, name) if name in METHODS else None}
 
