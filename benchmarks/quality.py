@@ -7,7 +7,8 @@ Each run is `examples/pretrain.py` (preset nano, the default text, equal steps) 
 run is a function of its arguments: one that is in results/quality_sweep.json is not made again.
 
 The sweep has one rule for all. From the preset's value it goes downhill in steps of a factor, until the best value has
-a worse neighbour on each side; `LIMIT` values at most. Everything that is not projected keeps the preset's lr.
+a worse neighbour on each side; `LIMIT` values at most. Everything that is not projected keeps the preset's lr, as does
+what weight-space methods do not convert (`rest_lr`): their lr is that of the matrices.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import lowrank_optim
 from benchmarks import nano, record
 
 SWEEP = record.RESULTS / "quality_sweep.json"
 PRESET = nano.example("presets").PRESETS["nano"]
 LIMIT = 7  # values of one method
+BYTES = {"state": "optimizer", "weights": "weights", "gradients": "gradients"}  # ours -> the example's, as measured
 SIGNS = "diverged", "non-finite weights"  # of a run that failed because its step was too long
 
 Row = dict[str, Any]
@@ -83,6 +86,12 @@ METHODS = {
     "SubspaceMomentum": Method("SubspaceMomentum", "lr", factor=4.0),  # SGD everywhere, so one lr
     "SNSMAdamW": Method("SNSMAdamW"),
 }
+_CONVERTING = "ReLoRA", "LTE", "SLTrain", "LoQT", "SST", "LowRankAdamW"
+METHODS |= {
+    name: Method(name, "lr", keywords={"rest_lr": PRESET.optimizers[name]["rest_lr"]})
+    for name in _CONVERTING
+    if hasattr(lowrank_optim, name)
+}
 BASELINES = "AdamW", "AdamW, own lr for the matrices"
 # Not swept: the best of another method, with other keywords.
 VARIANTS = {
@@ -92,7 +101,7 @@ VARIANTS = {
 
 
 def run(optimizer: str, lr: float, keywords: Row, seed: int, steps: int) -> Row:
-    """One training run in a process of its own: its loss (None if it diverged), its state and what it was made with."""
+    """One training run in a process of its own: its loss (None if it diverged), its bytes and what it was made with."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(nano.ROOT / "examples" / "pretrain.py"), "--optimizer", optimizer]
         command += ["--lr", str(lr), "--seed", str(seed), "--steps", str(steps), "--out", f"{folder}/run"]
@@ -105,9 +114,9 @@ def run(optimizer: str, lr: float, keywords: Row, seed: int, steps: int) -> Row:
                 return {"validation_loss": None}
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr.strip()}")
         result = json.loads((Path(folder) / "run" / "summary.json").read_text())["runs"][0]
-    job, state = result["job"], result["bytes"]["optimizer_measured"]
+    job, size = result["job"], {f"{ours}_bytes": result["bytes"][f"{key}_measured"] for ours, key in BYTES.items()}
     made_with = {key: job[key] for key in ("lr", "matrix_lr_scale", "keywords")}
-    return {"validation_loss": result["validation_loss"], "state_bytes": state, "job": made_with}
+    return {"validation_loss": result["validation_loss"], **size, "job": made_with}
 
 
 class Store:
@@ -205,18 +214,22 @@ def _summary(store: Store, name: str, optimizer: str, lr: float, keywords: Row, 
     losses = [loss(row) for row in runs]
     row: Row = {"method": name, "optimizer": optimizer, "lr": lr, "keywords": keywords}
     row |= {"validation_loss": statistics.mean(losses), "losses": losses}
-    row["state_bytes"] = next((row["state_bytes"] for row in runs if "state_bytes" in row), math.nan)
+    # Older rows know the state's bytes alone, and those of runs that diverged none.
+    found = {key: one[key] for one in runs for key in one if key.endswith("_bytes")}
+    row |= {"state_bytes": math.nan, **found}
     return row | {"inside": inside(store, name) if name in METHODS else None}
 
 
 def show(rows: list[Row]) -> None:
-    print("| method | lr | keywords | loss | over that of the better AdamW | state, MiB | of AdamW's |")
-    print("|---|---|---|---|---|---|---|")
+    print("| method | lr | keywords | loss | over that of the better AdamW | state, MiB | of AdamW's | total, MiB |")
+    print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         settings = ", ".join(f"{key} {value}" for key, value in row["keywords"].items())
         settings += " (at the edge)" if row["inside"] is False else ""
         numbers = f"{row['validation_loss']:.4f} | {row['over_better_adamw']:.4f} | {row['state_bytes'] / 2**20:.2f}"
-        print(f"| {row['method']} | {row['lr']:g} | {settings} | {numbers} | {row['state_over_adamw']:.3f} |")
+        size = [row.get(f"{what}_bytes") for what in BYTES]
+        total = "-" if None in size else f"{sum(size) / 2**20:.2f}"
+        print(f"| {row['method']} | {row['lr']:g} | {settings} | {numbers} | {row['state_over_adamw']:.3f} | {total} |")
 
 
 def _together(workers: int, jobs: list[Callable[[], Any]]) -> None:

@@ -59,7 +59,7 @@ def _worker(folder: Path) -> int:
 
 
 def _parent(argv: list[str]) -> int:
-    from pretraining import arguments, corpus, launch, optimizers
+    from pretraining import arguments, corpus, launch, optimizers, schedule
 
     args = arguments.complete(arguments.parser().parse_args(argv))
     choices = arguments.choices(args)
@@ -69,6 +69,7 @@ def _parent(argv: list[str]) -> int:
     jobs = [arguments.job(args, choice, data) for choice in choices]
     for job in jobs:
         optimizers.check(job)
+        schedule.check(job)
     folders = [out / launch.slug(job.label) if args.compare else out for job in jobs]
     for job, folder in zip(jobs, folders, strict=True):
         launch.enter(job, folder)

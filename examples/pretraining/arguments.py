@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import optimizers
+from . import optimizers, schedule
 from .corpus import Corpus, Request
 from .errors import PretrainError
 from .job import Job
@@ -82,6 +82,22 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--batch", type=count, metavar="N", help="sequences per update")
     group.add_argument("--micro-batch", type=count, metavar="N", help="sequences per forward pass")
     group.add_argument("--warmup", type=fraction, default=0.1, help="share of the steps (default: 0.1)")
+    group.add_argument(
+        "--restart-warmup",
+        type=natural,
+        metavar="N",
+        help="updates over which lr rises to the schedule again after each restart of all layers (ReLoRA's merges, "
+        "resets of moments, SST's draws, the end of --warm-start); 0: none (default: 10, ReLoRA 100, SST 20, and at "
+        "most a fifth of the period, where the method restarts at all)",
+    )
+    group.add_argument(
+        "--warm-start",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="first train the model as it is for N updates, with AdamW as the preset has it, then convert it; for "
+        "methods that convert (default: 0)",
+    )
     group.add_argument("--clip", type=non_negative, default=1.0, help="largest gradient norm, 0 for none (default: 1)")
     group.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights, gradients and activations")
     group.add_argument("--amp", choices=AMP, default="none", help="dtype of products, by autocast; weights stay fp32")
@@ -208,12 +224,32 @@ def job(args: argparse.Namespace, choice: Choice, corpus: Corpus) -> Job:
         *SIZES,
         "amp",
         "step_in_backward",
+        "warm_start",
     )
+    settings = optimizers.settings(choice, PRESETS[args.preset], args.lr, args.dtype)
     return Job(
         label=choice.label,
         optimizer=choice.optimizer.__name__,
         corpus=str(corpus.folder.resolve()),
         corpus_digest=corpus.digest,
         **{name: getattr(args, name) for name in (*same, *IN_BACKWARD)} | {"vocab": corpus.vocab},
-        **optimizers.settings(choice, PRESETS[args.preset], args.lr, args.dtype),
+        **settings,
+        restart_warmup=schedule.ramp(choice.optimizer, settings["keywords"], args.restart_warmup, args.warm_start),
+        dense=_dense(args, choice),
     )
+
+
+def _dense(args: argparse.Namespace, choice: Choice) -> dict[str, Any]:
+    """Settings of the AdamW that trains during --warm-start."""
+    if not args.warm_start:
+        return {}
+    flag, name = f"--warm-start {args.warm_start}", choice.optimizer.__name__
+    if not optimizers.is_weight_space(choice.optimizer):
+        raise PretrainError(f"{flag} is for methods that convert the model, such as ReLoRA, and {name} does not")
+    if args.warm_start >= args.steps:
+        raise PretrainError(f"{flag} leaves {name} none of --steps {args.steps}; make it smaller")
+    if args.step_in_backward:
+        raise PretrainError(
+            f"{flag} trains with torch's AdamW, which cannot step in backward; leave it or --step-in-backward out"
+        )
+    return optimizers.settings(optimizers.parse_choice("adamw"), PRESETS[args.preset], None, args.dtype)

@@ -48,11 +48,21 @@ class Job:
     clip_by: str = "global"
     accumulate: str = "projected"  # this and the next: with step_in_backward
     basis_from: str = "window"
+    restart_warmup: int = 0  # updates of the ramp of lr after each restart of all layers
+    warm_start: int = (
+        0  # updates of the dense model, by AdamW with the lr and keywords of `dense`, before it is converted
+    )
+    dense: dict[str, Any] = field(default_factory=dict)
 
     @property
     def micro_batches(self) -> int:
         """Per step; the last one may be smaller."""
         return math.ceil(self.batch / self.micro_batch)
+
+    @property
+    def before(self) -> Job:
+        """What trains during the warm start."""
+        return dataclasses.replace(self, optimizer="AdamW", **self.dense)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Job:

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checkpoint, memory, model, optimizers, precision
+import lowrank_optim
+from lowrank_optim.storages import stored
+
+from . import checkpoint, memory, model, optimizers, precision, schedule
 from .corpus import Corpus
 from .data import training_data, validation_batches
 from .errors import PretrainError
@@ -22,7 +25,8 @@ from .job import Job
 from .log import Log
 from .update import Updater
 
-FLOOR = 0.1  # the cosine ends at this share of the peak lr
+DENSE, METHOD = "dense", "method"  # phases of a run: the first is the warm start, if there is one
+MERGED = "merged.pt"
 SMALLEST_SCALE = 1.0  # gradients that overflow below it do so without any loss scale
 STATISTICS = 50  # so often during a run the optimizer is asked for its counters
 
@@ -43,14 +47,6 @@ class History:
     overflows: int = 0  # steps whose gradients did not fit into float16
 
 
-def lr_factor(step: int, steps: int, warmup: int) -> float:
-    """Linear from 1/warmup to 1 over `warmup` steps, then a cosine that reaches FLOOR in the last step."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
-    return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def token_losses(network: torch.nn.Module, windows: Tensor, amp: str) -> Tensor:
     """Sum of the cross-entropies of all targets in `windows` (count, sequence + 1), in float32."""
     with precision.autocast(windows.device, amp):
@@ -66,15 +62,27 @@ class Run:
         self.corpus = Corpus.open(Path(job.corpus))
         self.model = model.build(job)
         self.initial_weights = model.fingerprint(self.model)
-        self.optimizer = optimizers.build(self.model, job)
-        self.updater = Updater(self.model, self.optimizer, job)
-        warmup = int(job.warmup * job.steps)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: lr_factor(step, job.steps, warmup)
-        )
+        self.parameters = sum(p.numel() for p in self.model.parameters())
         self.data = training_data(self.corpus, job.sequence, job.seed)
         self.log, self.statistics = Log(folder / "log.jsonl"), Log(folder / "statistics.jsonl")
         self.step, self.clock, self.history, self.earlier_peak = 0, Clock(), History(), 0
+        self._begin(DENSE if job.warm_start else METHOD)
+
+    def _begin(self, phase: str, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Make the optimizer of a phase, for which the model may be converted, and what goes with it."""
+        self.phase, self.gradients = phase, 0  # bytes of all gradients before an update, at most
+        self.optimizer = optimizers.build(self.model, self.job.before if phase == DENSE else self.job)
+        self.updater = Updater(self.model, self.optimizer, self.job, scaler)
+        self.scheduler = schedule.scheduler(self.optimizer, self.job, self.step)
+
+    @property
+    def converted(self) -> bool:
+        return isinstance(self.optimizer, lowrank_optim.WeightSpaceOptimizer)
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all parameters and buffers, in the form in which they are kept."""
+        return stored([*self.model.parameters(), *self.model.buffers()])
 
     @property
     def path(self) -> Path:
@@ -91,6 +99,8 @@ class Run:
         bar = self._bar()
         with bar:
             while True:
+                if self.phase == DENSE and self.step == self.job.warm_start:
+                    self._end_warm_start(bar)
                 if self._validation_due():
                     self._validate(bar)
                 finished = self.step == self.job.steps and not self._validation_due()
@@ -100,6 +110,32 @@ class Run:
                 if self.step and self.step % self.job.save_every == 0 and self.step < self.job.steps:
                     self.save()
                 self._train_step(bar)
+
+    def _end_warm_start(self, bar: tqdm[Any]) -> None:
+        """AdamW's state goes before the method's comes; the loss scale and the schedule go on."""
+        scaler = self.updater.scaler
+        del self.optimizer, self.updater, self.scheduler
+        self._begin(METHOD, scaler)
+        self.write_report()
+        bar.write(f"{self.job.label}: step {self.step}, converted after the warm start", file=sys.stderr)
+
+    def write_report(self) -> None:
+        """What the optimizer does with each parameter, and what step_in_backward keeps of each gradient."""
+        if isinstance(self.optimizer, lowrank_optim.LowRankOptimizer):
+            reports = [self.optimizer.report(), *([self.updater.handle.report()] if self.updater.handle else [])]
+            (self.folder / "report.txt").write_text("\n\n".join(map(str, reports)) + "\n")
+
+    def merge(self) -> float | None:
+        """The validation loss of the model with plain layers again, which is then in MERGED; None after a stop.
+
+        The checkpoint stays the converted one, and the optimizer is done with.
+        """
+        lowrank_optim.merge(self.model)
+        loss = validation_loss(self.model, self.corpus, self.job, self.interrupt)
+        if loss is not None:
+            checkpoint.save(dict(self.model.state_dict()), self.folder / MERGED)
+            print(f"{self.job.label}: merged into a plain model, validation loss {loss:.4f}", file=sys.stderr)
+        return loss
 
     def _bar(self) -> tqdm[Any]:
         shape = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -115,6 +151,8 @@ class Run:
         if not (math.isfinite(loss) and (norm is None or math.isfinite(norm) or self.updater.scaler.is_enabled())):
             raise self._diverged(f"loss {loss}, gradient norm {norm}")
         lr, scale = self.scheduler.get_last_lr()[0], self.updater.scaler.get_scale()
+        if self.updater.handle is None:
+            self.gradients = max(self.gradients, stored([p.grad for p in self.model.parameters()]))
         before = self._now()
         fits = self.updater.step()
         after = self._now()
@@ -196,6 +234,7 @@ class Run:
         content = {
             "job": self.job.to_dict(),
             "step": self.step,
+            "phase": self.phase,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.updater.scaler.state_dict(),
@@ -205,6 +244,7 @@ class Run:
             "history": asdict(self.history),
             "clock": asdict(self.clock),
             "peak": self.peak,
+            "gradients": self.gradients,
             "numerics": self._numerics(),
         }
         checkpoint.save(content, self.path)
@@ -212,6 +252,10 @@ class Run:
     def load(self) -> None:
         content = checkpoint.load(self.path)
         self.job.check_continues(Job.from_dict(content["job"]))
+        self.step, self.earlier_peak = content["step"], content["peak"]
+        if content.get("phase", METHOD) != self.phase:
+            self._begin(METHOD)
+        self.gradients = content.get("gradients", 0)
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         if self.updater.scaler.is_enabled():
@@ -221,7 +265,6 @@ class Run:
         torch.set_rng_state(content["random"]["cpu"])
         if content["random"]["cuda"] and self.job.device.startswith("cuda"):
             torch.cuda.set_rng_state_all(content["random"]["cuda"])
-        self.step, self.earlier_peak = content["step"], content["peak"]
         self.history, self.clock = History(**content["history"]), Clock(**content["clock"])
         if content["numerics"] != self._numerics():
             print(

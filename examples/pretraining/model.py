@@ -13,6 +13,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def build(job: Job) -> torch.nn.Module:
     """Drawn on the CPU in float32 from the seed alone, then moved: the device does not change the initial weights."""
+    torch.manual_seed(job.seed)
+    return torch.nn.Module.to(_llama(job), device=job.device, dtype=DTYPES[job.dtype])
+
+
+def skeleton(job: Job) -> torch.nn.Module:
+    """The same model without memory."""
+    with torch.device("meta"):
+        return torch.nn.Module.to(_llama(job), dtype=DTYPES[job.dtype])
+
+
+def _llama(job: Job) -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -28,9 +39,8 @@ def build(job: Job) -> torch.nn.Module:
         bos_token_id=None,
         eos_token_id=None,
     )
-    torch.manual_seed(job.seed)
-    model = LlamaForCausalLM(config)
-    return torch.nn.Module.to(model, device=job.device, dtype=DTYPES[job.dtype])
+    model: torch.nn.Module = LlamaForCausalLM(config)
+    return model
 
 
 def fingerprint(model: torch.nn.Module) -> str:

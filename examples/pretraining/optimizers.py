@@ -1,4 +1,7 @@
-"""From a name and keywords on the command line to an optimizer over the groups of `lowrank_optim.param_groups`."""
+"""From a name and keywords on the command line to an optimizer of a model.
+
+Most take the groups of `lowrank_optim.param_groups`; methods that convert the weights take the model itself.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import torch
 import lowrank_optim
 from lowrank_optim.plan import names_say
 
+from . import model as models
 from . import update
 from .errors import PretrainError
 from .job import Job
@@ -149,7 +153,7 @@ def _parse_setting(setting: str) -> tuple[str, Any]:
 
 def _classes(module: Any) -> dict[str, type[torch.optim.Optimizer]]:
     found = {name: getattr(module, name) for name in getattr(module, "__all__", None) or dir(module)}
-    bases = {"Optimizer", "LowRankOptimizer"}
+    bases = {"Optimizer", "LowRankOptimizer", "WeightSpaceOptimizer"}
     return {
         name: _STAND_INS.get(name, value)
         for name, value in found.items()
@@ -195,8 +199,13 @@ def is_low_rank(optimizer: type[torch.optim.Optimizer]) -> bool:
     return issubclass(optimizer, lowrank_optim.LowRankOptimizer)
 
 
+def is_weight_space(optimizer: type[torch.optim.Optimizer]) -> bool:
+    """Does it convert the model in place?"""
+    return issubclass(optimizer, lowrank_optim.WeightSpaceOptimizer)
+
+
 def accepted(optimizer: type[torch.optim.Optimizer]) -> list[str]:
-    return [name for name in inspect.signature(optimizer).parameters if name not in ("params", "lr")]
+    return [name for name in inspect.signature(optimizer).parameters if name not in ("params", "model", "lr")]
 
 
 def _check_keywords(optimizer: type[torch.optim.Optimizer], keywords: dict[str, Any]) -> None:
@@ -207,8 +216,10 @@ def _check_keywords(optimizer: type[torch.optim.Optimizer], keywords: dict[str, 
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise PretrainError(f"{optimizer.__name__} has no keyword {key!r}; {hint}valid are {', '.join(valid)}")
     if "matrix_lr_scale" in keywords and is_low_rank(optimizer):
-        name = optimizer.__name__
-        raise PretrainError(f"matrix_lr_scale is for torch optimizers, got it for {name}; use its scale instead")
+        instead = "lr and rest_lr" if is_weight_space(optimizer) else "scale"
+        raise PretrainError(
+            f"matrix_lr_scale is for torch optimizers, got it for {optimizer.__name__}; use its {instead} instead"
+        )
 
 
 def settings(choice: Choice, preset: Preset, lr: float | None, dtype: str) -> dict[str, Any]:
@@ -233,6 +244,8 @@ def settings(choice: Choice, preset: Preset, lr: float | None, dtype: str) -> di
 
 def build(model: torch.nn.Module, job: Job) -> torch.optim.Optimizer:
     optimizer = find(job.optimizer)
+    if is_weight_space(optimizer):
+        return _make(optimizer, model, job)
     # GaLore+ shares a subspace between the heads of an attention layer.
     groups = lowrank_optim.param_groups(model, verbose=False, heads="heads" in accepted(optimizer))
     if not is_low_rank(optimizer):
@@ -242,18 +255,39 @@ def build(model: torch.nn.Module, job: Job) -> torch.optim.Optimizer:
 
 def check(job: Job) -> None:
     """Refuse values that the optimizer does not take, on one matrix without memory, before anything is written."""
-    model = torch.nn.Linear(job.hidden, job.mlp, bias=False, device="meta")
-    optimizer = _make(find(job.optimizer), [{"params": list(model.named_parameters())}], job)
+    wanted = find(job.optimizer)
+    linear = torch.nn.Linear(job.hidden, job.mlp, bias=False, device="meta")
+    model: torch.nn.Module = torch.nn.Sequential(linear)
+    if is_weight_space(wanted):
+        if {"include", "exclude"} & job.keywords.keys():  # names of layers
+            model = models.skeleton(job)
+        optimizer = _make(wanted, model, job)
+        _check_heads(job)
+    else:
+        optimizer = _make(wanted, [{"params": list(model.named_parameters())}], job)
     if job.step_in_backward:
         update.attach(model, optimizer, job)
 
 
-def _make(optimizer: Any, groups: list[dict[str, Any]], job: Job) -> torch.optim.Optimizer:
+def _check_heads(job: Job) -> None:
+    """LTE's heads take equal parts of each micro-batch."""
+    parameter = inspect.signature(find(job.optimizer)).parameters.get("heads")
+    heads = job.keywords.get("heads", parameter.default) if parameter else 1
+    sizes = sorted({job.micro_batch, job.batch % job.micro_batch} - {0})
+    if isinstance(heads, int) and any(size % heads for size in sizes):
+        raise PretrainError(
+            f"{heads} heads of {job.label} must divide micro-batches, which are of {' and '.join(map(str, sizes))} "
+            "sequences; change heads, --batch or --micro-batch"
+        )
+
+
+def _make(optimizer: Any, trained: Any, job: Job) -> torch.optim.Optimizer:
+    """`trained`: groups, or the model."""
     keywords = {"lr": job.lr, **job.keywords}
     if "random_after" in accepted(optimizer):
         keywords.setdefault("random_after", int(RANDOM_AFTER * job.steps))
     try:
-        made: torch.optim.Optimizer = optimizer(groups, **keywords)
+        made: torch.optim.Optimizer = optimizer(trained, **keywords)
         return made
     except (TypeError, ValueError, RuntimeError) as error:
         raise PretrainError(f"{job.label} does not accept its arguments: {error}") from error

@@ -14,13 +14,16 @@ import torch
 
 from lowrank_optim.report import human
 
+from .optimizers import find, is_weight_space
+
 HEAD = (
     "optimizer",
     "lr",
     "state",
     "predicted",
     "vs AdamW",
-    "peak memory",
+    "total",
+    "peak",
     "in optimizer",
     "tokens/s",
     "validation loss",
@@ -35,6 +38,7 @@ def _row(result: dict[str, Any]) -> tuple[str, ...]:
         human(size["optimizer_measured"]),
         human(size["optimizer_predicted"]),
         f"{size['optimizer_measured'] / size['optimizer_predicted_adamw']:.3f}",
+        _total(size),
         human(size["peak"]),
         "in backward" if share is None else f"{share:.1%}",
         f"{result['tokens_per_second']:,.0f}",
@@ -42,8 +46,18 @@ def _row(result: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def _total(size: dict[str, Any]) -> str:
+    """Weights, gradients and state, as measured; what backward uses at once is not, hence the mark."""
+    weights, gradients = (size.get(f"{what}_measured") for what in ("weights", "gradients"))
+    known = (size["weights"] if weights is None else weights) + size["optimizer_measured"]
+    return human(known + gradients) if gradients is not None else f"~{human(known + size['gradients'])}"
+
+
 def _rates(job: dict[str, Any]) -> str:
     """The peak lr of embeddings, head and vectors, and that of the matrices where a factor makes it another."""
+    if is_weight_space(find(job["optimizer"])):  # whose lr is that of the matrices
+        rest = job["keywords"].get("rest_lr")
+        return f"{job['lr']:g}" if rest in (None, job["lr"]) else f"{rest:g}, matrices {job['lr']:g}"
     scale = job["keywords"].get("scale", 1.0)
     factor = job["matrix_lr_scale"] * (scale**0.5 if job["optimizer"].lower().startswith("apollo") else scale)
     return f"{job['lr']:g}" if factor == 1 else f"{job['lr']:g}, matrices {job['lr'] * factor:g}"

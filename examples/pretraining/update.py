@@ -19,9 +19,15 @@ from .job import Job
 class Updater:
     """Call `backward` for each micro-batch, then `clip` and `step`."""
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, job: Job) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        job: Job,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
         self._model, self._optimizer, self._clip = model, optimizer, job.clip
-        self.scaler = precision.scaler(job)
+        self.scaler = precision.scaler(job) if scaler is None else scaler
         if self.scaler.is_enabled():  # its first step often overflows, and torch then misses an optimizer.step()
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
         self.handle = attach(model, optimizer, job, self.scaler) if job.step_in_backward else None

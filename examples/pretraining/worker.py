@@ -13,6 +13,7 @@ import torch
 import lowrank_optim
 from lowrank_optim.gradient_memory import most_gradients
 
+from . import model
 from .interrupt import Interrupt
 from .job import Job
 from .loop import Run
@@ -29,32 +30,31 @@ def work(folder: Path, interrupt: Interrupt) -> bool:
         torch.use_deterministic_algorithms(True, warn_only=True)
     run = Run(job, folder, interrupt)
     predicted = predict(run)  # before the training, so that a surprise comes early
-    if hasattr(run.optimizer, "report"):
-        (folder / "report.txt").write_text(_report(run))
+    run.write_report()
     if run.path.exists():
         run.load()
     elif interrupt.requested:  # nothing trained, nothing to save
         return False
-    finished = run.train()
-    if finished:
-        part = folder / f".{RESULT}.part"
-        part.write_text(json.dumps(result(run, predicted), indent=2) + "\n")
-        os.replace(part, folder / RESULT)
-    return finished
-
-
-def _report(run: Run) -> str:
-    """What the optimizer does with each parameter, and what step_in_backward keeps of each gradient."""
-    reports = [run.optimizer.report(), *([run.updater.handle.report()] if run.updater.handle else [])]
-    return "\n\n".join(map(str, reports)) + "\n"
+    if not run.train():
+        return False
+    found = result(run, predicted)
+    if run.converted:
+        found["merged_validation_loss"] = run.merge()
+        if found["merged_validation_loss"] is None:  # stopped; the checkpoint is that of the last step
+            return False
+    part = folder / f".{RESULT}.part"
+    part.write_text(json.dumps(found, indent=2) + "\n")
+    os.replace(part, folder / RESULT)
+    return True
 
 
 def predict(run: Run) -> dict[str, int]:
-    """Bytes that should last from step to step, of this optimizer and of AdamW."""
+    """Bytes that should last from step to step, of this optimizer and of AdamW; after a warm start."""
+    plain = model.skeleton(run.job)
     keywords = {key: value for key, value in run.job.keywords.items() if key not in EXECUTION}
     steps = run.job.micro_batches
-    ours = lowrank_optim.estimate_memory(run.model, find(run.job.optimizer), accumulation_steps=steps, **keywords)
-    adamw = lowrank_optim.estimate_memory(run.model, torch.optim.AdamW)
+    ours = lowrank_optim.estimate_memory(plain, find(run.job.optimizer), accumulation_steps=steps, **keywords)
+    adamw = lowrank_optim.estimate_memory(plain, torch.optim.AdamW)
     return {
         "weights": ours.weights,
         "gradients": _gradients(run, ours.gradients),
@@ -72,13 +72,18 @@ def _gradients(run: Run, whole: int) -> int:
 
 def result(run: Run, predicted: dict[str, int]) -> dict[str, Any]:
     job, clock = run.job, run.clock
-    measured = {"optimizer_measured": lowrank_optim.state_bytes(run.optimizer), "peak": run.peak}
+    measured = {
+        "weights_measured": run.weights,
+        "gradients_measured": None if run.updater.handle else run.gradients,  # backward uses them one by one
+        "optimizer_measured": lowrank_optim.state_bytes(run.optimizer),
+        "peak": run.peak,
+    }
     tokens = run.step * job.batch * job.sequence
     in_optimizer = None if job.step_in_backward else clock.optimizer  # backward is the optimizer then
     return {
         "label": job.label,
         "job": job.to_dict(),
-        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "parameters": run.parameters,
         "initial_weights": run.initial_weights,
         "bytes": {**predicted, **measured},
         "seconds": {**asdict(clock), "optimizer": in_optimizer},
