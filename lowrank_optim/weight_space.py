@@ -55,6 +55,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
         except Exception:
             conversion.undo()
             raise
+        conversion.places.clear()  # the plain layers hold the dense weights
 
     # -- what a method says --------------------------------------------------------------------------------------------
 

@@ -476,7 +476,7 @@ def test_tied_linear_layers_stay_tied():
         ),
         (lambda: nn.Conv2d(3, 4, 3), {}, "Conv2d has no linear layers"),
         (lambda: quantize_weights(mlp()), {}, "Sequential has no linear layers with float weights"),
-        (Language, {"exclude": ["weight"]}, "every linear layer is excluded"),
+        (Language, {"exclude": ["weight"]}, "every nn.Linear is excluded"),
         (Language, {"include": ["norm"]}, "include pattern 'norm' matches no parameter"),
         (Language, {"exclude": ["nothing"]}, "exclude pattern 'nothing' matches no parameter"),
         (Language, {"include": "up"}, "must be a list of regular expressions"),

@@ -20,7 +20,8 @@ def linears(
 
     Args:
         model: any module.
-        include, exclude: regular expressions, searched in names of parameters, that decide before anything else.
+        include, exclude: regular expressions, searched in names of parameters, that decide before anything else; in all
+            names of a weight that is shared.
         to: what is to be done with them, a verb for the messages.
 
     Raises:
@@ -32,7 +33,7 @@ def linears(
         weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
         if weight is not None and weight.numel() and not is_packed(weight):
             users.setdefault(id(weight), []).append(cast(nn.Linear, module))
-    named: list[tuple[str, Tensor]] = list(model.named_parameters())
+    named: list[tuple[str, Tensor]] = list(model.named_parameters(remove_duplicate=False))
     candidates = [(name, p) for name, p in named if id(p) in users]
     if not candidates:
         raise ValueError(f"{type(model).__name__} has no linear layers with float weights; nothing to {to}")
@@ -40,12 +41,18 @@ def linears(
     _must_match(named, exclude=exclude)
     rules = dict(_rules(model))
     chosen = {}
+    names: dict[int, list[str]] = {}
     for name, p in candidates:
-        wanted = _any_match(include, name) or rules[id(p)] != "plain"
-        if wanted and not _any_match(exclude, name):
-            chosen[name] = users[id(p)]
+        names.setdefault(id(p), []).append(name)
+    for key, own in names.items():
+        wanted = any(_any_match(include, name) for name in own) or rules[key] != "plain"
+        if wanted and not any(_any_match(exclude, name) for name in own):
+            chosen[own[0]] = users[key]
     if not chosen:
-        raise ValueError("every linear layer is excluded, the head, or tied to an embedding; name some in `include`")
+        raise ValueError(
+            "every nn.Linear is excluded, the head, or tied to an embedding; name some in `include`. Layers of other "
+            "classes, such as the Conv1D of GPT-2, stay as they are"
+        )
     for name, layers in chosen.items():
         others = [type(m).__name__ for m in model.modules() for p in m._parameters.values() if p is layers[0].weight]
         if len(others) != len(layers):

@@ -25,7 +25,7 @@ class Conversion:
     Attributes:
         layers: by the name of the module; layers that share their weight are one entry.
         left: why linear layers that were chosen stayed as they are, by the name of the weight.
-        places: (parent, name of the child, what was there).
+        places: (parent, name of the child, what was there); clear it when there is nothing to undo any more.
     """
 
     layers: dict[str, ReparameterizedLinear]
@@ -190,7 +190,8 @@ def _why_left(plain: nn.Linear, rank: int | float, min_dim: int) -> str:
 def _sharing(first: ReparameterizedLinear, plain: nn.Linear) -> ReparameterizedLinear:
     """Another layer of the same weight, with its own bias: parameters and buffers are the same objects."""
     twin = copy.copy(first)
-    twin._parameters = {**first._parameters, "bias": plain.bias}
-    twin._buffers = dict(first._buffers)
-    twin._modules = dict(first._modules)
+    for key, own in vars(first).items():
+        if isinstance(own, (dict, set)):  # names of parameters, hooks: what they hold is shared, they are not
+            setattr(twin, key, copy.copy(own))
+    twin._parameters["bias"] = plain.bias
     return twin.train(plain.training)

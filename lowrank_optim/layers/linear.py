@@ -133,8 +133,8 @@ class LowRankLinear(ProductLinear):
         plain, rank, name, seed: see `ReparameterizedLinear`.
         alpha: s times the rank.
         base: "dense" (in the dtype of `plain`), "int8" (1.03 bytes per element), "nf4" (0.56), or "none".
-        exact_base: with a quantized base, also keep an exact copy on the CPU, where merges add up without being rounded
-            away. It is saved with the layer and never moves to the device.
+        exact_base: with a quantized base, also keep an exact copy on the CPU, in float32, where merges add up without
+            being rounded away. It is saved with the layer and never moves to the device.
         init: without a base.
     """
 
@@ -158,7 +158,8 @@ class LowRankLinear(ProductLinear):
             raise ValueError(f"exact_base=True is for quantized bases, and base={base!r} is not one; leave it out")
         self.scale = float(checks.single("alpha", alpha)) / self.rank
         w, (m, n, r) = plain.weight.detach(), (self.out_features, self.in_features, self.rank)
-        self.exact = (w.clone() if w.is_meta else w.clone().cpu()) if exact_base else None
+        exact = w.to("meta" if w.is_meta else "cpu", working_dtype(w), copy=True) if exact_base else None
+        self.exact = exact
         if base == "none":
             self.register_parameter("base", None)
             b, a = self._split(w) if init == "spectral" else self._random(w)
@@ -175,9 +176,12 @@ class LowRankLinear(ProductLinear):
         return linear(x, self.base, self.bias) + linear(thin, self.B)
 
     def dense(self) -> Tensor:
+        product = self._product()
+        return product if self.base is None else unpacked(self.base, product.dtype) + product
+
+    def _product(self) -> Tensor:
         working = working_dtype(self.B)
-        product = self.scale * (self.B.to(working) @ self.A.to(working))
-        return product if self.base is None else unpacked(self.base, working) + product
+        return self.scale * (self.B.to(working) @ self.A.to(working))
 
     @torch.no_grad()
     def merge_(self, count: int, stochastic: bool = True) -> None:
@@ -207,15 +211,21 @@ class LowRankLinear(ProductLinear):
         kind = type(self.base).__name__.removesuffix("Weight").lower() if is_packed(self.base) else "dense"
         return f"{kind} base" + (", exact copy on the CPU" if self.exact is not None else "")
 
-    def get_extra_state(self) -> Tensor | None:
-        """The exact base; for state_dict."""
-        return self.exact
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """With the exact base, where there is one: no buffer, because it stays on the CPU in its own dtype."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.exact is not None:
+            destination[prefix + "exact"] = self.exact
 
-    def set_extra_state(self, state: Tensor | None) -> None:
-        if (state is None) != (self.exact is None):
-            raise ValueError("one of the two layers keeps an exact base and the other does not; give both exact_base")
-        if state is not None and self.exact is not None:
-            self.exact.copy_(state)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        saved = None if self.exact is None else state_dict.pop(prefix + "exact", None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if self.exact is not None and self.base is not None:
+            if saved is None:
+                _, _, missing, _, _ = rest
+                missing.append(prefix + "exact")
+                saved = unpacked(self.base, self.exact.dtype)  # not strict: never merge into another model's weight
+            self.exact.copy_(saved)
 
     def _random(self, w: Tensor) -> tuple[Tensor, Tensor]:
         (m, n), r = w.shape, self.rank

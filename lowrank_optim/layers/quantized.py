@@ -12,7 +12,7 @@ blocks stay in float32 (no double quantization).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,10 @@ class QuantizedWeight(Tensor):
     def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
         """The values as a plain tensor, by default of its own dtype; outside autograd."""
         return self.decode(self._line, dtype or self.dtype).view(self.shape)
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """As `unpack`, and within autograd: a gradient of the values is one of the weight."""
+        return cast(Tensor, _Read.apply(self, dtype))  # type: ignore[no-untyped-call]
 
     def pack_(self, x: Tensor, key: int, stream: Stream) -> None:
         """Overwrites it by `x`, each element rounded up or down so that `E[result] = x`.
@@ -243,6 +247,20 @@ def quantize_weights(model: nn.Module, *, include: Iterable[str] = (), exclude: 
         for layer in layers:
             layer.weight = packed
     return model
+
+
+class _Read(torch.autograd.Function):
+    """The values."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = weight.dtype
+        return weight.unpack(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad.to(ctx.dtype), None
 
 
 class _Linear(torch.autograd.Function):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,8 @@ class QuantizedLinear(ReparameterizedLinear):
         working = working_dtype(self.B)
         b, p = self.B.to(working), unpacked(self.P, working)
         product = b @ p if self.right_singular else p @ b
-        return unpacked(self.base, working) + self.scale * product
+        base = cast(Any, self.base).read(working) if is_packed(self.base) else self.base.to(working)
+        return cast(Tensor, base + self.scale * product)
 
     @torch.no_grad()
     def refit_(self, fit: Callable[[Tensor], Tensor], g: Tensor, iterations: int) -> Tensor:

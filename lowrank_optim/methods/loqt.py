@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import count as counting
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import ops
-from ..chunk import Member, working_dtype
+from ..chunk import Member, gradient_norms, working_dtype
 from ..distributed.algebra import WHOLE
 from ..layers.convert import Conversion, leave_to_ranks
 from ..layers.linear import ReparameterizedLinear
@@ -107,26 +108,29 @@ class LoQT(WeightSpaceOptimizer):
 
     def restart(self, name: str, layer: ReparameterizedLinear, count: int, group: dict[str, Any]) -> bool:
         """What there was to do was done within the update, where the gradient was."""
-        restarted = cast(QuantizedLinear, layer).base.requires_grad
-        self._aim([name])
-        return restarted
+        return layer.leader in self._due
 
     def restarts(self, count: int, group: dict[str, Any]) -> int:
         return sum(time < count for time in _times(count, 0, group))
 
     def _restarts(self, name: str, layer: ReparameterizedLinear) -> int:
-        count = self._count(layer)
-        return sum(time < count for time in _times(count, self._place(name), self.param_groups[0]))
+        place = list(self._conversion.layers).index(name)
+        return sum(time < self._count(layer) for time in self._times(place, layer))
 
-    def _aim(self, names: Iterable[str] | None = None) -> None:
-        """Weights that are due for a new subspace get a gradient in the next step, and no others."""
-        for name in self._conversion.layers if names is None else names:
-            layer = cast(QuantizedLinear, self._conversion.layers[name])
-            count = self._count(layer)
-            layer.base.requires_grad_(count in _times(count, self._place(name), self.param_groups[0]))
+    def _times(self, place: int, layer: ReparameterizedLinear) -> Iterator[int]:
+        group = self.param_groups[0]
+        return _times(self._count(layer), place if group["stagger"] else 0, group)
 
-    def _place(self, name: str) -> int:
-        return list(self._conversion.layers).index(name) if self.param_groups[0]["stagger"] else 0
+    def _aim(self) -> None:
+        """Weights that are due for a new subspace get a gradient in the next step, and no others keep one."""
+        self._due: set[Tensor] = set()  # their factors; only what is said here counts, as anyone may unfreeze a model
+        for place, layer in enumerate(cast(Any, self._conversion.layers).values()):
+            due = self._count(layer) in self._times(place, layer)
+            if due:
+                self._due.add(layer.B)
+            else:
+                layer.base.grad = None  # which `zero_grad(set_to_none=False)` would keep for good
+            layer.base.requires_grad_(due and layer.B.requires_grad)
 
     def _continue(self) -> None:
         super()._continue()
@@ -148,18 +152,33 @@ class LoQT(WeightSpaceOptimizer):
         return [{"params": bases, "whole": True, "bf16_update": "none"}]
 
     @torch._disable_dynamo
+    def _step(self) -> None:
+        super()._step()
+        self._aim()
+
+    @torch._disable_dynamo
     def _update(self, members: list[Member], rescale: Rescale | None = None) -> None:
-        """Where the gradient of a weight is there, it stands in for that of its factor."""
+        """Where a weight is due and its gradient there, it stands in for that of its factor."""
         layers = [cast(QuantizedLinear, layer) for layer in self._conversion.layers.values()]
-        due: set[Tensor] = {layer.B for layer in layers if layer.base.requires_grad}
-        whole: dict[Tensor, QuantizedLinear] = {layer.base: layer for layer in layers}
-        for one in members:
-            if one.p in whole:
-                self._new_subspace(whole[one.p], one, rescale)
-        super()._update([one for one in members if one.p not in whole and one.p not in due], rescale)
+        bases: dict[Tensor, QuantizedLinear] = {layer.base: layer for layer in layers}
+        due = [one for one in members if one.p in bases and bases[one.p].B in self._due]
+        others = [one for one in members if one.p not in bases and one.p not in self._due]
+        for one in due:
+            _average_over_ranks(one.grad)
+        self._refuse_nonfinite(due + others)
+        for one in due:
+            self._new_subspace(bases[one.p], one, rescale)
+        super()._update(others, rescale)
+
+    def _refuse_nonfinite(self, members: list[Member]) -> None:
+        """With nonfinite="raise", before the first subspace is taken."""
+        strict = [one for one in members if one.group["nonfinite"] == "raise"]
+        norms = gradient_norms([one.grad for one in strict])
+        bad = [one for one, norm in zip(strict, norms, strict=True) if not math.isfinite(norm)]
+        if bad:
+            self._skip(bad)
 
     def _new_subspace(self, layer: QuantizedLinear, member: Member, rescale: Rescale | None) -> None:
-        member = member._replace(grad=_mean_over_ranks(member.grad))
         if not self._finite([member], rescale) or not bool(member.grad.any()):
             return  # the layer stays due
         group, count = self.param_groups[0], self._count(layer)
@@ -194,10 +213,7 @@ def _times(until: int, place: int, group: dict[str, Any]) -> Iterator[int]:
         time += gap + (int(growth**k) if growth > 1 else 0)
 
 
-def _mean_over_ranks(grad: Tensor) -> Tensor:
-    """Of data-parallel ranks; wrappers reduce the gradients of parameters that always have one, and not these."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return grad
-    mean = grad / dist.get_world_size()
-    dist.all_reduce(mean)
-    return mean
+def _average_over_ranks(grad: Tensor) -> None:
+    """Data-parallel ones; wrappers reduce the gradients of parameters that always have one, and not these."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(grad.div_(dist.get_world_size()))

@@ -78,7 +78,7 @@ def normal(shape: tuple[int, ...], key: int, stream: Stream, device: torch.devic
 
 
 def uniform(shape: tuple[int, ...], key: int, stream: Stream, device: torch.device | str = "cpu") -> Tensor:
-    """Uniform numbers in (0, 1), float32: the midpoints of 2^23 equal cells, so that rounding reaches neither end."""
+    """Uniform numbers in (0, 1), float32: the midpoints of 2^23 equal cells, which are floats: none is rounded to 1."""
     out = torch.empty(math.prod(shape), dtype=torch.float32, device=device)
     for target, words, skip in _blocks(out, 4, 0, key, stream):
         cells = torch.stack(words, dim=-1).flatten()[skip : skip + target.numel()] >> 9
