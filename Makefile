@@ -49,6 +49,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.step_time --all --model 60m --rounds 9
 	$(BIN)/python -m benchmarks.subspace
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.weight_memory
 	$(BIN)/python -m benchmarks.peak_memory
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.quality sweep --steps 200
