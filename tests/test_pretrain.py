@@ -595,3 +595,21 @@ def test_table_shows_failed_runs_and_plot_smooths_without_lag():
     assert plot.smooth(line)[20:30] == pytest.approx(line[20:30])
     assert summary.human(1536) == "1.50 KiB"
     assert worker.RESULT == "result.json"
+
+
+def test_two_runs_may_prepare_the_corpus_at_once(folder, tmp_path, monkeypatch):
+    args = arguments.complete(arguments.parser().parse_args(command(folder, tmp_path / "cache")))
+    request, encode = arguments.request(args), corpus._encode
+    seen = []
+
+    def slow(*rest):
+        if not seen:  # while the first is at work the second does it all
+            seen.append(True)
+            corpus.prepare(request, args.cache)
+        return encode(*rest)
+
+    monkeypatch.setattr(corpus, "_encode", slow)
+    monkeypatch.setattr(corpus.os, "getpid", lambda pids=iter(range(1, 9)): next(pids))
+    prepared = corpus.prepare(request, args.cache)
+    assert prepared.validation_tokens
+    assert not list(args.cache.glob("*.part"))

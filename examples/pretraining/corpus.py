@@ -118,9 +118,18 @@ def _build(request: Request, folder: Path, key: str) -> None:
         content = b"".join(path.read_bytes() for path in sorted(part.glob("*.bin")))
         values["digest"] = hashlib.sha256(f"{request.source} {coder.digest}".encode() + content).hexdigest()
         (part / "corpus.json").write_text(json.dumps(values, indent=2))
-        os.replace(part, folder)
+        _put(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _put(part: Path, folder: Path) -> None:
+    """Two runs may prepare the same corpus at once; the first to be done has made what the other needs."""
+    try:
+        os.replace(part, folder)
+    except OSError:
+        if not (folder / "corpus.json").exists():
+            raise
 
 
 def _train_tokenizer(request: Request, path: Path) -> Path:
