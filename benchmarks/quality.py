@@ -94,9 +94,11 @@ METHODS |= {
 }
 BASELINES = "AdamW", "AdamW, own lr for the matrices"
 # Not swept: the best of another method, with other keywords.
-VARIANTS = {
+VARIANTS: dict[str, tuple[str, Row]] = {
     "GaLoreAdamW, int8 state": ("GaLoreAdamW", {"state_dtype": "int8"}),
     "GaLoreAdamW, int4 state": ("GaLoreAdamW", {"state_dtype": "int4"}),
+    "ReLoRA, after 50 steps of AdamW": ("ReLoRA", {"--warm-start": 50}),
+    "LoQT, dense": ("LoQT", {"base": "dense"}),
 }
 
 
@@ -105,7 +107,10 @@ def run(optimizer: str, lr: float, keywords: Row, seed: int, steps: int) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(nano.ROOT / "examples" / "pretrain.py"), "--optimizer", optimizer]
         command += ["--lr", str(lr), "--seed", str(seed), "--steps", str(steps), "--out", f"{folder}/run"]
-        command += ["--set", *(f"{key}={value}" for key, value in keywords.items())] if keywords else []
+        flags = {key: value for key, value in keywords.items() if key.startswith("--")}
+        command += [f"{key}={value}" for key, value in flags.items()]
+        settings = [f"{key}={value}" for key, value in keywords.items() if key not in flags]
+        command += ["--set", *settings] if settings else []
         # The package beside this file, not one that is installed from elsewhere.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(nano.ROOT)}
         done = subprocess.run(command, env=environment, cwd=nano.ROOT, capture_output=True, text=True, check=False)

@@ -609,7 +609,8 @@ def test_two_runs_may_prepare_the_corpus_at_once(folder, tmp_path, monkeypatch):
         return encode(*rest)
 
     monkeypatch.setattr(corpus, "_encode", slow)
-    monkeypatch.setattr(corpus.os, "getpid", lambda pids=iter(range(1, 9)): next(pids))
+    pids = iter(range(1, 9))
+    monkeypatch.setattr(corpus.os, "getpid", lambda: next(pids))
     prepared = corpus.prepare(request, args.cache)
     assert prepared.validation_tokens
     assert not list(args.cache.glob("*.part"))
