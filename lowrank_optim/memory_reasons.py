@@ -19,6 +19,7 @@ from .optimizer import LowRankOptimizer
 from .peak import StepPeak
 from .plan import Plan, names_say, resolve_rank
 from .report import human
+from .weight_space import WeightSpaceOptimizer
 
 _WORTH = 0.05  # of what is kept: what saves less is not worth a sentence
 _MUCH = 0.25  # of the state
@@ -67,6 +68,11 @@ class Entry:
     def bytes(self) -> int:
         return self.kept.total()
 
+    @property
+    def plain(self) -> bool:
+        """Neither projected nor kept in place of a weight."""
+        return not (self.plan.projected or self.group.get("factors") or self.group.get("whole"))
+
 
 def reasons(facts: Facts) -> Iterator[str]:
     """All that apply, those of the optimizer first."""
@@ -88,6 +94,15 @@ def _some(entries: list[Entry]) -> str:
     """Names of the largest, and what all keep."""
     ranked = sorted(entries, key=lambda one: one.bytes, reverse=True)
     return f"{few([one.plan.name for one in ranked])} ({human(sum(one.bytes for one in entries))} of state)"
+
+
+def _converts(entries: list[Entry]) -> bool:
+    """Of a method that changes how weights are kept?"""
+    return "factors" in entries[0].group
+
+
+def _done(entries: list[Entry]) -> str:
+    return "converted" if _converts(entries) else "projected"
 
 
 # -- of the optimizer --------------------------------------------------------------------------------------------------
@@ -139,25 +154,49 @@ def wrong_side(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) 
         )
 
 
+def thick_factors(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
+    if not isinstance(optimizer, WeightSpaceOptimizer):
+        return
+    trained = weights = 0
+    for layer in optimizer._conversion.layers.values():
+        trained += sum(getattr(layer, key).numel() for key in layer.factors)
+        weights += layer.out_features * layer.in_features
+    if trained > weights / 2:
+        yield (
+            f"The factors are too large to save much: {trained / 1e6:.2f}M numbers are trained in place of "
+            f"{weights / 1e6:.2f}M. Take a lower rank"
+        )
+
+
 def embeddings(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
-    found = [one for one in entries if not one.plan.projected and names_say(one.plan.name)]
+    found = [one for one in entries if one.plain and names_say(one.plan.name)]
     state, kept = facts.measured("optimizer"), sum(one.bytes for one in found)
     if found and kept > _MUCH * state and facts.matters(kept):
         yield (
-            f"Embeddings and heads are not projected: {_some(found)} keep {kept / state:.0%} of all state. Tie them, "
-            "or project them: skip_embeddings=False in their group, or param_groups(model, include=[...])"
+            f"Embeddings and heads are not {_done(found)}: {_some(found)} keep {kept / state:.0%} of all state. Tie "
+            "them, "
+            + (
+                "or keep state in fewer bits"
+                if _converts(found)
+                else "or project them: skip_embeddings=False in their group, or param_groups(model, include=[...])"
+            )
         )
 
 
 def other_plain(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
-    plain = [one for one in entries if not one.plan.projected and not names_say(one.plan.name)]
+    plain = [one for one in entries if one.plain and not names_say(one.plan.name)]
     found = [one for one in plain if not one.plan.reason.startswith("rank ")]
     state, kept = facts.measured("optimizer"), sum(one.bytes for one in found)
     if found and kept > _MUCH * state and facts.matters(kept):
         largest = max(found, key=lambda one: one.bytes).plan.reason
         yield (
-            f"Much is not projected: {_some(found)} keep {kept / state:.0%} of all state (the largest: {largest}). "
-            "Give matrices among them a group with a rank, as param_groups(model, include=[...]) does"
+            f"Much is not {_done(found)}: {_some(found)} keep {kept / state:.0%} of all state"
+            + (
+                ". Name linear layers among them in include=[...]"
+                if _converts(found)
+                else f" (the largest: {largest}). Give matrices among them a group with a rank, as param_groups(model, "
+                "include=[...]) does"
+            )
         )
 
 
@@ -255,8 +294,12 @@ def frozen_base(facts: Facts) -> Iterator[str]:
     frozen = facts.measured("frozen weights")
     if frozen > facts.measured("weights"):
         yield (
-            f"Most weights are frozen: {human(frozen)}, which no optimizer can lower. Keep them in fewer bits: "
-            "model.to(torch.bfloat16), or lowrank_optim.quantize_weights for linear layers"
+            f"Most weights are frozen: {human(frozen)}. Keep them in fewer bits: model.to(torch.bfloat16), "
+            + (
+                "or base='int8' or 'nf4', where the method has it"
+                if isinstance(facts.optimizer, WeightSpaceOptimizer)
+                else "or lowrank_optim.quantize_weights for linear layers"
+            )
         )
 
 
@@ -280,6 +323,7 @@ LOW_RANK: tuple[Callable[[Facts, LowRankOptimizer, list[Entry]], Iterator[str]],
     rank_not_below,
     rank_too_large,
     wrong_side,
+    thick_factors,
     embeddings,
     other_plain,
     wide_state,

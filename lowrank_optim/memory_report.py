@@ -19,6 +19,7 @@ from .optimizer import LowRankOptimizer
 from .peak import StepPeak, measure
 from .report import human, state_bytes
 from .storages import stored
+from .weight_space import WeightSpaceOptimizer
 
 _COLUMNS = ("", "measured", "predicted", "AdamW")
 _EMPTY = Figure(None, None, None)
@@ -60,8 +61,8 @@ def memory_report(model: nn.Module, optimizer: Optimizer, *, step: Callable[[], 
     """Where the memory of a training goes, after at least one step: measured, predicted, beside AdamW; why not less.
 
     Measured are real storages, each counted once and whole. Predicted is what `estimate_memory` says of this optimizer.
-    AdamW is torch's on the same weights, with whole gradients. "kept" adds up what is above it; the two rows below it
-    come on top for a moment only:
+    AdamW is torch's on the same weights (on plain layers, where they were converted), with whole gradients. "kept"
+    adds up what is above it; the two rows below it come on top for a moment only:
 
     - "update": what `optimizer.step()` takes beyond what was there when it was called. The prediction includes the
       refit of the largest basis if the measured step refitted any.
@@ -126,19 +127,21 @@ def _figures(
     model: nn.Module, optimizer: Optimizer, trained: list[Tensor], peak: StepPeak | None, refits: int
 ) -> dict[str, Figure]:
     weights = sum(p.stored_bytes() if hasattr(p, "stored_bytes") else p.nbytes for p in trained)
-    plain = sum(p.numel() * p.element_size() for p in trained)
-    ids = {id(p) for p in trained}
+    own = sum(p.numel() * p.element_size() for p in trained)
+    ids, inside = {id(p) for p in trained}, set(_converted(optimizer))
     frozen = stored([[p for p in model.parameters() if id(p) not in ids], list(model.buffers())])
+    elsewhere = stored([p for p in model.parameters() if id(p) not in ids and p not in inside])
     gradients = stored([[p.grad for p in trained], list(_sums(optimizer))]) if peak is None else peak.gradients
-    meta = [_meta(p, 0, None)[1] for p in trained]
+    meta = _unconverted(optimizer, trained)
+    plain = sum(p.nbytes for p in meta)
     adamw = _bytes_after_step(torch.optim.AdamW(meta), meta)
     found = {"weights": Figure(stored(trained), weights, plain)}
     if frozen:
-        found["frozen weights"] = Figure(frozen, frozen, frozen)
+        found["frozen weights"] = Figure(frozen, frozen, elsewhere if inside else frozen)
     update = None
     if isinstance(optimizer, LowRankOptimizer):
         handle = optimizer._in_backward
-        most = plain if handle is None else most_gradients(optimizer, handle.accumulation_steps, handle.accumulate)
+        most = own if handle is None else most_gradients(optimizer, handle.accumulation_steps, handle.accumulate)
         estimate = expected(optimizer, weights, most)
         found["gradients"] = Figure(gradients, estimate.gradients, plain)
         found["optimizer"] = Figure(state_bytes(optimizer), estimate.optimizer, adamw)
@@ -146,13 +149,30 @@ def _figures(
             found["shared dictionaries"] = Figure(stored(_dictionaries(optimizer)), estimate.shared, 0)
         update = estimate.step_workspace + (estimate.refresh_workspace if refits else 0)
     else:
-        found["gradients"] = Figure(gradients, plain, plain)
+        found["gradients"] = Figure(gradients, own, plain)
         found["optimizer"] = Figure(state_bytes(optimizer), _expected_of_torch(optimizer), adamw)
     found["kept"] = _total(found)
     in_step = None if peak is None or _in_backward(optimizer) else peak.update
     found["update"] = Figure(in_step, update, None)
     found["whole step"] = Figure(None if peak is None else peak.whole, None, None)
     return found
+
+
+def _converted(optimizer: Optimizer) -> Iterator[Tensor]:
+    """Parameters that are kept in place of a weight, trained or not."""
+    layers = optimizer._conversion.layers.values() if isinstance(optimizer, WeightSpaceOptimizer) else ()
+    return (p for layer in layers for key, p in layer.named_parameters() if key != "bias")
+
+
+def _unconverted(optimizer: Optimizer, trained: list[Tensor]) -> list[nn.Parameter]:
+    """What AdamW would train: the same parameters, or the dense weights that they are kept in place of."""
+    inside = set(_converted(optimizer))
+    meta = [_meta(p, 0, None)[1] for p in trained if p not in inside]
+    if isinstance(optimizer, WeightSpaceOptimizer):
+        for layer in optimizer._conversion.layers.values():
+            shape, dtype = (layer.out_features, layer.in_features), layer.leader.dtype
+            meta.append(nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")))
+    return meta
 
 
 def _total(figures: dict[str, Figure]) -> Figure:

@@ -414,9 +414,17 @@ def test_memory_report_runs(case):
     model = net()
     optimizer = case.build(model)
     train(model, optimizer, 2)
-    text = str(lowrank_optim.memory_report(model, optimizer, step=lambda: train(model, optimizer, 1)))
-    assert "weights" in text
-    assert "optimizer" in text
+    report = lowrank_optim.memory_report(model, optimizer, step=lambda: train(model, optimizer, 1))
+    dense = sum(m * n for m, n in CONVERTED.values())
+    rest = sum(p.numel() for group in optimizer.param_groups[1:3] for p in group["params"])
+    assert report["weights"].adamw == report["gradients"].adamw == 4 * (dense + rest)
+    assert report["optimizer"].adamw == 2 * 4 * (dense + rest) + 4 * (len(CONVERTED) + 9)
+    assert report["frozen weights"].adamw == sum(p.nbytes for p in model.frozen.parameters())
+    assert report["optimizer"].measured == report["optimizer"].predicted
+    text = " ".join(report.reasons)
+    assert "projected" not in text
+    assert "quantize_weights" not in text
+    assert "Embeddings and heads are not converted" in text or case.name == "lte"
 
 
 @every_case
