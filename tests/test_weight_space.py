@@ -451,15 +451,15 @@ def _rank(rank, world, port, folder):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    for case in WEIGHT_CASES:
-        model = net(torch.float64)
+    for case, same in [(case, same) for case in WEIGHT_CASES for same in (True, False)]:
+        model = net(torch.float64, seed=0 if same else rank)
         optimizer = case.build(model)
         wrapped = DistributedDataParallel(model)
         for step in range(2 * case.period + 2):
             optimizer.zero_grad()
             loss_of(wrapped, batch(step).chunk(world)[rank]).backward()
             optimizer.step()
-        torch.save(model.state_dict(), f"{folder}/{case.name}.{rank}.pt")
+        torch.save(model.state_dict(), f"{folder}/{case.name}.{same}.{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -472,7 +472,10 @@ def test_two_processes_equal_one(tmp_path):
     for case in WEIGHT_CASES:
         model = net(torch.float64)
         train(model, case.build(model), 2 * case.period + 2)
-        first, second = (torch.load(tmp_path / f"{case.name}.{rank}.pt") for rank in (0, 1))
+        first, second = (torch.load(tmp_path / f"{case.name}.False.{rank}.pt") for rank in (0, 1))
+        for name, x in first.items():
+            assert torch.equal(second[name], x), f"{case.name}: {name} stays as each rank had drawn it"
+        first, second = (torch.load(tmp_path / f"{case.name}.True.{rank}.pt") for rank in (0, 1))
         for name, x in model.state_dict().items():
             if isinstance(x, torch.Tensor):
                 assert torch.equal(first[name], second[name]), f"{case.name}: {name} differs between ranks"

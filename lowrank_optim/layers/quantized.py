@@ -111,6 +111,10 @@ class QuantizedWeight(Tensor):
         """Bytes of the codes and of what their blocks share."""
         return sum(x.numel() * x.element_size() for _, x in self._inner())
 
+    def parts(self) -> list[Tensor]:
+        """What it consists of, in the order of `per`; in the same memory."""
+        return [x for _, x in self._inner()]
+
     @property
     def _line(self) -> int:
         """Elements of one matrix."""

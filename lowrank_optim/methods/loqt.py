@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import ops
-from ..chunk import Member, gradient_norms, working_dtype
+from ..chunk import Member, gradient_norms, is_packed, working_dtype
 from ..distributed.algebra import WHOLE
 from ..layers.convert import Conversion, leave_to_ranks
 from ..layers.linear import ReparameterizedLinear
@@ -163,8 +163,9 @@ class LoQT(WeightSpaceOptimizer):
         bases: dict[Tensor, QuantizedLinear] = {layer.base: layer for layer in layers}
         due = [one for one in members if one.p in bases and bases[one.p].B in self._due]
         others = [one for one in members if one.p not in bases and one.p not in self._due]
-        for one in due:
-            _average_over_ranks(one.grad)
+        if _ranks() > 1:
+            for one in due:
+                _agree(bases[one.p] if self._count(bases[one.p]) == 0 else None, one.grad)
         self._refuse_nonfinite(due + others)
         for one in due:
             self._new_subspace(bases[one.p], one, rescale)
@@ -213,7 +214,16 @@ def _times(until: int, place: int, group: dict[str, Any]) -> Iterator[int]:
         time += gap + (int(growth**k) if growth > 1 else 0)
 
 
-def _average_over_ranks(grad: Tensor) -> None:
-    """Data-parallel ones; wrappers reduce the gradients of parameters that always have one, and not these."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(grad.div_(dist.get_world_size()))
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _agree(layer: QuantizedLinear | None, grad: Tensor) -> None:
+    """The mean of the gradients of data-parallel ranks, and a layer that has not begun gets its weight from the first.
+
+    Wrappers see to both, but only for parameters that always have a gradient.
+    """
+    dist.all_reduce(grad.div_(_ranks()))
+    if layer is not None:
+        for x in cast(Any, layer.base).parts() if is_packed(layer.base) else [layer.base.detach()]:
+            dist.broadcast(x, 0)
