@@ -351,3 +351,41 @@ def test_activation_checkpointing_trains_the_same(case):
         train(twin, theirs, 1, first=step)
     for (name, x), (_, y) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
         assert torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("restart", [1, 3])
+def test_llama_trains_merges_and_is_saved_as_it_was(restart, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, vocab_size=50
+    )
+    model, tokens = transformers.LlamaForCausalLM(config), torch.arange(24).view(2, 12)
+    optimizer = ReLoRA(model, rank=4, lr=0.01, merge_every=restart, base="nf4", exact_base=True)
+    model.train()
+    model.gradient_checkpointing_enable()
+    losses = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert sum(row.method == "ReLoRA" for row in optimizer.report()) == 14
+    model.eval()
+    before = model(input_ids=tokens).logits
+    lowrank_optim.merge(model)
+    assert torch.allclose(model(input_ids=tokens).logits, before, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
+def test_an_average_of_quantized_weights_is_refused_with_the_way_out():
+    model = net()
+    optimizer = ReLoRA(model, base="nf4", **OPTIONS)
+    average = AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    train(model, optimizer, 1)
+    average.update_parameters(model)  # the first is a copy
+    with pytest.raises(RuntimeError, match="average plain ones"):
+        average.update_parameters(model)

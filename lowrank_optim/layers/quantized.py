@@ -351,7 +351,7 @@ def _refusal(name: str, weight: Tensor) -> RuntimeError:
     return RuntimeError(
         f"{name} would write to an {type(weight).__name__}, where small updates vanish if they are rounded to nearest. "
         "Train it with an optimizer of lowrank_optim; to overwrite it use copy_ (rounds to nearest) or pack_ "
-        "(stochastically)"
+        "(stochastically); to average weights, average plain ones, as lowrank_optim.merge gives them"
     )
 
 

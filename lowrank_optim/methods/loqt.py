@@ -39,7 +39,8 @@ class LoQT(WeightSpaceOptimizer):
 
     Memory per weight, m >= n: `m n` and `n r` at 0.56 bytes per element, `4 m r` for B, its gradient and two moments.
     Before such an update the gradient of the weight is whole: of all weights before the first update, of one after the
-    other later (`stagger`), and with `step_in_backward` never of two at once.
+    other later (`stagger`), and with `step_in_backward` never of two at once. torch.compile makes a graph for each set
+    of weights whose gradients are wanted: compile layers one by one, or the model with stagger=False.
 
     Args:
         rank: of B and P, or a fraction of min(m, n).
