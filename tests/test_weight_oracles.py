@@ -289,6 +289,15 @@ def test_a_period_must_divide_the_run():
 # -- LoQT --------------------------------------------------------------------------------------------------------------
 
 
+def test_equal_gaps_are_known_without_counting():
+    model = nn.Sequential(*(nn.Linear(20, 20) for _ in range(5)))
+    optimizer = lowrank_optim.LoQT(model, rank=4, update_proj_gap=7, gap_growth=1)
+    for place, layer in enumerate(optimizer._conversion.layers.values()):
+        for count in range(40):
+            optimizer.state[layer.leader]["step"].fill_(count)
+            assert optimizer._is_due(place, layer) == (count in optimizer._times(place, layer))
+
+
 def test_update_times_are_the_published_ones():
     group = {"update_proj_gap": 100, "gap_growth": 1.2}
     assert list(_times(720, 0, group)) == [0, 100, 201, 302, 403, 505, 607, 709]

@@ -122,11 +122,18 @@ class LoQT(WeightSpaceOptimizer):
         group = self.param_groups[0]
         return _times(self._count(layer), place if group["stagger"] else 0, group)
 
+    def _is_due(self, place: int, layer: ReparameterizedLinear) -> bool:
+        group, count = self.param_groups[0], self._count(layer)
+        if group["gap_growth"] > 1:
+            return count in self._times(place, layer)  # gaps grow, so these are few
+        gap = group["update_proj_gap"]
+        return count == 0 or (count + _shift(place if group["stagger"] else 0, gap)) % gap == 0
+
     def _aim(self) -> None:
         """Weights that are due for a new subspace get a gradient in the next step, and no others keep one."""
         self._due: set[Tensor] = set()  # their factors; only what is said here counts, as anyone may unfreeze a model
         for place, layer in enumerate(cast(Any, self._conversion.layers).values()):
-            due = self._count(layer) in self._times(place, layer)
+            due = self._is_due(place, layer)
             if due:
                 self._due.add(layer.B)
             else:
@@ -207,7 +214,7 @@ def _times(until: int, place: int, group: dict[str, Any]) -> Iterator[int]:
     """
     gap, growth = group["update_proj_gap"], group["gap_growth"]
     yield 0
-    time = gap - int(place * _GOLDEN % 1 * gap)
+    time = gap - _shift(place, gap)
     for k in counting(1):
         if time > until:
             return
@@ -228,3 +235,8 @@ def _agree(layer: QuantizedLinear | None, grad: Tensor) -> None:
     if layer is not None:
         for x in cast(Any, layer.base).parts() if is_packed(layer.base) else [layer.base.detach()]:
             dist.broadcast(x, 0)
+
+
+def _shift(place: int, gap: int) -> int:
+    """What a layer is ahead of the first one."""
+    return int(place * _GOLDEN % 1 * gap)
