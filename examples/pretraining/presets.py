@@ -59,7 +59,7 @@ def _restarts(period: int) -> dict[str, Any]:
 _RANK: dict[str, Any] = {"rank": 0.25}
 _LOW: dict[str, Any] = {**_RANK, "update_proj_gap": 50}
 _FACTORED: dict[str, Any] = {"relative_step": False, "scale_parameter": False}
-_SPLIT: dict[str, Any] = {"lr": 0.002, "rest_lr": 0.032, **_RANK}  # not swept: AdamW's own lr of matrices, doubled
+_SPLIT: dict[str, Any] = {"rest_lr": 0.032, **_RANK}
 _NANO: dict[str, dict[str, Any]] = {
     "AdamW": {"lr": 0.032, "matrix_lr_scale": 0.03125},
     "Adafactor": {"lr": 0.032, "matrix_lr_scale": 1.0},
@@ -81,12 +81,12 @@ _NANO: dict[str, dict[str, Any]] = {
     "SubspaceMomentum": {"lr": 1.0, "scale": 1.0, **_LOW},
     "SNSMAdamW": {"lr": 0.032, "scale": 0.03125, **_LOW, "reduce": "mean"},
     "Composed": {"lr": 0.032, "scale": 0.0625, **_LOW},
-    "ReLoRA": {**_SPLIT, "merge_every": 50},
-    "LTE": {**_SPLIT, "merge_every": 10},
-    "SLTrain": {**_SPLIT, **_restarts(50)},
-    "LoQT": {**_SPLIT, "update_proj_gap": 50},
-    "SST": {**_SPLIT, "iteration_steps": 50},
-    "LowRankAdamW": {**_SPLIT, **_restarts(50)},
+    "ReLoRA": {**_SPLIT, "lr": 0.004, "merge_every": 50},
+    "LTE": {**_SPLIT, "lr": 0.001, "merge_every": 10},
+    "SLTrain": {**_SPLIT, "lr": 0.002, **_restarts(50)},
+    "LoQT": {**_SPLIT, "lr": 0.004, "update_proj_gap": 50},
+    "SST": {**_SPLIT, "lr": 0.004, "iteration_steps": 50},
+    "LowRankAdamW": {**_SPLIT, "lr": 0.002, **_restarts(50)},
 }
 
 PRESETS = {
