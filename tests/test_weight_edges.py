@@ -389,3 +389,18 @@ def test_an_average_of_quantized_weights_is_refused_with_the_way_out():
     average.update_parameters(model)  # the first is a copy
     with pytest.raises(RuntimeError, match="average plain ones"):
         average.update_parameters(model)
+
+
+def test_merge_lets_go_of_layers_one_by_one(monkeypatch):
+    model = nn.Sequential(*(nn.Linear(20, 20, bias=False) for _ in range(4)))
+    lowrank_optim.convert(model, rank=4)
+    factors = [weakref.ref(layer.B) for layer in model]
+    alive, to_linear = [], lowrank_optim.LowRankLinear.to_linear
+
+    def watched(layer):
+        alive.append(sum(ref() is not None for ref in factors))
+        return to_linear(layer)
+
+    monkeypatch.setattr(lowrank_optim.LowRankLinear, "to_linear", watched)
+    lowrank_optim.merge(model)
+    assert alive == [4, 3, 2, 1]

@@ -137,11 +137,13 @@ def merge(model: nn.Module) -> nn.Module:
     if not places:
         raise ValueError(f"{type(model).__name__} has no converted layers: nothing to merge")
     for _, _, layer in places:
+        layer.check_complete()
+    while places:  # let go one by one, so that at no time both forms of all layers are there
+        parent, name, layer = places.pop()
         if id(layer) not in plain:
             plain[id(layer)] = layer.to_linear()
             weight = cast(nn.Parameter, plain[id(layer)].weight)
             plain[id(layer)].weight = weights.setdefault(id(layer.leader), weight)
-    for parent, name, layer in places:
         setattr(parent, name, plain[id(layer)])
     return model
 

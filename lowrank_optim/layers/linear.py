@@ -69,8 +69,12 @@ class ReparameterizedLinear(nn.Module, abc.ABC):
         """The first factor. Layers that share their weight have it in common."""
         return cast(nn.Parameter, getattr(self, self.factors[0]))
 
+    def check_complete(self) -> None:
+        """Raises a RuntimeError where the layer does not hold all that it has learned."""
+
     def to_linear(self) -> nn.Linear:
         """A plain layer of the same function, up to one rounding of W to the dtype of the factors."""
+        self.check_complete()
         plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         with torch.no_grad():
             plain.weight = nn.Parameter(self.weight.detach())

@@ -92,13 +92,12 @@ class MultiHeadLinear(ReparameterizedLinear):
         b, a = _side_by_side(w.dtype, self._all())
         return w + (self.scale / self.heads) * (b @ a)
 
-    def to_linear(self) -> nn.Linear:
+    def check_complete(self) -> None:
         if self.world > 1 and not (torch.equal(self.B, self.B_merged) and torch.equal(self.A, self.A_merged)):
             raise RuntimeError(
                 "heads on other ranks have trained since the last merge, and that would be lost; call "
                 "optimizer.merge_now() on every rank first"
             )
-        return super().to_linear()
 
     @torch.no_grad()
     def merge_(self, count: int, stochastic: bool = True) -> None:
