@@ -145,7 +145,7 @@ class Chunk:
         if not self.restarts:
             return float(self.step)
         ages = self.ages()
-        if bool((ages == ages[0]).all()):
+        if len(ages) == 1 or (not self.plans[0].projected and bool((ages == ages[0]).all())):
             return float(ages[0])
         return ages.to(self.params[0].device, self.working).view(-1, *[1] * len(self.plans[0].matrix))
 

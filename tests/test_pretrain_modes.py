@@ -133,7 +133,8 @@ def test_predicted_gradients(folder, cache, tmp_path, flags, expected):
     assert found["bytes"]["gradients"] == expected
     assert found["seconds"]["optimizer"] is None
     assert "in backward" in summary.table([found], [])
-    assert "live at once" in worker._report(run)
+    run.write_report()
+    assert "live at once" in (run.folder / "report.txt").read_text()
 
 
 # ---------------------------------------------------------------- mixed precision

@@ -155,7 +155,7 @@ def test_table_tells_both_rates_and_the_total(folder, cache, tmp_path):
     shown = summary.table(results, ["LoQT"]).splitlines()
     assert max(map(len, shown)) <= 140
     assert "total" in shown[0]
-    assert "0.032, matrices 0.002" in shown[2]
+    assert "0.032, matrices 0.004" in shown[2]
     for line, result in zip(shown[2:], results, strict=False):
         size = result["bytes"]
         assert summary.human(sum(size[f"{k}_measured"] for k in ("weights", "gradients", "optimizer"))) in line
@@ -293,7 +293,7 @@ def test_the_whole_program(folder, cache, tmp_path, capfd):
 @every_method
 def test_sweep_is_of_lr_alone(name):
     method = quality.METHODS[name]
-    assert method.first == 0.002
+    assert method.first == presets.PRESETS["nano"].optimizers[name]["lr"]
     assert method.candidate(0.004) == (0.004, {"rest_lr": 0.032})
 
 

@@ -221,11 +221,11 @@ def test_lr_zero_still_restarts_and_keeps_the_function(case):
 
 @every_case
 def test_lr_as_a_tensor(case):
-    model, twin = net(), net()
-    ours, theirs = case.build(model, lr=torch.tensor(0.013)), case.build(twin)
+    model, twin = net(torch.float64), net(torch.float64)
+    ours, theirs = case.build(model, lr=torch.tensor(0.013, dtype=torch.float64)), case.build(twin)
     train(model, ours, 2 * case.period)
     train(twin, theirs, 2 * case.period)
-    assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(torch.allclose(x, y, atol=1e-9) for x, y in zip(model.parameters(), twin.parameters(), strict=True))
 
 
 @every_case
@@ -256,7 +256,8 @@ def test_empty_batches_change_nothing_but_the_clock(case):
 @every_case
 @pytest.mark.parametrize("restart", [1, 2])
 def test_rank_one_and_a_restart_at_every_update(case, restart):
-    keys = [key for key in ("merge_every", "refactor_every", "reset_every", "update_proj_gap") if key in case.kwargs]
+    periods = ("merge_every", "refactor_every", "reset_every", "update_proj_gap", "iteration_steps")
+    keys = [key for key in periods if key in case.kwargs]
     model = net(torch.float64)
     optimizer = case.build(model, rank=1, **dict.fromkeys(keys, restart))
     losses = train(model, optimizer, 12)
@@ -273,7 +274,7 @@ def test_stacked_layers_with_clocks_of_their_own(case):
             if step % 3 == 1:
                 optimizer.reset(model.square)  # `first` has the same shape and keeps its clock
             train(model, optimizer, 1, first=step)
-    ages = {int(optimizers[1].state[layer.B]["refreshed_at"]) for layer in (models[1].square, models[1].first)}
+    ages = {int(optimizers[1].state[layer.leader]["refreshed_at"]) for layer in (models[1].square, models[1].first)}
     assert len(ages) == 2
     for (name, x), (_, y) in zip(models[0].named_parameters(), models[1].named_parameters(), strict=True):
         assert torch.allclose(x, y, atol=1e-9), name
@@ -282,12 +283,13 @@ def test_stacked_layers_with_clocks_of_their_own(case):
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_converted_model_may_be_cast_in_the_middle_of_training(case, dtype):
+    base = {"base": "nf4"} if any("base" in options for options in case.variants) else {}
     model = net()
-    optimizer = case.build(model, eps=1e-4, bf16_update="none", **({} if case.name == "low_rank" else {"base": "nf4"}))
+    optimizer = case.build(model, eps=1e-4, bf16_update="none", **base)
     train(model, optimizer, 2)
     model.to(dtype)
     train(model, optimizer, 2 * case.period)
-    assert model.up.B.dtype == model.up.weight.dtype == dtype
+    assert model.up.leader.dtype == model.up.weight.dtype == dtype
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
@@ -318,6 +320,8 @@ def test_encoder_layers_train_and_evaluate(case):
         optimizer.zero_grad()
         (encoder(x) - 1).square().mean().backward()
         optimizer.step()
+    if case.splits:
+        encoder.eval()  # in training a sample sees its own head
     trained = encoder(x)
     with torch.no_grad():
         assert torch.allclose(encoder.eval()(x), trained, atol=1e-5)
