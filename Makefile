@@ -2,6 +2,7 @@
 # make test       a fresh machine to a green test run
 # make test-all   with the slow tests
 # make check      what CI runs before the tests: format, lint, types
+# make native     the native kernels, built now and not with the first optimizer
 # make bench      the measurements that the README quotes (long; they write benchmarks/results/)
 
 .DEFAULT_GOAL := help
@@ -11,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help pretrain test test-all check bench clean
+.PHONY: help pretrain test test-all check native bench clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -42,6 +43,9 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+native: $(STAMP)
+	$(BIN)/python -m lowrank_optim.build
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.step_time --model 60m
