@@ -177,23 +177,31 @@ LRO_HD Grid grid_of(float top, float bottom, float most) {
   return {bottom, step < kTiny ? kTiny : step};
 }
 
-LRO_HD uint8_t grid_code(float x, const Grid& grid, float most) {
-  const float place = floorf((x - grid.low) / grid.step + 0.5f);
+// Places are not negative, so that to cut off is to round down; in integers, for which compilers find instructions.
+LRO_HD uint8_t grid_code(float x, const Grid& grid, int32_t most) {
+  const int32_t place = static_cast<int32_t>((x - grid.low) / grid.step + 0.5f);
   return static_cast<uint8_t>(place > most ? most : place);
 }
 
 // Compared and not added up: a sum would be rounded, and move what is on the grid.
-LRO_HD uint8_t grid_code(float x, const Grid& grid, float most, float noise) {
-  const float place = (x - grid.low) / grid.step, whole = floorf(place);
-  const float up = whole + (place - whole > noise ? 1.0f : 0.0f);
-  return static_cast<uint8_t>(up > most ? most : up);
+LRO_HD int32_t rounded_up(float place, float noise) {
+  const int32_t whole = static_cast<int32_t>(place);
+  return whole + (place - static_cast<float>(whole) > noise ? 1 : 0);
 }
 
-LRO_HD uint8_t sixteenth_code(float x, float divisor, bool dithered, float noise) {
-  const float place = x / divisor * 16.0f, whole = floorf(place);
-  const float rest = place - whole;
-  const float up = whole + ((dithered ? rest > noise : rest >= 0.5f) ? 1.0f : 0.0f);
-  return static_cast<uint8_t>((up < 1.0f ? 1.0f : up > 16.0f ? 16.0f : up) - 1.0f);
+LRO_HD uint8_t grid_code(float x, const Grid& grid, int32_t most, float noise) {
+  const int32_t place = rounded_up((x - grid.low) / grid.step, noise);
+  return static_cast<uint8_t>(place > most ? most : place);
+}
+
+// Two codes of 4 bits to a byte, the first in the lower half.
+LRO_HD uint8_t packed(uint8_t first, uint8_t second) { return static_cast<uint8_t>(first | second << 4); }
+
+// Sixteenths from 1 to 16, as 0 to 15. Halves go up: without noise that is to be `kHalf`.
+constexpr float kHalf = 0.49999997f;  // the float below 1/2
+LRO_HD uint8_t sixteenth_code(float x, float divisor, float noise) {
+  const int32_t place = rounded_up(x / divisor * 16.0f, noise);
+  return static_cast<uint8_t>((place < 1 ? 1 : place > 16 ? 16 : place) - 1);
 }
 
 }  // namespace lro

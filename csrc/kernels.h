@@ -62,6 +62,10 @@ void dequantize_blockwise(Queue queue, Out* x, const uint8_t* codes, const float
 template <class Out>
 void dequantize_affine(Queue queue, Out* x, const uint8_t* codes, const float* scale, const float* low, Blocks blocks);
 
+// `rows` lines of k codes, each line ceil(k / 2) bytes.
+void pack4(Queue queue, uint8_t* packed, const uint8_t* codes, int64_t rows, int64_t k);
+void unpack4(Queue queue, uint8_t* codes, const uint8_t* packed, int64_t rows, int64_t k);
+
 #ifndef LRO_CUDA
 // libtorch's own threads, from registration.cpp: `work(begin, end)` on pieces of [0, n), each at least `grain` long.
 void parallel(int64_t n, int64_t grain, void (*work)(int64_t, int64_t, const void*), const void* context);

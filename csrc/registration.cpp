@@ -348,6 +348,35 @@ void dequantize_affine_(Tensor x, Tensor codes, Tensor scale, Tensor low, int64_
   });
 }
 
+void check_pack4(const Tensor& packed, const Tensor& codes) {
+  check_type(packed, "packed", ScalarType::Byte, "uint8");
+  check_contiguous(packed, "packed");
+  check_type(codes, "codes", ScalarType::Byte, "uint8");
+  check_contiguous(codes, "codes");
+  check_device(packed, "packed", codes, "codes");
+  STD_TORCH_CHECK(codes.dim() >= 1, "codes must have a last dimension, got a scalar");
+  bool fits = packed.dim() == codes.dim();
+  for (int64_t i = 0; fits && i + 1 < codes.dim(); ++i) fits = packed.size(i) == codes.size(i);
+  fits = fits && packed.size(codes.dim() - 1) == (codes.size(codes.dim() - 1) + 1) / 2;
+  STD_TORCH_CHECK(fits, "packed must have one byte for two codes ", shape_of(codes), ", got ", shape_of(packed));
+}
+
+void pack4_(Tensor packed, Tensor codes) {
+  check_pack4(packed, codes);
+  if (!codes.numel()) return;
+  const On on(codes);
+  const int64_t k = codes.size(codes.dim() - 1);
+  pack4(on.queue, write<uint8_t>(packed), read<uint8_t>(codes), codes.numel() / k, k);
+}
+
+void unpack4_(Tensor codes, Tensor packed) {
+  check_pack4(packed, codes);
+  if (!codes.numel()) return;
+  const On on(codes);
+  const int64_t k = codes.size(codes.dim() - 1);
+  unpack4(on.queue, write<uint8_t>(codes), read<uint8_t>(packed), codes.numel() / k, k);
+}
+
 }  // namespace
 }  // namespace lro
 
@@ -362,5 +391,7 @@ STABLE_TORCH_LIBRARY_IMPL(LRO_NAMESPACE, LRO_KEY, m) {
   m.impl("quantize_affine_", TORCH_BOX(&lro::quantize_affine_));
   m.impl("quantize_sixteenths_", TORCH_BOX(&lro::quantize_sixteenths_));
   m.impl("dequantize_blockwise_", TORCH_BOX(&lro::dequantize_blockwise_));
+  m.impl("pack4_", TORCH_BOX(&lro::pack4_));
+  m.impl("unpack4_", TORCH_BOX(&lro::unpack4_));
   m.impl("dequantize_affine_", TORCH_BOX(&lro::dequantize_affine_));
 }

@@ -31,7 +31,7 @@ LRO_HD void divide_loop(const In* LRO_RESTRICT x, int64_t n, float divisor, floa
 }
 
 template <class In>
-LRO_HD void grid_loop(const In* LRO_RESTRICT x, int64_t n, Grid grid, float most, const float* noise,
+LRO_HD void grid_loop(const In* LRO_RESTRICT x, int64_t n, Grid grid, int32_t most, const float* LRO_RESTRICT noise,
                       uint8_t* LRO_RESTRICT codes) {
   if (noise)
     for (int64_t i = 0; i < n; ++i) codes[i] = grid_code(to_float(x[i]), grid, most, noise[i]);
@@ -40,12 +40,12 @@ LRO_HD void grid_loop(const In* LRO_RESTRICT x, int64_t n, Grid grid, float most
 }
 
 template <class In>
-LRO_HD void sixteenth_loop(const In* LRO_RESTRICT x, int64_t n, float divisor, const float* noise,
+LRO_HD void sixteenth_loop(const In* LRO_RESTRICT x, int64_t n, float divisor, const float* LRO_RESTRICT noise,
                            uint8_t* LRO_RESTRICT codes) {
   if (noise)
-    for (int64_t i = 0; i < n; ++i) codes[i] = sixteenth_code(to_float(x[i]), divisor, true, noise[i]);
+    for (int64_t i = 0; i < n; ++i) codes[i] = sixteenth_code(to_float(x[i]), divisor, noise[i]);
   else
-    for (int64_t i = 0; i < n; ++i) codes[i] = sixteenth_code(to_float(x[i]), divisor, false, 0.0f);
+    for (int64_t i = 0; i < n; ++i) codes[i] = sixteenth_code(to_float(x[i]), divisor, kHalf);
 }
 
 template <class Out>
@@ -63,7 +63,7 @@ LRO_HD void line_loop(const uint8_t* LRO_RESTRICT codes, int64_t n, float step, 
 #define LRO_PER_TYPE(T)                                                                                               \
   LRO_CLONES Range range(const T* x, int64_t n) { return range_loop(x, n); }                                          \
   LRO_CLONES void divide(const T* x, int64_t n, float divisor, float* out) { divide_loop(x, n, divisor, out); }       \
-  LRO_CLONES void to_grid(const T* x, int64_t n, Grid grid, float most, const float* noise, uint8_t* codes) {         \
+  LRO_CLONES void to_grid(const T* x, int64_t n, Grid grid, int32_t most, const float* noise, uint8_t* codes) {         \
     grid_loop(x, n, grid, most, noise, codes);                                                                        \
   }                                                                                                                   \
   LRO_CLONES void to_sixteenths(const T* x, int64_t n, float divisor, const float* noise, uint8_t* codes) {           \
@@ -78,7 +78,8 @@ LRO_HD void line_loop(const uint8_t* LRO_RESTRICT codes, int64_t n, float step, 
 LRO_PER_TYPE(float)
 LRO_PER_TYPE(bfloat16)
 
-void nearest(const float* unit, int64_t n, const CodeMap& map, uint8_t* codes) {
+// The map by value: a store through uint8_t* may change anything else, and everything would be loaded again.
+LRO_CLONES void nearest(const float* LRO_RESTRICT unit, int64_t n, const CodeMap map, uint8_t* LRO_RESTRICT codes) {
   for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(nearest_code(unit[i], map));
 }
 
@@ -88,7 +89,8 @@ LRO_CLONES void round_up(const float* LRO_RESTRICT rest, const float* LRO_RESTRI
   for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(codes[i] + (rest[i] / gap[i] > noise[i]));
 }
 
-void dithered(const float* unit, int64_t n, const CodeMap& map, const float* gaps, const float* noise, uint8_t* codes) {
+LRO_CLONES void dithered(const float* LRO_RESTRICT unit, int64_t n, const CodeMap map, const float* LRO_RESTRICT gaps,
+                         const float* LRO_RESTRICT noise, uint8_t* LRO_RESTRICT codes) {
   float rest[kUnits], gap[kUnits];
   for (int64_t i = 0; i < n; ++i) {
     const int32_t below = code_below(unit[i], map);
@@ -96,6 +98,27 @@ void dithered(const float* unit, int64_t n, const CodeMap& map, const float* gap
     codes[i] = static_cast<uint8_t>(below);
   }
   round_up(rest, gap, noise, n, codes);
+}
+
+LRO_CLONES void pack(const uint8_t* LRO_RESTRICT codes, int64_t pairs, uint8_t* LRO_RESTRICT out) {
+  for (int64_t i = 0; i < pairs; ++i) out[i] = packed(codes[2 * i], codes[2 * i + 1]);
+}
+LRO_CLONES void unpack(const uint8_t* LRO_RESTRICT bytes, int64_t pairs, uint8_t* LRO_RESTRICT codes) {
+  for (int64_t i = 0; i < pairs; ++i) codes[2 * i] = bytes[i] & 15, codes[2 * i + 1] = bytes[i] >> 4;
+}
+
+// Calls `work(row, first, pairs, odd)` for pieces of lines: some pairs from pair `first` on; is the line's odd code next?
+template <class Work>
+void each_pair(int64_t rows, int64_t k, const Work& work) {
+  const int64_t bytes = (k + 1) / 2;
+  parallel(rows * bytes, kElements, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t row = begin / bytes, first = begin % bytes, last = std::min(bytes, first + end - begin);
+      const int64_t whole = std::min(last, k / 2);
+      work(row, first, whole - first, last > k / 2);
+      begin += last - first;
+    }
+  });
 }
 
 // Calls `work(i, begin, n)` for each block i, which starts at element `begin` and has n of them.
@@ -133,10 +156,10 @@ void quantize_blockwise(Queue, uint8_t* codes, float* absmax, const In* x, CodeM
 template <class In>
 void quantize_affine(Queue, uint8_t* codes, float* scale, float* low, const In* x, int bits, Blocks blocks,
                      const float* noise) {
-  const auto most = static_cast<float>((1 << bits) - 1);
+  const int32_t most = (1 << bits) - 1;
   each(blocks, [&](int64_t i, int64_t begin, int64_t n) {
     const Range both = range(x + begin, n);
-    const Grid grid = grid_of(both.top, both.bottom, most);
+    const Grid grid = grid_of(both.top, both.bottom, static_cast<float>(most));
     scale[i] = grid.step, low[i] = grid.low;
     to_grid(x + begin, n, grid, most, at(noise, begin), codes + begin);
   });
@@ -161,6 +184,24 @@ void dequantize_blockwise(Queue, Out* x, const uint8_t* codes, const float* absm
 template <class Out>
 void dequantize_affine(Queue, Out* x, const uint8_t* codes, const float* scale, const float* low, Blocks blocks) {
   each(blocks, [&](int64_t i, int64_t begin, int64_t n) { from_grid(codes + begin, n, scale[i], low[i], x + begin); });
+}
+
+void pack4(Queue, uint8_t* packed, const uint8_t* codes, int64_t rows, int64_t k) {
+  each_pair(rows, k, [&](int64_t row, int64_t first, int64_t pairs, bool odd) {
+    const uint8_t* from = codes + row * k + 2 * first;
+    uint8_t* to = packed + row * ((k + 1) / 2) + first;
+    pack(from, pairs, to);
+    if (odd) to[pairs] = from[2 * pairs];
+  });
+}
+
+void unpack4(Queue, uint8_t* codes, const uint8_t* packed, int64_t rows, int64_t k) {
+  each_pair(rows, k, [&](int64_t row, int64_t first, int64_t pairs, bool odd) {
+    const uint8_t* from = packed + row * ((k + 1) / 2) + first;
+    uint8_t* to = codes + row * k + 2 * first;
+    unpack(from, pairs, to);
+    if (odd) to[2 * pairs] = from[pairs] & 15;
+  });
 }
 
 #define LRO_INSTANCES(T)                                                                                              \

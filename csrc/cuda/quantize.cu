@@ -50,12 +50,12 @@ __global__ void __launch_bounds__(kThreads) to_levels(uint8_t* codes, float* abs
 }
 
 template <class In>
-__global__ void __launch_bounds__(kThreads) to_grid(uint8_t* codes, float* scale, float* low, const In* x, float most,
+__global__ void __launch_bounds__(kThreads) to_grid(uint8_t* codes, float* scale, float* low, const In* x, int32_t most,
                                                     Blocks blocks, const float* noise) {
   for (int64_t b = blockIdx.x; b < blocks.count(); b += gridDim.x) {
     const int64_t begin = blocks.begin(b), n = blocks.size(b);
     const Range range = range_of(x + begin, n);
-    const Grid grid = grid_of(range.top, range.bottom, most);
+    const Grid grid = grid_of(range.top, range.bottom, static_cast<float>(most));
     if (threadIdx.x == 0) scale[b] = grid.step, low[b] = grid.low;
     for (int64_t i = begin + threadIdx.x; i < begin + n; i += kThreads) {
       const float value = to_float(x[i]);
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) to_sixteenths(uint8_t* codes, float*
     const float top = range_of(x + begin, n).top, divisor = top > kTiny ? top : kTiny;
     if (threadIdx.x == 0) largest[b] = top;
     for (int64_t i = begin + threadIdx.x; i < begin + n; i += kThreads)
-      codes[i] = sixteenth_code(to_float(x[i]), divisor, noise != nullptr, noise ? noise[i] : 0.0f);
+      codes[i] = sixteenth_code(to_float(x[i]), divisor, noise ? noise[i] : kHalf);
   }
 }
 
@@ -95,6 +95,23 @@ __global__ void __launch_bounds__(kThreads) from_grid(Out* x, const uint8_t* cod
   }
 }
 
+__global__ void __launch_bounds__(kThreads) pack_kernel(uint8_t* bytes, const uint8_t* codes, int64_t rows, int64_t k) {
+  const int64_t width = (k + 1) / 2, stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < rows * width; i += stride) {
+    const int64_t place = i % width * 2, from = i / width * k + place;
+    bytes[i] = packed(codes[from], place + 1 < k ? codes[from + 1] : 0);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) unpack_kernel(uint8_t* codes, const uint8_t* bytes, int64_t rows, int64_t k) {
+  const int64_t width = (k + 1) / 2, stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < rows * width; i += stride) {
+    const int64_t place = i % width * 2, to = i / width * k + place;
+    codes[to] = bytes[i] & 15;
+    if (place + 1 < k) codes[to + 1] = bytes[i] >> 4;
+  }
+}
+
 unsigned grid_of(const Blocks& blocks) {
   constexpr int64_t most = kMostBlocks * 16;
   return static_cast<unsigned>(blocks.count() < most ? blocks.count() : most);
@@ -111,7 +128,7 @@ void quantize_blockwise(Queue queue, uint8_t* codes, float* absmax, const In* x,
 template <class In>
 void quantize_affine(Queue queue, uint8_t* codes, float* scale, float* low, const In* x, int bits, Blocks blocks,
                      const float* noise) {
-  const auto most = static_cast<float>((1 << bits) - 1);
+  const int32_t most = (1 << bits) - 1;
   LRO_LAUNCH(to_grid<In>, grid_of(blocks), kThreads, queue, codes, scale, low, x, most, blocks, noise);
 }
 
@@ -129,6 +146,14 @@ void dequantize_blockwise(Queue queue, Out* x, const uint8_t* codes, const float
 template <class Out>
 void dequantize_affine(Queue queue, Out* x, const uint8_t* codes, const float* scale, const float* low, Blocks blocks) {
   LRO_LAUNCH(from_grid<Out>, grid_of(blocks), kThreads, queue, x, codes, scale, low, blocks);
+}
+
+void pack4(Queue queue, uint8_t* packed, const uint8_t* codes, int64_t rows, int64_t k) {
+  LRO_LAUNCH(pack_kernel, grid_for(rows * ((k + 1) / 2)), kThreads, queue, packed, codes, rows, k);
+}
+
+void unpack4(Queue queue, uint8_t* codes, const uint8_t* packed, int64_t rows, int64_t k) {
+  LRO_LAUNCH(unpack_kernel, grid_for(rows * ((k + 1) / 2)), kThreads, queue, codes, packed, rows, k);
 }
 
 #define LRO_INSTANCES(T)                                                                                              \

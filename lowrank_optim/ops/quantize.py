@@ -15,7 +15,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .philox import Stream, numbers_of
 from .reference import PIECE
@@ -125,17 +124,15 @@ def dequantize_blockwise(
 
 def pack4(codes: Tensor) -> Tensor:
     """Two codes below 16 to a byte, the first in the lower half: `(..., k)` to `(..., ceil(k / 2))`."""
-    odd = codes[..., 1::2]
-    if codes.shape[-1] % 2:
-        odd = pad(odd, (0, 1))
-    return (odd << 4).bitwise_or_(codes[..., ::2])
+    packed = codes.new_empty(*codes.shape[:-1], -(-codes.shape[-1] // 2))
+    kernel("pack4_")(packed, codes.contiguous())
+    return packed
 
 
 def unpack4(packed: Tensor, k: int) -> Tensor:
     """The `k` codes of `pack4`."""
     codes = packed.new_empty(*packed.shape[:-1], k)
-    codes[..., ::2] = packed & 15
-    codes[..., 1::2] = packed[..., : k // 2] >> 4
+    kernel("unpack4_")(codes, packed.contiguous())
     return codes
 
 

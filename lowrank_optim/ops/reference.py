@@ -212,6 +212,20 @@ def dequantize_affine_(x: Tensor, codes: Tensor, scale: Tensor, low: Tensor, blo
         target.copy_(code.float().mul_(step).add_(least))
 
 
+def pack4_(packed: Tensor, codes: Tensor) -> None:
+    """Two codes below 16 to a byte, the first in the lower half."""
+    pairs = codes.shape[-1] // 2
+    torch.bitwise_left_shift(codes[..., 1::2], 4, out=packed[..., :pairs])
+    packed[..., :pairs].bitwise_or_(codes[..., : 2 * pairs : 2])
+    packed[..., pairs:] = codes[..., 2 * pairs :]
+
+
+def unpack4_(codes: Tensor, packed: Tensor) -> None:
+    """The codes again."""
+    codes[..., ::2] = packed & 15
+    codes[..., 1::2] = packed[..., : codes.shape[-1] // 2] >> 4
+
+
 def _pieces(elements: list[Tensor], numbers: list[Tensor], block: int) -> Iterator[list[Tensor]]:
     """Views `(rows, blocks, width)` of `elements (..., k)`, `(rows, blocks, 1)` of `numbers`, which has one per block.
 

@@ -201,6 +201,21 @@ def _check_dequantize_affine(x: Tensor, codes: Tensor, scale: Tensor, low: Tenso
     _check_codes(codes, x, block, {"scale": scale, "low": low})
 
 
+def _check_pack4(packed: Tensor, codes: Tensor) -> None:
+    for name, x in (("packed", packed), ("codes", codes)):
+        _typed(x, name, torch.uint8)
+        _contiguous(x, name)
+    _beside(packed, "packed", codes, "codes")
+    _demand(codes.dim() >= 1, "codes must have a last dimension, got a scalar")
+    fits = packed.shape == (*codes.shape[:-1], -(-codes.shape[-1] // 2))
+    both = f"{tuple(codes.shape)}, got {tuple(packed.shape)}"
+    _demand(fits, f"packed must have one byte for two codes {both}")
+
+
+def _check_unpack4(codes: Tensor, packed: Tensor) -> None:
+    _check_pack4(packed, codes)
+
+
 _INTEGERS = functools.partial(_check_draw, torch.int32)
 _FLOATS = functools.partial(_check_draw, torch.float32)
 
@@ -232,6 +247,8 @@ OPERATORS: dict[str, tuple[str, Check]] = {
         "Tensor(a!) x, Tensor codes, Tensor absmax, Tensor code_map, int block",
         _check_dequantize_blockwise,
     ),
+    "pack4_": ("Tensor(a!) packed, Tensor codes", _check_pack4),
+    "unpack4_": ("Tensor(a!) codes, Tensor packed", _check_unpack4),
     "dequantize_affine_": (
         "Tensor(a!) x, Tensor codes, Tensor scale, Tensor low, int block",
         _check_dequantize_affine,
