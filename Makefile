@@ -55,6 +55,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.peak_memory
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.native
 	$(BIN)/python -m benchmarks.quality sweep --steps 200
 	$(BIN)/python -m benchmarks.quality final --steps 200
 
