@@ -310,7 +310,7 @@ def test_a_step_never_writes_to_gradients(kind):
 
 # -- CUDA sources, on the CPU and compiled -----------------------------------------------------------------------------
 
-EMULATED = build.Target("emulated")
+EMULATED = build.Target("emulated", extra=build.asked_flags())
 
 
 @pytest.fixture(scope="session")

@@ -240,6 +240,11 @@ def _torch_include() -> Path:
     raise BuildError("torch's headers were not found; install torch, or set LOWRANK_OPTIM_TORCH_INCLUDE")
 
 
+def asked_flags() -> tuple[str, ...]:
+    """More flags for host compilers and linker: sanitizers."""
+    return tuple(os.environ.get("LOWRANK_OPTIM_FLAGS", "").split())
+
+
 def asked_archs() -> tuple[str, ...]:
     """The architectures that the environment names: "9.0" or "8.0;9.0;10.0+PTX"."""
     text = os.environ.get("LOWRANK_OPTIM_CUDA_ARCHS", "")

@@ -88,7 +88,7 @@ def load() -> None:
 
 def build_now() -> None:
     """Builds for this machine, or raises `build.BuildError`; what failed before is tried again. Then loads."""
-    for target in [build.Target("cpu"), *([_cuda_target()] if _has_cuda() or build.asked_archs() else [])]:
+    for target in [_cpu_target(), *([_cuda_target()] if _has_cuda() or build.asked_archs() else [])]:
         build.build_cached(target, retry=True)
     load()
 
@@ -101,7 +101,7 @@ def _load(device: str, mode: str) -> Backend:
     reasons = []
     for step in (_prebuilt, _cached) if mode == "prebuilt" else (_prebuilt, _cached, _built):
         try:
-            how, path = step(build.Target("cpu") if device == "cpu" else _cuda_target())
+            how, path = step(_cpu_target() if device == "cpu" else _cuda_target())
             _register(path, device)
             return Backend(device, "native", how, path)
         except (build.BuildError, OSError, RuntimeError) as error:
@@ -113,7 +113,7 @@ def _prebuilt(target: build.Target) -> tuple[str, Path]:
     manifest = build.manifest_in(build.PREBUILT, target)
     if manifest is None:
         raise build.BuildError("nothing was built at installation")
-    same = build.Target(target.backend, manifest.archs)
+    same = build.Target(target.backend, manifest.archs, target.extra)
     if manifest.fingerprint != same.fingerprint():
         raise build.BuildError(f"the prebuilt library is stale: {build.sources()} or its flags have changed since")
     if any(arch not in _covered(manifest.archs) for arch in target.archs):
@@ -157,10 +157,14 @@ def _has_cuda() -> bool:
     return torch.version.cuda is not None and torch.cuda.is_available()
 
 
+def _cpu_target() -> build.Target:
+    return build.Target("cpu", extra=build.asked_flags())
+
+
 def _cuda_target() -> build.Target:
     """For the architectures that the environment names, or those of this machine's GPUs."""
     archs = build.asked_archs()
     if not archs:
         found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         archs = tuple(f"{major}.{minor}" for major, minor in sorted(found))
-    return build.Target("cuda", archs)
+    return build.Target("cuda", archs, build.asked_flags())
