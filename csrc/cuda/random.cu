@@ -9,15 +9,15 @@ LRO_HD uint32_t bits16(const Words& words, int lane) { return words.w[lane / 2] 
 // One counter, all of its numbers.
 template <Kind kind>
 LRO_HD void emit(const Words& words, int32_t* bits, float* numbers) {
-  if (kind == Kind::normal) {
+  if constexpr (kind == Kind::normal) {
     normal_pair(words.w[0], words.w[1], numbers[0], numbers[1]);
     normal_pair(words.w[2], words.w[3], numbers[2], numbers[3]);
-    return;
-  }
-  for (int lane = 0; lane < lanes(kind); ++lane) {
-    if (kind == Kind::bits16) bits[lane] = static_cast<int32_t>(bits16(words, lane));
-    if (kind == Kind::noise16) numbers[lane] = noise_of(bits16(words, lane));
-    if (kind == Kind::uniform) numbers[lane] = uniform_of(words.w[lane]);
+  } else {
+    for (int lane = 0; lane < lanes(kind); ++lane) {
+      if (kind == Kind::bits16) bits[lane] = static_cast<int32_t>(bits16(words, lane));
+      if (kind == Kind::noise16) numbers[lane] = noise_of(bits16(words, lane));
+      if (kind == Kind::uniform) numbers[lane] = uniform_of(words.w[lane]);
+    }
   }
 }
 
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) draw_kernel(int32_t* integers, float
     for (int lane = 0; lane < lanes(kind); ++lane) {
       const int64_t i = begin + lane;
       if (i < 0 || i >= n) continue;
-      if (kind == Kind::bits16) integers[i] = bits[lane];
+      if constexpr (kind == Kind::bits16) integers[i] = bits[lane];
       else floats[i] = numbers[lane];
     }
   }
