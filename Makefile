@@ -2,6 +2,8 @@
 # make test       a fresh machine to a green test run
 # make test-all   with the slow tests
 # make check      what CI runs before the tests: format, lint, types
+# make native     the native kernels, built now and not with the first optimizer
+# make sanitize   tests of the native kernels, and of CUDA's on the CPU, under ASan and UBSan
 # make bench      the measurements that the README quotes (long; they write benchmarks/results/)
 
 .DEFAULT_GOAL := help
@@ -11,7 +13,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help pretrain test test-all check bench clean
+.PHONY: help pretrain test test-all check native sanitize bench clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -43,6 +45,16 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+native: $(STAMP)
+	$(BIN)/python -m lowrank_optim.build
+
+# Sanitizers start before ifunc resolvers could be run, so there is one copy of each loop.
+sanitize: $(STAMP)
+	LOWRANK_OPTIM_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -DLRO_NO_CLONES -g" \
+	LOWRANK_OPTIM_NATIVE=require ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	$(BIN)/python -m pytest -s tests/test_native.py -k "native_is or emulated or known or zeros or errors"
+
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.step_time --model 60m
 	$(BIN)/python -m benchmarks.step_time --model h1024
@@ -52,6 +64,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.weight_memory
 	$(BIN)/python -m benchmarks.peak_memory
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.native
 	$(BIN)/python -m benchmarks.quality sweep --steps 200
 	$(BIN)/python -m benchmarks.quality final --steps 200
 

@@ -34,6 +34,7 @@ from .methods.snsm import SNSMAdamW
 from .methods.sst import SST
 from .methods.subset_norm import SubsetNormAdamW
 from .methods.subspace_momentum import SubspaceMomentum
+from .ops.native import BackendInfo, backend_info
 from .optimizer import LowRankOptimizer
 from .report import Report, state_bytes
 from .schedules import JaggedCosine, jagged_cosine
@@ -47,6 +48,7 @@ __all__ = [
     "LTE",
     "SST",
     "APOLLOMini",
+    "BackendInfo",
     "Composed",
     "CompressedAccumulation",
     "DCTAdamW",
@@ -81,6 +83,7 @@ __all__ = [
     "SubsetNormAdamW",
     "SubspaceMomentum",
     "WeightSpaceOptimizer",
+    "backend_info",
     "compose",
     "convert",
     "estimate_memory",

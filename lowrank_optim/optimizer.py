@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from . import captured, checks
 from .chunk import Chunk, Member, form_chunks, gradient_norms, one_by_one
 from .hooks import full_precision
+from .ops import native
 from .parts import Drop, Identity, Never
 from .plan import Plan, bare_name, decide
 from .recipe import Recipe
@@ -55,6 +56,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             defaults["rank"] = None if named else self.default_rank
         defaults = {**_GROUP_ONLY, "proj_type": "std", "capturable": False, **defaults, "strict": strict}
         checks.hyperparameters(defaults, self.choices)
+        native.load()
         self._plans: dict[Tensor, Plan] = {}
         self._seen: list[dict[str, Any]] = []  # what each group said when it was last checked
         self._watch, self._captured = Watch(), captured.Captured(self)

@@ -124,7 +124,7 @@ def _change(
         d, gain = recipe.momentum(st, r, t)
     elif before:
         d, gain = recipe.momentum(st, scaling(algebra, st, r, r, t), t)
-    elif (direction := fused.direction(recipe, st, r, t)) is not None:
+    elif (direction := fused.direction(recipe, st, r, t, g)) is not None:
         d, gain = direction
     else:
         numerator, gain = recipe.momentum(st, r, t)

@@ -1,5 +1,6 @@
-"""The numeric kernels: plain torch, and the truth that a native kernel has to match."""
+"""The numeric kernels. `reference.py` has those with a native version; `schema.py` makes operators of them."""
 
+from . import reference, schema
 from .linalg import fix_signs, leading_left_vectors, orthonormalize, subspace_iteration
 from .philox import key_of, normal, random_bits16, sample, stream_of, uniform
 from .rounding import round_to_bfloat16
@@ -11,8 +12,10 @@ __all__ = [
     "normal",
     "orthonormalize",
     "random_bits16",
+    "reference",
     "round_to_bfloat16",
     "sample",
+    "schema",
     "stream_of",
     "subspace_iteration",
     "uniform",

@@ -11,21 +11,28 @@ from __future__ import annotations
 import hashlib
 import math
 import zlib
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-_MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
-BLOCK = 1 << 14  # counters generated at once, so that the int64 temporaries stay in cache
-WORKSPACE = 2 << 20  # bytes of temporaries that this takes
+from .reference import BLOCK, Stream, blocks, philox
+from .schema import kernel
 
-Stream = tuple[int, "int | Tensor"]
-_Block = tuple[Tensor, list[Tensor], int]  # a piece of the result, the words for it, how many of their elements to skip
+__all__ = [
+    "BLOCK",
+    "WORKSPACE",
+    "Stream",
+    "key_of",
+    "normal",
+    "numbers_of",
+    "philox",
+    "random_bits16",
+    "sample",
+    "stream_of",
+    "uniform",
+]
+
+WORKSPACE = 2 << 20  # bytes of temporaries that this takes
 
 
 def key_of(seed: int, name: str) -> int:
@@ -41,61 +48,32 @@ def stream_of(purpose: str, time: int | Tensor) -> Stream:
     return zlib.crc32(purpose.encode()), time
 
 
-def philox(counter: Tensor, key: int, stream: Stream) -> list[Tensor]:
-    """Four int64 tensors of 32-bit words, one word quadruple per counter."""
-    c0, c1 = counter & _MASK, (counter >> 32) & _MASK
-    c2: Any
-    c3: Any
-    c2, c3 = (word & _MASK for word in stream)  # numbers, until the first round mixes them with the counters
-    k0, k1 = key & _MASK, (key >> 32) & _MASK
-    for _ in range(_ROUNDS):
-        # int64 products wrap modulo 2**64, which leaves both 32-bit halves right once the upper one is masked.
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c2 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, ((p0 >> 32) & _MASK) ^ c3 ^ k1
-        c1, c3 = p1 & _MASK, p0 & _MASK
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return [c0, c1, c2, c3]
-
-
 def normal(shape: tuple[int, ...], key: int, stream: Stream, device: torch.device | str = "cpu") -> Tensor:
-    """Standard normal numbers, float32.
-
-    Box-Muller runs in float64 and is rounded once, so devices whose float32 logarithms differ by an ulp still agree.
-    """
-
-    def from_words(words: list[Tensor]) -> Tensor:
-        u0, u1, u2, u3 = ((word.double() + 0.5) * 2.0**-32 for word in words)
-        pairs = []
-        for radius, angle in ((u0, u1), (u2, u3)):
-            length = torch.sqrt(-2.0 * torch.log(radius))
-            pairs += [length * torch.cos(2 * math.pi * angle), length * torch.sin(2 * math.pi * angle)]
-        return torch.stack(pairs, dim=-1)
-
-    out = torch.empty(math.prod(shape), dtype=torch.float32, device=device)
-    for target, words, skip in _blocks(out, 4, 0, key, stream):
-        target.copy_(from_words(words).flatten()[skip : skip + target.numel()])
-    return out.view(shape)
+    """Standard normal numbers, float32, the same on all devices (see `reference.philox_normal_`)."""
+    out = torch.empty(shape, dtype=torch.float32, device=device)
+    kernel("philox_normal_")(out, *numbers_of(key, stream))
+    return out
 
 
 def uniform(shape: tuple[int, ...], key: int, stream: Stream, device: torch.device | str = "cpu") -> Tensor:
-    """Uniform numbers in (0, 1), float32: the midpoints of 2^23 equal cells, which are floats: none is rounded to 1."""
-    out = torch.empty(math.prod(shape), dtype=torch.float32, device=device)
-    for target, words, skip in _blocks(out, 4, 0, key, stream):
-        cells = torch.stack(words, dim=-1).flatten()[skip : skip + target.numel()] >> 9
-        target.copy_((cells.double() + 0.5) * 2.0**-23)
-    return out.view(shape)
+    """Uniform numbers in (0, 1), float32."""
+    out = torch.empty(shape, dtype=torch.float32, device=device)
+    kernel("philox_uniform_")(out, *numbers_of(key, stream))
+    return out
 
 
 def random_bits16(count: int, key: int, stream: Stream, start: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """Uniform 16-bit integers as int32, elements `start` to `start + count` of the stream."""
     out = torch.empty(count, dtype=torch.int32, device=device)
-    for target, words, skip in _blocks(out, 8, start, key, stream):
-        lanes = out.new_empty(len(words[0]), 8)
-        for i, word in enumerate(words):
-            lanes[:, 2 * i].copy_(word & 0xFFFF)
-            lanes[:, 2 * i + 1].copy_(word >> 16)
-        target.copy_(lanes.flatten()[skip : skip + target.numel()])
+    kernel("philox_bits16_")(out, *numbers_of(key, stream), start)
     return out
+
+
+def numbers_of(key: int, stream: Stream) -> tuple[int, int, int, Tensor | None]:
+    """(key, purpose, time, at) for an operator: schemas have signed integers, and a time on the device apart."""
+    purpose, time = stream
+    signed = key - (1 << 64) if key >= 1 << 63 else key
+    return (signed, purpose, 0, time) if isinstance(time, Tensor) else (signed, purpose, time & 0xFFFFFFFF, None)
 
 
 def sample(below: int, count: int, key: int, stream: Stream) -> Tensor:
@@ -122,19 +100,7 @@ def sample(below: int, count: int, key: int, stream: Stream) -> Tensor:
 def _integers(count: int, below: int, key: int, stream: Stream) -> Tensor:
     """Uniform integers in [0, below), of 62 random bits each: the remainders differ in likelihood by below / 2^62."""
     out = torch.empty(count, dtype=torch.int64)
-    for target, (w0, w1, w2, w3), skip in _blocks(out, 2, 0, key, stream):
+    for target, (w0, w1, w2, w3), skip in blocks(out, 2, 0, key, stream):
         bits = torch.stack([w0 << 30 | w1 >> 2, w2 << 30 | w3 >> 2], dim=-1)
         target.copy_(bits.flatten()[skip : skip + target.numel()] % below)
     return out
-
-
-def _blocks(out: Tensor, lanes: int, start: int, key: int, stream: Stream) -> Iterator[_Block]:
-    """Cuts `out` into pieces of at most `BLOCK` counters."""
-    position = 0
-    while position < out.numel():
-        first, skip = divmod(start + position, lanes)
-        size = min(out.numel() - position, BLOCK * lanes - skip)
-        last = -(-(start + position + size) // lanes)
-        counter = torch.arange(first, last, dtype=torch.int64, device=out.device)
-        yield out[position : position + size], philox(counter, key, stream), skip
-        position += size

@@ -11,18 +11,31 @@ optimizers with 4-bit states", NeurIPS 2023; Dettmers et al., "QLoRA: efficient 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from .philox import Stream, random_bits16
+from .philox import Stream, numbers_of
+from .reference import PIECE
+from .schema import kernel
+
+__all__ = [
+    "PIECE",
+    "dequantize_affine",
+    "dequantize_blockwise",
+    "dynamic_map",
+    "four_bit_map",
+    "nf4_map",
+    "pack4",
+    "quantize_affine",
+    "quantize_blockwise",
+    "quantize_sixteenths",
+    "uniform_noise",
+    "unpack4",
+]
 
 _CPU = torch.device("cpu")
-PIECE = 1 << 16  # elements worked on at once on CPU
-_TINY = torch.finfo(torch.float32).tiny
 _NF4 = (
     *(-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.091050036, 0.0),
     *(0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0),
@@ -79,20 +92,10 @@ def quantize_blockwise(
         `codes (..., k)` uint8 and `absmax (..., ceil(k / block))` float32. Half-way goes to the lower entry.
     """
     codes, absmax = _outputs(x, block)
-    if x.is_meta:
-        return codes, absmax
-    lower, midpoint = _nearest_table(code_map)
-    for blocks, code, *dither, peak in _pieces([x, codes] if noise is None else [x, codes, noise], [absmax], block):
-        blocks = blocks.float()
-        top, bottom = blocks.amax(-1, True), blocks.amin(-1, True)
-        largest = torch.maximum(top, -bottom)
-        peak.copy_(torch.where(-bottom > top, bottom, top) if signed_peak else largest)
-        unit = (blocks / torch.where(largest < _TINY, _TINY, peak)).flatten()
-        # The upper half of a float32 leaves two candidates: a look-up instead of `bucketize`, which is 20 times slower.
-        upper = (unit.view(torch.int32) >> 16).add_(1 << 15)
-        higher = (unit > midpoint.index_select(0, upper)).view(torch.uint8)
-        nearest = lower.index_select(0, upper).add_(higher)
-        code.copy_((_dithered(unit, nearest, code_map, dither[0]) if dither else nearest).view(code.shape))
+    if not x.is_meta:
+        lower, midpoint = _nearest_table(code_map)
+        quantize = kernel("quantize_blockwise_")
+        quantize(codes, absmax, _input(x), code_map, lower, midpoint, block, signed_peak, _noise(noise))
     return codes, absmax
 
 
@@ -106,13 +109,7 @@ def quantize_sixteenths(x: Tensor, block: int, noise: Tensor | None = None) -> t
         `codes (..., k)` uint8 and the largest of each block `(..., ceil(k / block))`, float32.
     """
     codes, largest = _outputs(x, block)
-    for blocks, code, *dither, peak in _pieces([x, codes] if noise is None else [x, codes, noise], [largest], block):
-        blocks = blocks.float()
-        peak.copy_(blocks.amax(-1, True))
-        places = (blocks / peak.clamp(min=_TINY)).mul_(16)
-        rest = places.frac()
-        places.floor_().add_(rest > dither[0] if dither else rest >= 0.5)
-        code.copy_(places.clamp_(1, 16).sub_(1))
+    kernel("quantize_sixteenths_")(codes, largest, _input(x), block, _noise(noise))
     return codes, largest
 
 
@@ -120,25 +117,22 @@ def dequantize_blockwise(
     codes: Tensor, absmax: Tensor, code_map: Tensor, block: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """The inverse of `quantize_blockwise` up to rounding, `(..., k)`."""
-    x = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    for code, target, peak in _pieces([codes, x], [absmax], block):
-        target.copy_(code_map.index_select(0, code.flatten().int()).view(code.shape).mul_(peak))
-    return x
+    x = _output(codes, dtype)
+    kernel("dequantize_blockwise_")(x, codes.contiguous(), absmax.contiguous(), code_map, block)
+    return x.to(dtype)
 
 
 def pack4(codes: Tensor) -> Tensor:
     """Two codes below 16 to a byte, the first in the lower half: `(..., k)` to `(..., ceil(k / 2))`."""
-    odd = codes[..., 1::2]
-    if codes.shape[-1] % 2:
-        odd = pad(odd, (0, 1))
-    return (odd << 4).bitwise_or_(codes[..., ::2])
+    packed = codes.new_empty(*codes.shape[:-1], -(-codes.shape[-1] // 2))
+    kernel("pack4_")(packed, codes.contiguous())
+    return packed
 
 
 def unpack4(packed: Tensor, k: int) -> Tensor:
     """The `k` codes of `pack4`."""
     codes = packed.new_empty(*packed.shape[:-1], k)
-    codes[..., ::2] = packed & 15
-    codes[..., 1::2] = packed[..., : k // 2] >> 4
+    kernel("unpack4_")(codes, packed.contiguous())
     return codes
 
 
@@ -146,8 +140,9 @@ def uniform_noise(
     shape: tuple[int, ...], key: int, stream: Stream, start: int = 0, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Uniform numbers in (0, 1) for stochastic rounding: the midpoints of 65536 equal cells, numbered from `start`."""
-    bits = random_bits16(torch.Size(shape).numel(), key, stream, start, device)
-    return bits.float().add_(0.5).mul_(2.0**-16).view(shape)
+    out = torch.empty(shape, dtype=torch.float32, device=device)
+    kernel("philox_noise16_")(out, *numbers_of(key, stream), start)
+    return out
 
 
 def quantize_affine(x: Tensor, bits: int, block: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,19 +162,8 @@ def quantize_affine(x: Tensor, bits: int, block: int, noise: Tensor | None = Non
         `codes (..., k)` uint8; `scale` (the step, an error is at most half of it) and `low`, float32, one per block.
     """
     codes, scale = _outputs(x, block)
-    low, top = torch.empty_like(scale), 2**bits - 1
-    tensors = [x, codes] if noise is None else [x, codes, noise]
-    for blocks, code, *dither, step, least in _pieces(tensors, [scale, low], block):
-        blocks = blocks.float()
-        least.copy_(blocks.amin(-1, True))
-        step.copy_((blocks.amax(-1, True) - least).div_(top).clamp_(min=_TINY))  # a constant block keeps its value
-        places = (blocks - least).div_(step)
-        if not dither:
-            places.add_(0.5).floor_()
-        else:  # compared and not added up: a sum would be rounded, and move what is on the grid
-            rest = places.frac()
-            places.floor_().add_(rest > dither[0])
-        code.copy_(places.clamp_(max=top))
+    low = torch.empty_like(scale)
+    kernel("quantize_affine_")(codes, scale, low, _input(x), bits, block, _noise(noise))
     return codes, scale, low
 
 
@@ -187,10 +171,9 @@ def dequantize_affine(
     codes: Tensor, scale: Tensor, low: Tensor, block: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """The inverse of `quantize_affine` up to rounding, `(..., k)`."""
-    x = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    for code, target, step, least in _pieces([codes, x], [scale, low], block):
-        target.copy_(code.float().mul_(step).add_(least))
-    return x
+    x = _output(codes, dtype)
+    kernel("dequantize_affine_")(x, codes.contiguous(), scale.contiguous(), low.contiguous(), block)
+    return x.to(dtype)
 
 
 def _dynamic(signed: bool, decades: int) -> Tensor:
@@ -201,15 +184,6 @@ def _dynamic(signed: bool, decades: int) -> Tensor:
         middle = (edges[1:] + edges[:-1]) / 2 * 10.0 ** (i + 1 - decades)
         values += [middle, -middle] if signed else [middle]
     return torch.cat(values).sort().values
-
-
-def _dithered(unit: Tensor, nearest: Tensor, code_map: Tensor, noise: Tensor) -> Tensor:
-    """The entry below each number or the one above. Noise is never 0 or 1: an ulp away from an entry goes to it."""
-    nearest = nearest.int()
-    below = (nearest - (code_map.index_select(0, nearest) > unit).int()).clamp_(min=0)
-    gaps = torch.cat([code_map.diff(), torch.ones_like(code_map[:1])])  # nothing is above the last entry
-    rest = (unit - code_map.index_select(0, below)).div_(gaps.index_select(0, below))
-    return below.add_(rest > noise.flatten())
 
 
 @lru_cache(maxsize=32)
@@ -232,23 +206,16 @@ def _outputs(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return torch.empty(x.shape, dtype=torch.uint8, device=x.device), numbers
 
 
-def _pieces(elements: list[Tensor], numbers: list[Tensor], block: int) -> Iterator[list[Tensor]]:
-    """Views `(rows, blocks, width)` of `elements (..., k)`, `(rows, blocks, 1)` of `numbers`, which has one per block.
+_KERNELS = (torch.float32, torch.bfloat16)  # what operators read and write; others go through float32
 
-    On CPU a piece and its temporaries stay in cache. The short block at the end is a piece of its own, so that nothing
-    has to be padded.
-    """
-    elements, numbers = (
-        [x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0) for x in xs] for xs in (elements, numbers)
-    )
-    b, k = elements[0].shape
-    limit = PIECE if elements[0].device.type == "cpu" else max(1, b * k)
-    for start, stop, width in ((0, k - k % block, block), (k - k % block, k, k % block)):
-        if start == stop:
-            continue
-        views = [x[:, start:stop].view(b, (stop - start) // width, width) for x in elements]
-        views += [x[:, start // block : -(-stop // block)].unsqueeze(-1) for x in numbers]
-        rows, columns = max(1, limit // (stop - start)), max(1, limit // width)
-        for row in range(0, b, rows):
-            for column in range(0, views[0].shape[1], columns):
-                yield [x[row : row + rows, column : column + columns] for x in views]
+
+def _input(x: Tensor) -> Tensor:
+    return (x if x.dtype in _KERNELS else x.float()).contiguous()
+
+
+def _noise(noise: Tensor | None) -> Tensor | None:
+    return None if noise is None else noise.float().contiguous()
+
+
+def _output(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(codes.shape, dtype=dtype if dtype in _KERNELS else torch.float32, device=codes.device)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .philox import Stream, random_bits16
+from .philox import Stream, numbers_of
+from .schema import kernel
 
 
 def round_to_bfloat16(x: Tensor, key: int, stream: Stream, start: int = 0) -> Tensor:
@@ -15,9 +16,8 @@ def round_to_bfloat16(x: Tensor, key: int, stream: Stream, start: int = 0) -> Te
         x: float32, any shape; its elements are numbered in row-major order from `start`.
         key, stream: what the noise is a function of, so that every run, device and shard rounds alike.
 
-    Adding 16 random bits below bfloat16's last bit and cutting them off carries with exactly that probability.
     Infinities stay, a number already in bfloat16 is returned unchanged.
     """
-    bits = random_bits16(x.numel(), key, stream, start, x.device).view(x.shape)
-    bits.add_(x.contiguous().view(torch.int32)).bitwise_and_(-65536)
-    return bits.view(torch.float32).to(torch.bfloat16)
+    out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+    kernel("round_to_bfloat16_")(out, x.contiguous(), *numbers_of(key, stream), start)
+    return out

@@ -19,13 +19,17 @@ from .residual import Drop
 from .scaling import RMS
 from .step_size import Constant
 
-_DTYPES, _DEVICES = (torch.float32, torch.float64), ("cpu", "cuda")  # that torch's fused AdamW has
+_DTYPES, _DEVICES = (torch.float32, torch.float64), ("cpu", "cuda")  # that kernels have
 
 
-def direction(recipe: Recipe, st: State, r: Tensor, t: Clock) -> tuple[Tensor, Clock] | None:
-    """(D, gain) in one kernel, or None."""
+def direction(recipe: Recipe, st: State, r: Tensor, t: Clock, whole: Tensor | None) -> tuple[Tensor, Clock] | None:
+    """(D, gain) in one kernel, or None. `whole`: the gradient that r was computed from, None where r came as it is."""
     kernel = _DIRECTIONS.get((type(recipe.momentum), type(recipe.scaling)))
-    return kernel(recipe, st, r, t) if kernel and recipe.momentum_of == "gradient" else None
+    if kernel is None or recipe.momentum_of != "gradient" or torch.compiler.is_compiling():
+        return None
+    # D takes the place of r, one pass over memory less, unless r is the gradient's memory or is read again.
+    spare = type(recipe.residual) is Drop and whole is not None and not _share_memory(r, whole)
+    return kernel(recipe, st, r, t, spare)
 
 
 def step_(recipe: Recipe, w: Tensor, g: Tensor, st: State, lr: Clock, weight_decay: float, t: Clock) -> bool:
@@ -35,10 +39,21 @@ def step_(recipe: Recipe, w: Tensor, g: Tensor, st: State, lr: Clock, weight_dec
     return kernel is not None and kernel(recipe, w, g, st, lr, weight_decay, t)
 
 
-def _adam_direction(recipe: Any, st: State, r: Tensor, t: Clock) -> tuple[Tensor, Clock] | None:
-    """AdamW with lr 1 on a tensor of zeros moves it by minus the direction."""
-    d = torch.zeros_like(r)
-    return (d, -1.0) if _adamw_(recipe, d, r, st, 1.0, 0.0, t) else None
+def _adam_direction(recipe: Any, st: State, r: Tensor, t: Clock, spare: bool) -> tuple[Tensor, Clock] | None:
+    m, v = st["exp_avg"], st["exp_avg_sq"]
+    alike = all(x.is_contiguous() and x.dtype == r.dtype and x.device == r.device for x in (r, m, v))
+    one_clock = not isinstance(t, Tensor) or t.numel() == 1
+    if not (alike and one_clock and r.dtype in _DTYPES and recipe.momentum.debias):
+        return None
+    d = r if spare else r.clone()
+    step, count = (t, 0.0) if isinstance(t, Tensor) else (None, t)
+    numbers = recipe.momentum.beta, recipe.scaling.beta, recipe.scaling.eps, count
+    torch.ops.lowrank_optim.projected_adam_.default(m, v, d, *numbers, step)
+    return d, 1.0
+
+
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
 
 def _adamw_(recipe: Any, w: Tensor, g: Tensor, st: State, lr: Clock, weight_decay: float, t: Clock) -> bool:
@@ -58,7 +73,7 @@ def _adamw_(recipe: Any, w: Tensor, g: Tensor, st: State, lr: Clock, weight_deca
     return True
 
 
-_Direction = Callable[[Recipe, State, Tensor, Clock], "tuple[Tensor, Clock] | None"]
+_Direction = Callable[[Recipe, State, Tensor, Clock, bool], "tuple[Tensor, Clock] | None"]
 _Step = Callable[[Recipe, Tensor, Tensor, State, Clock, float, Clock], bool]
 _DIRECTIONS: dict[tuple[type, ...], _Direction] = {(EMA, RMS): _adam_direction}
 _STEPS: dict[tuple[type, ...], _Step] = {(Identity, EMA, RMS, Drop, Constant): _adamw_}

@@ -1,0 +1,216 @@
+#include <algorithm>
+#include <cstdint>
+
+#include "../kernels.h"
+#include "clones.h"
+
+namespace lro {
+namespace {
+
+constexpr int64_t kElements = 32768;  // per piece of work
+constexpr int64_t kUnits = 512;       // quotients held at once, between the divisions and the look-ups
+
+struct Range {
+  float top, bottom;
+};
+
+template <class In>
+LRO_HD Range range_loop(const In* x, int64_t n) {
+  int32_t top = INT32_MIN, bottom = INT32_MAX;
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t key = ordered(to_float(x[i]));
+    top = key > top ? key : top;
+    bottom = key < bottom ? key : bottom;
+  }
+  return {unordered(top), unordered(bottom)};
+}
+
+template <class In>
+LRO_HD void divide_loop(const In* LRO_RESTRICT x, int64_t n, float divisor, float* LRO_RESTRICT out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = to_float(x[i]) / divisor;
+}
+
+template <class In>
+LRO_HD void grid_loop(const In* LRO_RESTRICT x, int64_t n, Grid grid, int32_t most, const float* LRO_RESTRICT noise,
+                      uint8_t* LRO_RESTRICT codes) {
+  if (noise)
+    for (int64_t i = 0; i < n; ++i) codes[i] = grid_code(to_float(x[i]), grid, most, noise[i]);
+  else
+    for (int64_t i = 0; i < n; ++i) codes[i] = grid_code(to_float(x[i]), grid, most);
+}
+
+template <class In>
+LRO_HD void sixteenth_loop(const In* LRO_RESTRICT x, int64_t n, float divisor, const float* LRO_RESTRICT noise,
+                           uint8_t* LRO_RESTRICT codes) {
+  if (noise)
+    for (int64_t i = 0; i < n; ++i) codes[i] = sixteenth_code(to_float(x[i]), divisor, noise[i]);
+  else
+    for (int64_t i = 0; i < n; ++i) codes[i] = sixteenth_code(to_float(x[i]), divisor, kHalf);
+}
+
+template <class Out>
+LRO_HD void levels_loop(const uint8_t* LRO_RESTRICT codes, int64_t n, float peak, const float* LRO_RESTRICT map,
+                        Out* LRO_RESTRICT x) {
+  for (int64_t i = 0; i < n; ++i) assign(x[i], map[codes[i]] * peak);
+}
+
+template <class Out>
+LRO_HD void line_loop(const uint8_t* LRO_RESTRICT codes, int64_t n, float step, float low, Out* LRO_RESTRICT x) {
+  for (int64_t i = 0; i < n; ++i) assign(x[i], static_cast<float>(codes[i]) * step + low);
+}
+
+// Attributes do not reach the instances of templates, so there is one function per type.
+#define LRO_PER_TYPE(T)                                                                                               \
+  LRO_CLONES Range range(const T* x, int64_t n) { return range_loop(x, n); }                                          \
+  LRO_CLONES void divide(const T* x, int64_t n, float divisor, float* out) { divide_loop(x, n, divisor, out); }       \
+  LRO_CLONES void to_grid(const T* x, int64_t n, Grid grid, int32_t most, const float* noise, uint8_t* codes) {         \
+    grid_loop(x, n, grid, most, noise, codes);                                                                        \
+  }                                                                                                                   \
+  LRO_CLONES void to_sixteenths(const T* x, int64_t n, float divisor, const float* noise, uint8_t* codes) {           \
+    sixteenth_loop(x, n, divisor, noise, codes);                                                                      \
+  }                                                                                                                   \
+  LRO_CLONES void from_levels(const uint8_t* codes, int64_t n, float peak, const float* map, T* x) {                  \
+    levels_loop(codes, n, peak, map, x);                                                                              \
+  }                                                                                                                   \
+  LRO_CLONES void from_grid(const uint8_t* codes, int64_t n, float step, float low, T* x) {                           \
+    line_loop(codes, n, step, low, x);                                                                                \
+  }
+LRO_PER_TYPE(float)
+LRO_PER_TYPE(bfloat16)
+
+// The map by value: a store through uint8_t* may change anything else, and everything would be loaded again.
+LRO_CLONES void nearest(const float* LRO_RESTRICT unit, int64_t n, const CodeMap map, uint8_t* LRO_RESTRICT codes) {
+  for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(nearest_code(unit[i], map));
+}
+
+// One code up where noise is below the share of the gap.
+LRO_CLONES void round_up(const float* LRO_RESTRICT rest, const float* LRO_RESTRICT gap, const float* LRO_RESTRICT noise,
+                         int64_t n, uint8_t* LRO_RESTRICT codes) {
+  for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(codes[i] + (rest[i] / gap[i] > noise[i]));
+}
+
+LRO_CLONES void dithered(const float* LRO_RESTRICT unit, int64_t n, const CodeMap map, const float* LRO_RESTRICT gaps,
+                         const float* LRO_RESTRICT noise, uint8_t* LRO_RESTRICT codes) {
+  float rest[kUnits], gap[kUnits];
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t below = code_below(unit[i], map);
+    rest[i] = unit[i] - map.values[below], gap[i] = gaps[below];
+    codes[i] = static_cast<uint8_t>(below);
+  }
+  round_up(rest, gap, noise, n, codes);
+}
+
+LRO_CLONES void pack(const uint8_t* LRO_RESTRICT codes, int64_t pairs, uint8_t* LRO_RESTRICT out) {
+  for (int64_t i = 0; i < pairs; ++i) out[i] = packed(codes[2 * i], codes[2 * i + 1]);
+}
+LRO_CLONES void unpack(const uint8_t* LRO_RESTRICT bytes, int64_t pairs, uint8_t* LRO_RESTRICT codes) {
+  for (int64_t i = 0; i < pairs; ++i) codes[2 * i] = bytes[i] & 15, codes[2 * i + 1] = bytes[i] >> 4;
+}
+
+// Calls `work(row, first, pairs, odd)` for pieces of lines: some pairs from pair `first` on; is the line's odd code next?
+template <class Work>
+void each_pair(int64_t rows, int64_t k, const Work& work) {
+  const int64_t bytes = (k + 1) / 2;
+  parallel(rows * bytes, kElements, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t row = begin / bytes, first = begin % bytes, last = std::min(bytes, first + end - begin);
+      const int64_t whole = std::min(last, k / 2);
+      work(row, first, whole - first, last > k / 2);
+      begin += last - first;
+    }
+  });
+}
+
+// Calls `work(i, begin, n)` for each block i, which starts at element `begin` and has n of them.
+template <class Work>
+void each(Blocks blocks, const Work& work) {
+  const int64_t grain = std::max<int64_t>(1, kElements / std::min(blocks.block, blocks.k));
+  parallel(blocks.count(), grain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) work(i, blocks.begin(i), blocks.size(i));
+  });
+}
+
+const float* at(const float* noise, int64_t begin) { return noise ? noise + begin : nullptr; }
+
+}  // namespace
+
+template <class In>
+void quantize_blockwise(Queue, uint8_t* codes, float* absmax, const In* x, CodeMap map, Blocks blocks, bool signed_peak,
+                        const float* noise) {
+  float gaps[256];
+  for (int32_t code = 0; code < map.size; ++code) gaps[code] = gap_above(code, map);
+  each(blocks, [&](int64_t i, int64_t begin, int64_t n) {
+    const Range both = range(x + begin, n);
+    const Peak peak = peak_of(both.top, both.bottom, signed_peak);
+    absmax[i] = peak.kept;
+    float unit[kUnits];
+    for (int64_t start = begin; start < begin + n; start += kUnits) {
+      const int64_t count = std::min(kUnits, begin + n - start);
+      divide(x + start, count, peak.divisor, unit);
+      if (noise) dithered(unit, count, map, gaps, noise + start, codes + start);
+      else nearest(unit, count, map, codes + start);
+    }
+  });
+}
+
+template <class In>
+void quantize_affine(Queue, uint8_t* codes, float* scale, float* low, const In* x, int bits, Blocks blocks,
+                     const float* noise) {
+  const int32_t most = (1 << bits) - 1;
+  each(blocks, [&](int64_t i, int64_t begin, int64_t n) {
+    const Range both = range(x + begin, n);
+    const Grid grid = grid_of(both.top, both.bottom, static_cast<float>(most));
+    scale[i] = grid.step, low[i] = grid.low;
+    to_grid(x + begin, n, grid, most, at(noise, begin), codes + begin);
+  });
+}
+
+template <class In>
+void quantize_sixteenths(Queue, uint8_t* codes, float* largest, const In* x, Blocks blocks, const float* noise) {
+  each(blocks, [&](int64_t i, int64_t begin, int64_t n) {
+    largest[i] = range(x + begin, n).top;
+    to_sixteenths(x + begin, n, std::max(largest[i], kTiny), at(noise, begin), codes + begin);
+  });
+}
+
+template <class Out>
+void dequantize_blockwise(Queue, Out* x, const uint8_t* codes, const float* absmax, const float* code_map,
+                          Blocks blocks) {
+  each(blocks, [&](int64_t i, int64_t begin, int64_t n) {
+    from_levels(codes + begin, n, absmax[i], code_map, x + begin);
+  });
+}
+
+template <class Out>
+void dequantize_affine(Queue, Out* x, const uint8_t* codes, const float* scale, const float* low, Blocks blocks) {
+  each(blocks, [&](int64_t i, int64_t begin, int64_t n) { from_grid(codes + begin, n, scale[i], low[i], x + begin); });
+}
+
+void pack4(Queue, uint8_t* packed, const uint8_t* codes, int64_t rows, int64_t k) {
+  each_pair(rows, k, [&](int64_t row, int64_t first, int64_t pairs, bool odd) {
+    const uint8_t* from = codes + row * k + 2 * first;
+    uint8_t* to = packed + row * ((k + 1) / 2) + first;
+    pack(from, pairs, to);
+    if (odd) to[pairs] = from[2 * pairs];
+  });
+}
+
+void unpack4(Queue, uint8_t* codes, const uint8_t* packed, int64_t rows, int64_t k) {
+  each_pair(rows, k, [&](int64_t row, int64_t first, int64_t pairs, bool odd) {
+    const uint8_t* from = packed + row * ((k + 1) / 2) + first;
+    uint8_t* to = codes + row * k + 2 * first;
+    unpack(from, pairs, to);
+    if (odd) to[2 * pairs] = from[pairs] & 15;
+  });
+}
+
+#define LRO_INSTANCES(T)                                                                                              \
+  template void quantize_blockwise(Queue, uint8_t*, float*, const T*, CodeMap, Blocks, bool, const float*);           \
+  template void quantize_affine(Queue, uint8_t*, float*, float*, const T*, int, Blocks, const float*);                \
+  template void quantize_sixteenths(Queue, uint8_t*, float*, const T*, Blocks, const float*);                         \
+  template void dequantize_blockwise(Queue, T*, const uint8_t*, const float*, const float*, Blocks);                  \
+  template void dequantize_affine(Queue, T*, const uint8_t*, const float*, const float*, Blocks);
+LRO_INSTANCES(float)
+LRO_INSTANCES(bfloat16)
+
+}  // namespace lro

@@ -1,0 +1,83 @@
+#include <algorithm>
+
+#include "../kernels.h"
+#include "clones.h"
+
+namespace lro {
+namespace {
+
+constexpr int kCounters = 64;  // drawn at once: their words stay in the nearest cache
+constexpr int64_t kGrain = 1024;
+
+// Four words per counter, in order.
+LRO_CLONES void words(uint64_t first, int n, const Stream stream, uint32_t* LRO_RESTRICT out) {
+  uint32_t w[4][kCounters];
+  for (int i = 0; i < kCounters; ++i) {  // always all of them: a loop of fixed length needs no tail
+    const Words four = philox(first + i, stream);
+    w[0][i] = four.w[0], w[1][i] = four.w[1], w[2][i] = four.w[2], w[3][i] = four.w[3];
+  }
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j < 4; ++j) out[4 * i + j] = w[j][i];
+}
+
+LRO_HD uint32_t bits16(const uint32_t* w, int64_t i) { return w[i / 2] >> (i % 2 * 16) & 0xFFFFu; }
+
+LRO_CLONES void emit_bits16(const uint32_t* w, int64_t from, int64_t n, int32_t* LRO_RESTRICT out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<int32_t>(bits16(w, from + i));
+}
+LRO_CLONES void emit_noise16(const uint32_t* w, int64_t from, int64_t n, float* LRO_RESTRICT out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = noise_of(bits16(w, from + i));
+}
+LRO_CLONES void emit_uniform(const uint32_t* w, int64_t from, int64_t n, float* LRO_RESTRICT out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = uniform_of(w[from + i]);
+}
+LRO_CLONES void emit_rounded(const uint32_t* LRO_RESTRICT w, int64_t from, int64_t n, const float* LRO_RESTRICT x,
+                             bfloat16* LRO_RESTRICT out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = round_stochastic(x[i], bits16(w, from + i));
+}
+
+void emit_normal(const uint32_t* w, int64_t from, int64_t n, float* out) {
+  float pair[2];
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t number = from + i;
+    if (i == 0 || number % 2 == 0) normal_pair(w[number / 2 * 2], w[number / 2 * 2 + 1], pair[0], pair[1]);
+    out[i] = pair[number % 2];
+  }
+}
+
+// Calls `emit(words, from, position, n)` for n numbers from element `position` on, the first one number `from` of the words.
+template <class Emit>
+void each(int64_t n, int lanes, Draw draw, const Emit& emit) {
+  if (draw.time) draw.stream.time = static_cast<uint32_t>(*draw.time);
+  const int64_t skip = ((draw.start % lanes) + lanes) % lanes, first = (draw.start - skip) / lanes;
+  parallel((skip + n + lanes - 1) / lanes, kGrain, [&](int64_t begin, int64_t end) {
+    uint32_t w[4 * kCounters];
+    for (int64_t counter = begin; counter < end; counter += kCounters) {
+      const int count = static_cast<int>(std::min<int64_t>(kCounters, end - counter));
+      words(static_cast<uint64_t>(first + counter), count, draw.stream, w);
+      const int64_t from = counter ? 0 : skip, position = counter * lanes + from - skip;
+      emit(w, from, position, std::min(n - position, count * lanes - from));
+    }
+  });
+}
+
+}  // namespace
+
+void draw(Queue, Kind kind, void* out, int64_t n, Draw draw) {
+  auto* integers = static_cast<int32_t*>(out);
+  auto* floats = static_cast<float*>(out);
+  each(n, lanes(kind), draw, [&](const uint32_t* w, int64_t from, int64_t position, int64_t count) {
+    if (kind == Kind::bits16) emit_bits16(w, from, count, integers + position);
+    if (kind == Kind::noise16) emit_noise16(w, from, count, floats + position);
+    if (kind == Kind::uniform) emit_uniform(w, from, count, floats + position);
+    if (kind == Kind::normal) emit_normal(w, from, count, floats + position);
+  });
+}
+
+void round_to_bfloat16(Queue, bfloat16* out, const float* x, int64_t n, Draw draw) {
+  each(n, lanes(Kind::bits16), draw, [&](const uint32_t* w, int64_t from, int64_t position, int64_t count) {
+    emit_rounded(w, from, count, x + position, out + position);
+  });
+}
+
+}  // namespace lro

@@ -1,0 +1,168 @@
+// One thread block walks whole blocks of numbers: largest and least through shared memory, then all elements.
+#include "../kernels.h"
+#include "launch.h"
+
+namespace lro {
+namespace {
+
+struct Range {
+  float top, bottom;
+};
+
+// Of n numbers, to all threads. All threads of the block must call it.
+template <class In>
+__device__ Range range_of(const In* x, int64_t n) {
+  __shared__ int32_t top[kThreads], bottom[kThreads];
+  const unsigned me = threadIdx.x;
+  int32_t most = INT32_MIN, least = INT32_MAX;
+  for (int64_t i = me; i < n; i += kThreads) {
+    const int32_t key = ordered(to_float(x[i]));
+    most = key > most ? key : most;
+    least = key < least ? key : least;
+  }
+  top[me] = most, bottom[me] = least;
+  for (unsigned half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (me < half) {
+      if (top[me + half] > top[me]) top[me] = top[me + half];
+      if (bottom[me + half] < bottom[me]) bottom[me] = bottom[me + half];
+    }
+  }
+  __syncthreads();
+  const Range range{unordered(top[0]), unordered(bottom[0])};
+  __syncthreads();  // before the next block of numbers overwrites them
+  return range;
+}
+
+template <class In>
+__global__ void __launch_bounds__(kThreads) to_levels(uint8_t* codes, float* absmax, const In* x, CodeMap map,
+                                                      Blocks blocks, bool signed_peak, const float* noise) {
+  for (int64_t b = blockIdx.x; b < blocks.count(); b += gridDim.x) {
+    const int64_t begin = blocks.begin(b), n = blocks.size(b);
+    const Range range = range_of(x + begin, n);
+    const Peak peak = peak_of(range.top, range.bottom, signed_peak);
+    if (threadIdx.x == 0) absmax[b] = peak.kept;
+    for (int64_t i = begin + threadIdx.x; i < begin + n; i += kThreads) {
+      const float unit = to_float(x[i]) / peak.divisor;
+      codes[i] = static_cast<uint8_t>(noise ? dithered_code(unit, map, noise[i]) : nearest_code(unit, map));
+    }
+  }
+}
+
+template <class In>
+__global__ void __launch_bounds__(kThreads) to_grid(uint8_t* codes, float* scale, float* low, const In* x, int32_t most,
+                                                    Blocks blocks, const float* noise) {
+  for (int64_t b = blockIdx.x; b < blocks.count(); b += gridDim.x) {
+    const int64_t begin = blocks.begin(b), n = blocks.size(b);
+    const Range range = range_of(x + begin, n);
+    const Grid grid = grid_of(range.top, range.bottom, static_cast<float>(most));
+    if (threadIdx.x == 0) scale[b] = grid.step, low[b] = grid.low;
+    for (int64_t i = begin + threadIdx.x; i < begin + n; i += kThreads) {
+      const float value = to_float(x[i]);
+      codes[i] = noise ? grid_code(value, grid, most, noise[i]) : grid_code(value, grid, most);
+    }
+  }
+}
+
+template <class In>
+__global__ void __launch_bounds__(kThreads) to_sixteenths(uint8_t* codes, float* largest, const In* x, Blocks blocks,
+                                                          const float* noise) {
+  for (int64_t b = blockIdx.x; b < blocks.count(); b += gridDim.x) {
+    const int64_t begin = blocks.begin(b), n = blocks.size(b);
+    const float top = range_of(x + begin, n).top, divisor = top > kTiny ? top : kTiny;
+    if (threadIdx.x == 0) largest[b] = top;
+    for (int64_t i = begin + threadIdx.x; i < begin + n; i += kThreads)
+      codes[i] = sixteenth_code(to_float(x[i]), divisor, noise ? noise[i] : kHalf);
+  }
+}
+
+template <class Out>
+__global__ void __launch_bounds__(kThreads) from_levels(Out* x, const uint8_t* codes, const float* absmax,
+                                                        const float* code_map, Blocks blocks) {
+  for (int64_t b = blockIdx.x; b < blocks.count(); b += gridDim.x) {
+    const int64_t begin = blocks.begin(b), end = begin + blocks.size(b);
+    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) assign(x[i], code_map[codes[i]] * absmax[b]);
+  }
+}
+
+template <class Out>
+__global__ void __launch_bounds__(kThreads) from_grid(Out* x, const uint8_t* codes, const float* scale,
+                                                      const float* low, Blocks blocks) {
+  for (int64_t b = blockIdx.x; b < blocks.count(); b += gridDim.x) {
+    const int64_t begin = blocks.begin(b), end = begin + blocks.size(b);
+    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads)
+      assign(x[i], static_cast<float>(codes[i]) * scale[b] + low[b]);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) pack_kernel(uint8_t* bytes, const uint8_t* codes, int64_t rows, int64_t k) {
+  const int64_t width = (k + 1) / 2, stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < rows * width; i += stride) {
+    const int64_t place = i % width * 2, from = i / width * k + place;
+    bytes[i] = packed(codes[from], place + 1 < k ? codes[from + 1] : 0);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) unpack_kernel(uint8_t* codes, const uint8_t* bytes, int64_t rows, int64_t k) {
+  const int64_t width = (k + 1) / 2, stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < rows * width; i += stride) {
+    const int64_t place = i % width * 2, to = i / width * k + place;
+    codes[to] = bytes[i] & 15;
+    if (place + 1 < k) codes[to + 1] = bytes[i] >> 4;
+  }
+}
+
+unsigned grid_of(const Blocks& blocks) {
+  constexpr int64_t most = kMostBlocks * 16;
+  return static_cast<unsigned>(blocks.count() < most ? blocks.count() : most);
+}
+
+}  // namespace
+
+template <class In>
+void quantize_blockwise(Queue queue, uint8_t* codes, float* absmax, const In* x, CodeMap map, Blocks blocks,
+                        bool signed_peak, const float* noise) {
+  LRO_LAUNCH(to_levels<In>, grid_of(blocks), kThreads, queue, codes, absmax, x, map, blocks, signed_peak, noise);
+}
+
+template <class In>
+void quantize_affine(Queue queue, uint8_t* codes, float* scale, float* low, const In* x, int bits, Blocks blocks,
+                     const float* noise) {
+  const int32_t most = (1 << bits) - 1;
+  LRO_LAUNCH(to_grid<In>, grid_of(blocks), kThreads, queue, codes, scale, low, x, most, blocks, noise);
+}
+
+template <class In>
+void quantize_sixteenths(Queue queue, uint8_t* codes, float* largest, const In* x, Blocks blocks, const float* noise) {
+  LRO_LAUNCH(to_sixteenths<In>, grid_of(blocks), kThreads, queue, codes, largest, x, blocks, noise);
+}
+
+template <class Out>
+void dequantize_blockwise(Queue queue, Out* x, const uint8_t* codes, const float* absmax, const float* code_map,
+                          Blocks blocks) {
+  LRO_LAUNCH(from_levels<Out>, grid_of(blocks), kThreads, queue, x, codes, absmax, code_map, blocks);
+}
+
+template <class Out>
+void dequantize_affine(Queue queue, Out* x, const uint8_t* codes, const float* scale, const float* low, Blocks blocks) {
+  LRO_LAUNCH(from_grid<Out>, grid_of(blocks), kThreads, queue, x, codes, scale, low, blocks);
+}
+
+void pack4(Queue queue, uint8_t* packed, const uint8_t* codes, int64_t rows, int64_t k) {
+  LRO_LAUNCH(pack_kernel, grid_for(rows * ((k + 1) / 2)), kThreads, queue, packed, codes, rows, k);
+}
+
+void unpack4(Queue queue, uint8_t* codes, const uint8_t* packed, int64_t rows, int64_t k) {
+  LRO_LAUNCH(unpack_kernel, grid_for(rows * ((k + 1) / 2)), kThreads, queue, codes, packed, rows, k);
+}
+
+#define LRO_INSTANCES(T)                                                                                              \
+  template void quantize_blockwise(Queue, uint8_t*, float*, const T*, CodeMap, Blocks, bool, const float*);           \
+  template void quantize_affine(Queue, uint8_t*, float*, float*, const T*, int, Blocks, const float*);                \
+  template void quantize_sixteenths(Queue, uint8_t*, float*, const T*, Blocks, const float*);                         \
+  template void dequantize_blockwise(Queue, T*, const uint8_t*, const float*, const float*, Blocks);                  \
+  template void dequantize_affine(Queue, T*, const uint8_t*, const float*, const float*, Blocks);
+LRO_INSTANCES(float)
+LRO_INSTANCES(bfloat16)
+
+}  // namespace lro

@@ -1,0 +1,207 @@
+// The arithmetic of one element, for every backend. No torch, no CUDA libraries: host compilers and nvcc both read this.
+//
+// Products and sums are rounded one by one: contraction is off in all compilers (-ffp-contract=off, -fmad=false), so that a
+// CPU, a GPU and the reference in lowrank_optim/ops/reference.py give equal bits.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define LRO_HD __host__ __device__ __forceinline__
+#else
+#define LRO_HD inline __attribute__((always_inline))
+#endif
+
+namespace lro {
+
+template <class To, class From>
+LRO_HD To bits_as(From x) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To y;
+  memcpy(&y, &x, sizeof(To));
+  return y;
+}
+
+// -- bfloat16: the upper half of a float ------------------------------------------------------------------------------
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+LRO_HD float to_float(float x) { return x; }
+LRO_HD float to_float(bfloat16 x) { return bits_as<float>(static_cast<uint32_t>(x.bits) << 16); }
+
+LRO_HD void assign(float& out, float x) { out = x; }
+
+// To nearest, ties to even; what is not a number stays one.
+LRO_HD void assign(bfloat16& out, float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  out.bits = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+}
+
+// Up or down with probability proportional to the distance: 16 random bits below the last one kept, then cut off.
+LRO_HD bfloat16 round_stochastic(float x, uint32_t noise16) {
+  return bfloat16{static_cast<uint16_t>((bits_as<uint32_t>(x) + noise16) >> 16)};
+}
+
+// -- Adam -------------------------------------------------------------------------------------------------------------
+
+// What all elements share; betas and corrections are computed in double and rounded once.
+template <class T>
+struct AdamNumbers {
+  T beta1, rest1, beta2, rest2, eps, gain, inverse_root;
+};
+
+template <class T>
+LRO_HD AdamNumbers<T> adam_numbers(double beta1, double beta2, double eps, double t) {
+  return {static_cast<T>(beta1),
+          static_cast<T>(1 - beta1),
+          static_cast<T>(beta2),
+          static_cast<T>(1 - beta2),
+          static_cast<T>(eps),
+          static_cast<T>(1 / (1 - pow(beta1, t))),
+          static_cast<T>(1 / sqrt(1 - pow(beta2, t)))};
+}
+
+LRO_HD float root(float x) { return sqrtf(x); }
+LRO_HD double root(double x) { return sqrt(x); }
+
+// m, v: moments. r: the projected gradient, overwritten by the direction m^ / (sqrt(v^) + eps). One root, one division.
+template <class T>
+LRO_HD void adam(T& m, T& v, T& r, const AdamNumbers<T>& k) {
+  m = m * k.beta1 + r * k.rest1;
+  v = v * k.beta2 + r * k.rest2 * r;
+  r = m * k.gain / (root(v) * k.inverse_root + k.eps);
+}
+
+// -- Philox4x32-10 (Salmon et al., SC 2011) ---------------------------------------------------------------------------
+
+struct Stream {
+  uint32_t key0, key1, purpose, time;
+};
+
+struct Words {
+  uint32_t w[4];
+};
+
+LRO_HD Words philox(uint64_t counter, const Stream& s) {
+  uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = s.purpose, c3 = s.time;
+  uint32_t k0 = s.key0, k1 = s.key1;
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(c0) * 0xD2511F53u, p1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c1 = static_cast<uint32_t>(p1);
+    c3 = static_cast<uint32_t>(p0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// Midpoints of equal cells: 2^16 of them for dither, 2^23 (all of them floats) for numbers.
+LRO_HD float noise_of(uint32_t bits16) { return (static_cast<float>(static_cast<int32_t>(bits16)) + 0.5f) * 0x1p-16f; }
+LRO_HD float uniform_of(uint32_t word) {
+  return static_cast<float>((static_cast<double>(static_cast<int32_t>(word >> 9)) + 0.5) * 0x1p-23);
+}
+
+// Box and Muller in double, rounded once: libraries whose logarithms differ in the last place still agree.
+LRO_HD void normal_pair(uint32_t radius, uint32_t angle, float& first, float& second) {
+  const double u = (static_cast<double>(radius) + 0.5) * 0x1p-32, v = (static_cast<double>(angle) + 0.5) * 0x1p-32;
+  const double length = sqrt(-2.0 * log(u)), turn = 6.283185307179586 * v;
+  first = static_cast<float>(length * cos(turn));
+  second = static_cast<float>(length * sin(turn));
+}
+
+// -- Blockwise codes --------------------------------------------------------------------------------------------------
+
+constexpr float kTiny = 1.17549435e-38f;  // the smallest normal number: no block is divided by less
+
+// Floats as integers in the same order, so that maxima are found by integer instructions.
+LRO_HD int32_t ordered(float x) {
+  const int32_t bits = bits_as<int32_t>(x);
+  return bits ^ ((bits >> 31) & 0x7FFFFFFF);
+}
+LRO_HD float unordered(int32_t key) { return bits_as<float>(key ^ ((key >> 31) & 0x7FFFFFFF)); }
+
+// A map of values, and per upper half of a float the lowest code that it may get and the midpoint to the next one.
+struct CodeMap {
+  const float* values;
+  const uint8_t* lower;
+  const float* midpoint;
+  int32_t size;
+};
+
+struct Peak {
+  float kept, divisor;
+};
+
+LRO_HD Peak peak_of(float top, float bottom, bool with_sign) {
+  const bool negative = -bottom > top;
+  const float largest = negative ? -bottom : top;
+  const float kept = with_sign && negative ? bottom : largest;
+  return {kept, largest < kTiny ? kTiny : kept};
+}
+
+LRO_HD int32_t nearest_code(float unit, const CodeMap& map) {
+  const int32_t upper = (bits_as<int32_t>(unit) >> 16) + (1 << 15);
+  return map.lower[upper] + (unit > map.midpoint[upper] ? 1 : 0);
+}
+
+// The last entry that is not above a number.
+LRO_HD int32_t code_below(float unit, const CodeMap& map) {
+  const int32_t nearest = nearest_code(unit, map);
+  return nearest - ((map.values[nearest] > unit) & (nearest > 0));
+}
+
+// To the next entry; nothing is above the last one.
+LRO_HD float gap_above(int32_t code, const CodeMap& map) {
+  return code + 1 < map.size ? map.values[code + 1] - map.values[code] : 1.0f;
+}
+
+// The entry below or the one above, the latter where noise is below the share of the gap.
+LRO_HD int32_t dithered_code(float unit, const CodeMap& map, float noise) {
+  const int32_t below = code_below(unit, map);
+  return below + ((unit - map.values[below]) / gap_above(below, map) > noise);
+}
+
+struct Grid {
+  float low, step;
+};
+
+LRO_HD Grid grid_of(float top, float bottom, float most) {
+  const float step = (top - bottom) / most;
+  return {bottom, step < kTiny ? kTiny : step};
+}
+
+// Places are not negative, so that to cut off is to round down; in integers, for which compilers find instructions.
+LRO_HD uint8_t grid_code(float x, const Grid& grid, int32_t most) {
+  const int32_t place = static_cast<int32_t>((x - grid.low) / grid.step + 0.5f);
+  return static_cast<uint8_t>(place > most ? most : place);
+}
+
+// Compared and not added up: a sum would be rounded, and move what is on the grid.
+LRO_HD int32_t rounded_up(float place, float noise) {
+  const int32_t whole = static_cast<int32_t>(place);
+  return whole + (place - static_cast<float>(whole) > noise ? 1 : 0);
+}
+
+LRO_HD uint8_t grid_code(float x, const Grid& grid, int32_t most, float noise) {
+  const int32_t place = rounded_up((x - grid.low) / grid.step, noise);
+  return static_cast<uint8_t>(place > most ? most : place);
+}
+
+// Two codes of 4 bits to a byte, the first in the lower half.
+LRO_HD uint8_t packed(uint8_t first, uint8_t second) { return static_cast<uint8_t>(first | second << 4); }
+
+// Sixteenths from 1 to 16, as 0 to 15. Halves go up: without noise that is to be `kHalf`.
+constexpr float kHalf = 0.49999997f;  // the float below 1/2
+LRO_HD uint8_t sixteenth_code(float x, float divisor, float noise) {
+  const int32_t place = rounded_up(x / divisor * 16.0f, noise);
+  return static_cast<uint8_t>((place < 1 ? 1 : place > 16 ? 16 : place) - 1);
+}
+
+}  // namespace lro

@@ -1,0 +1,81 @@
+// What a backend provides: loops over memory. Pointers are checked by registration.cpp; empty tensors never get here.
+// cpu/*.cpp and cuda/*.cu define each of these once, and neither includes torch.
+#pragma once
+
+#include "elements.h"
+
+namespace lro {
+
+// `stream` is the CUDA stream; the CPU ignores it.
+struct Queue {
+  void* stream;
+};
+
+// A number that is known, or that the device reads when the kernel runs (a captured graph then sees new values).
+struct Step {
+  double known;
+  const float* single;
+  const double* wide;
+};
+
+// A stream of random numbers whose time may be on the device; element 0 of the output is number `start` of the stream.
+struct Draw {
+  Stream stream;
+  const int64_t* time;
+  int64_t start;
+};
+
+// `rows` lines of `k` elements, cut into blocks; the last one of a line may be short.
+struct Blocks {
+  int64_t rows, k, block;
+
+  LRO_HD int64_t per_row() const { return (k + block - 1) / block; }
+  LRO_HD int64_t count() const { return rows * per_row(); }
+  LRO_HD int64_t begin(int64_t i) const { return i / per_row() * k + i % per_row() * block; }
+  LRO_HD int64_t size(int64_t i) const {
+    const int64_t left = k - i % per_row() * block;
+    return left < block ? left : block;
+  }
+};
+
+template <class T>
+void projected_adam(Queue queue, T* exp_avg, T* exp_avg_sq, T* r, int64_t n, double beta1, double beta2, double eps,
+                    Step step);
+
+enum class Kind { bits16, noise16, uniform, normal };
+LRO_HD int lanes(Kind kind) { return kind == Kind::uniform || kind == Kind::normal ? 4 : 8; }  // numbers per counter
+
+void draw(Queue queue, Kind kind, void* out, int64_t n, Draw draw);  // int32 for bits16, else float
+void round_to_bfloat16(Queue queue, bfloat16* out, const float* x, int64_t n, Draw draw);
+
+template <class In>
+void quantize_blockwise(Queue queue, uint8_t* codes, float* absmax, const In* x, CodeMap map, Blocks blocks,
+                        bool signed_peak, const float* noise);
+template <class In>
+void quantize_affine(Queue queue, uint8_t* codes, float* scale, float* low, const In* x, int bits, Blocks blocks,
+                     const float* noise);
+template <class In>
+void quantize_sixteenths(Queue queue, uint8_t* codes, float* largest, const In* x, Blocks blocks, const float* noise);
+template <class Out>
+void dequantize_blockwise(Queue queue, Out* x, const uint8_t* codes, const float* absmax, const float* code_map,
+                          Blocks blocks);
+template <class Out>
+void dequantize_affine(Queue queue, Out* x, const uint8_t* codes, const float* scale, const float* low, Blocks blocks);
+
+// `rows` lines of k codes, each line ceil(k / 2) bytes.
+void pack4(Queue queue, uint8_t* packed, const uint8_t* codes, int64_t rows, int64_t k);
+void unpack4(Queue queue, uint8_t* codes, const uint8_t* packed, int64_t rows, int64_t k);
+
+#ifndef LRO_CUDA
+// libtorch's own threads, from registration.cpp: `work(begin, end)` on pieces of [0, n), each at least `grain` long.
+void parallel(int64_t n, int64_t grain, void (*work)(int64_t, int64_t, const void*), const void* context);
+
+template <class Work>
+void parallel(int64_t n, int64_t grain, const Work& work) {
+  parallel(
+      n, grain, [](int64_t begin, int64_t end, const void* context) { (*static_cast<const Work*>(context))(begin, end); },
+      &work);
+}
+#endif
+
+}  // namespace lro

@@ -1,0 +1,170 @@
+"""Finds native kernels, loads them, and says what it loaded: prebuilt, else built before, else built now, else none.
+
+Nothing happens at import. The first optimizer loads (`load`), or `python -m lowrank_optim.build` does.
+`LOWRANK_OPTIM_NATIVE` decides: `auto`; `prebuilt`, which never compiles; `require`, where their absence is an error;
+`off`, plain torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import compile as build
+from .schema import NAMESPACE
+
+_MODES = ("auto", "prebuilt", "require", "off")
+_LOCK = threading.Lock()
+_FOUND: dict[str, Backend] = {}
+_LOG = logging.getLogger("lowrank_optim")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The kernels of one device type.
+
+    Attributes:
+        kernels: "native", or "reference", which is plain torch.
+        how: where native ones come from, or why there are none.
+        path: of the library.
+    """
+
+    device: str
+    kernels: str
+    how: str
+    path: Path | None = None
+
+    def __str__(self) -> str:
+        return f"{self.device:4} {self.kernels:9} {self.how}" + (f"\n{'':15}{self.path}" if self.path else "")
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """Which kernels run on which device, and why; prints as lines. Iterates over the devices."""
+
+    backends: tuple[Backend, ...]
+
+    def __iter__(self) -> Iterator[Backend]:
+        return iter(self.backends)
+
+    def __getitem__(self, device: str) -> Backend:
+        return {one.device: one for one in self.backends}[device]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.backends))
+
+
+def backend_info() -> BackendInfo:
+    """What is loaded for which device, built how, and why not if not. Loads nothing."""
+    waiting = "nothing was looked for yet: the first optimizer does, or python -m lowrank_optim.build"
+    devices = ("cpu", "cuda")
+    return BackendInfo(tuple(_FOUND.get(name, Backend(name, "reference", waiting)) for name in devices))
+
+
+def load() -> None:
+    """Loads what there is, and builds it where that is needed and allowed; once per process."""
+    if len(_FOUND) == 2:
+        return
+    with _LOCK:
+        mode = os.environ.get("LOWRANK_OPTIM_NATIVE", "auto")
+        if mode not in _MODES:
+            raise ValueError(f"LOWRANK_OPTIM_NATIVE must be one of {', '.join(_MODES)}, got {mode!r}")
+        for device in ("cpu", "cuda"):
+            if device not in _FOUND:
+                _FOUND[device] = found = _load(device, mode)
+                if mode == "require" and found.kernels != "native" and (device == "cpu" or _has_cuda()):
+                    del _FOUND[device]
+                    raise RuntimeError(
+                        f"LOWRANK_OPTIM_NATIVE=require, and there are no native kernels for {device}: {found.how}"
+                    )
+
+
+def build_now() -> None:
+    """Builds for this machine, or raises `build.BuildError`; what failed before is tried again. Then loads."""
+    for target in [_cpu_target(), *([_cuda_target()] if _has_cuda() or build.asked_archs() else [])]:
+        build.build_cached(target, retry=True)
+    load()
+
+
+def _load(device: str, mode: str) -> Backend:
+    if mode == "off":
+        return Backend(device, "reference", "LOWRANK_OPTIM_NATIVE=off")
+    if device == "cuda" and not _has_cuda():
+        return Backend(device, "reference", "torch sees no CUDA device")
+    reasons = []
+    for step in (_prebuilt, _cached) if mode == "prebuilt" else (_prebuilt, _cached, _built):
+        try:
+            how, path = step(_cpu_target() if device == "cpu" else _cuda_target())
+            _register(path, device)
+            return Backend(device, "native", how, path)
+        except (build.BuildError, OSError, RuntimeError) as error:
+            reasons.append(str(error))
+    return Backend(device, "reference", "; ".join(dict.fromkeys(reasons)))
+
+
+def _prebuilt(target: build.Target) -> tuple[str, Path]:
+    manifest = build.manifest_in(build.PREBUILT, target)
+    if manifest is None:
+        raise build.BuildError("nothing was built at installation")
+    same = build.Target(target.backend, manifest.archs, target.extra)
+    if manifest.fingerprint != same.fingerprint():
+        raise build.BuildError(f"the prebuilt library is stale: {build.sources()} or its flags have changed since")
+    if any(arch not in _covered(manifest.archs) for arch in target.archs):
+        raise build.BuildError(f"the prebuilt library is for {', '.join(manifest.archs)}")
+    return f"prebuilt with {manifest.compiler}", build.library_in(build.PREBUILT, target)
+
+
+def _covered(archs: tuple[str, ...]) -> list[str]:
+    """A GPU runs code for an earlier one of its major version; PTX is compiled for all later ones by the driver."""
+    covered = []
+    for arch in archs:
+        major, minor = map(int, arch.removesuffix("+PTX").rstrip("a").split("."))
+        later = range(major, 30) if arch.endswith("+PTX") else range(major, major + 1)
+        covered += [f"{m}.{n}" for m in later for n in range(minor if m == major else 0, 10)]
+    return covered
+
+
+def _cached(target: build.Target) -> tuple[str, Path]:
+    folder = build.find_cached(target)
+    manifest = build.manifest_in(folder, target) if folder else None
+    if folder is None or manifest is None:
+        raise build.BuildError(f"nothing that fits was built before in {build.cache()}")
+    return f"built before with {manifest.compiler}", build.library_in(folder, target)
+
+
+def _built(target: build.Target) -> tuple[str, Path]:
+    start, compiler = time.perf_counter(), build.compiler_of(target)
+    _LOG.warning("building native kernels for %s, once for this machine; takes some seconds", target.backend)
+    folder, now = build.build_cached(target)
+    how = f"in {time.perf_counter() - start:.1f} s " if now else ""
+    return f"built {how}with {compiler}", build.library_in(folder, target)
+
+
+def _register(path: Path, device: str) -> None:
+    torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::projected_adam_", device.upper()):
+        raise RuntimeError(f"{path} was loaded and has no kernels for {device}")
+
+
+def _has_cuda() -> bool:
+    return torch.version.cuda is not None and torch.cuda.is_available()
+
+
+def _cpu_target() -> build.Target:
+    return build.Target("cpu", extra=build.asked_flags())
+
+
+def _cuda_target() -> build.Target:
+    """For the architectures that the environment names, or those of this machine's GPUs."""
+    archs = build.asked_archs()
+    if not archs:
+        found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        archs = tuple(f"{major}.{minor}" for major, minor in sorted(found))
+    return build.Target("cuda", archs, build.asked_flags())

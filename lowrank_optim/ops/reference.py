@@ -1,0 +1,247 @@
+"""Each operator in plain torch: its default kernel, and the truth that native kernels have to match.
+
+Arguments were checked by `schema.py`. Codes, noise and moments have equal bits in all kernels, as products and sums
+are rounded one by one here (`lerp_` and `alpha=` fuse them in some of torch's loops and not in others); the direction
+may differ in its last bits, as torch's roots do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TINY = torch.finfo(torch.float32).tiny
+PIECE = 1 << 16  # elements worked on at once on CPU, so that a piece and its temporaries stay in cache
+
+# -- Adam --------------------------------------------------------------------------------------------------------------
+
+
+def projected_adam_(
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    r: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    t: float,
+    step: Tensor | None = None,
+) -> None:
+    """One step of Adam's moments; r is overwritten by the direction. `step` stands in for t, read on the device."""
+    count: Any = t if step is None else step.view(()).double()
+    gain, correction = 1 / (1 - beta1**count), 1 - beta2**count
+    inverse = 1 / (correction.sqrt() if isinstance(correction, Tensor) else math.sqrt(correction))
+    size = PIECE if r.device.type == "cpu" else max(1, r.numel())
+    for m, v, x in zip(*(torch.split(tensor.view(-1), size) for tensor in (exp_avg, exp_avg_sq, r)), strict=True):
+        scratch = x * (1 - beta1)
+        m.mul_(beta1).add_(scratch)
+        torch.mul(x, 1 - beta2, out=scratch)
+        v.mul_(beta2).add_(scratch.mul_(x))
+        torch.sqrt(v, out=scratch).mul_(inverse).add_(eps)
+        torch.mul(m, gain, out=x).div_(scratch)
+
+
+# -- Philox ------------------------------------------------------------------------------------------------------------
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+BLOCK = 1 << 14  # counters generated at once, so that the int64 temporaries stay in cache
+
+Stream = tuple[int, "int | Tensor"]
+_Block = tuple[Tensor, list[Tensor], int]  # a piece of the result, the words for it, how many of their elements to skip
+
+
+def philox(counter: Tensor, key: int, stream: Stream) -> list[Tensor]:
+    """Four int64 tensors of 32-bit words, one word quadruple per counter."""
+    c0, c1 = counter & _MASK, (counter >> 32) & _MASK
+    c2: Any
+    c3: Any
+    c2, c3 = (word & _MASK for word in stream)  # numbers, until the first round mixes them with the counters
+    k0, k1 = key & _MASK, (key >> 32) & _MASK
+    for _ in range(_ROUNDS):
+        # int64 products wrap modulo 2**64, which leaves both 32-bit halves right once the upper one is masked.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c2 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, ((p0 >> 32) & _MASK) ^ c3 ^ k1
+        c1, c3 = p1 & _MASK, p0 & _MASK
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return [c0, c1, c2, c3]
+
+
+def blocks(out: Tensor, lanes: int, start: int, key: int, stream: Stream) -> Iterator[_Block]:
+    """Cuts the flat `out` into pieces of at most `BLOCK` counters."""
+    position = 0
+    while position < out.numel():
+        first, skip = divmod(start + position, lanes)
+        size = min(out.numel() - position, BLOCK * lanes - skip)
+        last = -(-(start + position + size) // lanes)
+        counter = torch.arange(first, last, dtype=torch.int64, device=out.device)
+        yield out[position : position + size], philox(counter, key, stream), skip
+        position += size
+
+
+def philox_bits16_(out: Tensor, key: int, purpose: int, time: int, at: Tensor | None = None, start: int = 0) -> None:
+    """Uniform 16-bit integers, elements `start` and up of the stream. `at` stands in for time, read on the device."""
+    for target, words, skip in blocks(out.view(-1), 8, start, key, (purpose, time if at is None else at.view(()))):
+        lanes = target.new_empty(len(words[0]), 8)
+        for i, word in enumerate(words):
+            lanes[:, 2 * i].copy_(word & 0xFFFF)
+            lanes[:, 2 * i + 1].copy_(word >> 16)
+        target.copy_(lanes.flatten()[skip : skip + target.numel()])
+
+
+def philox_noise16_(out: Tensor, key: int, purpose: int, time: int, at: Tensor | None = None, start: int = 0) -> None:
+    """The same as the midpoints of 65536 equal cells of (0, 1)."""
+    flat, size = out.view(-1), BLOCK * 8
+    for position in range(0, out.numel(), size):
+        piece = flat[position : position + size]
+        bits = torch.empty(piece.shape, dtype=torch.int32, device=out.device)
+        philox_bits16_(bits, key, purpose, time, at, start + position)
+        piece.copy_(bits).add_(0.5).mul_(2.0**-16)
+
+
+def philox_uniform_(out: Tensor, key: int, purpose: int, time: int, at: Tensor | None = None, start: int = 0) -> None:
+    """The midpoints of 2^23 equal cells of (0, 1), which are floats: none is rounded to 1."""
+    for target, words, skip in blocks(out.view(-1), 4, start, key, (purpose, time if at is None else at.view(()))):
+        cells = torch.stack(words, dim=-1).flatten()[skip : skip + target.numel()] >> 9
+        target.copy_((cells.double() + 0.5) * 2.0**-23)
+
+
+def philox_normal_(out: Tensor, key: int, purpose: int, time: int, at: Tensor | None = None, start: int = 0) -> None:
+    """Standard normal numbers: Box-Muller in float64, rounded once, so that logarithms may differ by an ulp."""
+    for target, words, skip in blocks(out.view(-1), 4, start, key, (purpose, time if at is None else at.view(()))):
+        u0, u1, u2, u3 = ((word.double() + 0.5) * 2.0**-32 for word in words)
+        pairs = []
+        for radius, angle in ((u0, u1), (u2, u3)):
+            length = torch.sqrt(-2.0 * torch.log(radius))
+            pairs += [length * torch.cos(2 * math.pi * angle), length * torch.sin(2 * math.pi * angle)]
+        target.copy_(torch.stack(pairs, dim=-1).flatten()[skip : skip + target.numel()])
+
+
+def round_to_bfloat16_(
+    out: Tensor, x: Tensor, key: int, purpose: int, time: int, at: Tensor | None = None, start: int = 0
+) -> None:
+    """Adds 16 random bits below bfloat16's last one and cuts them off: carries with the probability of the distance."""
+    bits = torch.empty(x.shape, dtype=torch.int32, device=x.device)
+    philox_bits16_(bits, key, purpose, time, at, start)
+    bits.add_(x.view(torch.int32)).bitwise_and_(-65536)
+    out.copy_(bits.view(torch.float32))
+
+
+# -- blockwise codes ---------------------------------------------------------------------------------------------------
+
+
+def quantize_blockwise_(
+    codes: Tensor,
+    absmax: Tensor,
+    x: Tensor,
+    code_map: Tensor,
+    lower: Tensor,
+    midpoint: Tensor,
+    block: int,
+    signed_peak: bool = False,
+    noise: Tensor | None = None,
+) -> None:
+    """The nearest entries of a map; `lower`, `midpoint`: the table that `quantize.nearest_table` made of it."""
+    for blocks, code, *dither, peak in _pieces([x, codes] if noise is None else [x, codes, noise], [absmax], block):
+        blocks = blocks.float()
+        top, bottom = blocks.amax(-1, True), blocks.amin(-1, True)
+        largest = torch.maximum(top, -bottom)
+        peak.copy_(torch.where(-bottom > top, bottom, top) if signed_peak else largest)
+        unit = (blocks / torch.where(largest < _TINY, _TINY, peak)).flatten()
+        # The upper half of a float32 leaves two candidates: a look-up instead of `bucketize`, which is 20 times slower.
+        upper = (unit.view(torch.int32) >> 16).add_(1 << 15)
+        higher = (unit > midpoint.index_select(0, upper)).view(torch.uint8)
+        nearest = lower.index_select(0, upper).add_(higher)
+        code.copy_((_dithered(unit, nearest, code_map, dither[0]) if dither else nearest).view(code.shape))
+
+
+def _dithered(unit: Tensor, nearest: Tensor, code_map: Tensor, noise: Tensor) -> Tensor:
+    """The entry below each number or the one above. Noise is never 0 or 1: an ulp away from an entry goes to it."""
+    nearest = nearest.int()
+    below = (nearest - (code_map.index_select(0, nearest) > unit).int()).clamp_(min=0)
+    gaps = torch.cat([code_map.diff(), torch.ones_like(code_map[:1])])  # nothing is above the last entry
+    rest = (unit - code_map.index_select(0, below)).div_(gaps.index_select(0, below))
+    return below.add_(rest > noise.flatten())
+
+
+def quantize_affine_(
+    codes: Tensor, scale: Tensor, low: Tensor, x: Tensor, bits: int, block: int, noise: Tensor | None = None
+) -> None:
+    """Equal steps from the least to the largest element of each block."""
+    most = 2**bits - 1
+    tensors, steps = [x, codes] if noise is None else [x, codes, noise], torch.full((), most, device=x.device)
+    for blocks, code, *dither, step, least in _pieces(tensors, [scale, low], block):
+        blocks = blocks.float()
+        least.copy_(blocks.amin(-1, True))
+        # By a tensor: accelerators multiply by the inverse of a number. A constant block keeps its value.
+        step.copy_((blocks.amax(-1, True) - least).div_(steps).clamp_(min=_TINY))
+        places = (blocks - least).div_(step)
+        if not dither:
+            places.add_(0.5).floor_()
+        else:  # compared and not added up: a sum would be rounded, and move what is on the grid
+            rest = places.frac()
+            places.floor_().add_(rest > dither[0])
+        code.copy_(places.clamp_(max=most))
+
+
+def quantize_sixteenths_(codes: Tensor, largest: Tensor, x: Tensor, block: int, noise: Tensor | None = None) -> None:
+    """Sixteenths of the largest element of each block, from 1 to 16."""
+    for blocks, code, *dither, peak in _pieces([x, codes] if noise is None else [x, codes, noise], [largest], block):
+        blocks = blocks.float()
+        peak.copy_(blocks.amax(-1, True))
+        places = (blocks / peak.clamp(min=_TINY)).mul_(16)
+        rest = places.frac()
+        places.floor_().add_(rest > dither[0] if dither else rest >= 0.5)
+        code.copy_(places.clamp_(1, 16).sub_(1))
+
+
+def dequantize_blockwise_(x: Tensor, codes: Tensor, absmax: Tensor, code_map: Tensor, block: int) -> None:
+    """The entries of the map times the number of their block."""
+    for code, target, peak in _pieces([codes, x], [absmax], block):
+        target.copy_(code_map.index_select(0, code.flatten().int()).view(code.shape).mul_(peak))
+
+
+def dequantize_affine_(x: Tensor, codes: Tensor, scale: Tensor, low: Tensor, block: int) -> None:
+    """Steps from the least element of their block."""
+    for code, target, step, least in _pieces([codes, x], [scale, low], block):
+        target.copy_(code.float().mul_(step).add_(least))
+
+
+def pack4_(packed: Tensor, codes: Tensor) -> None:
+    """Two codes below 16 to a byte, the first in the lower half."""
+    pairs = codes.shape[-1] // 2
+    torch.bitwise_left_shift(codes[..., 1::2], 4, out=packed[..., :pairs])
+    packed[..., :pairs].bitwise_or_(codes[..., : 2 * pairs : 2])
+    packed[..., pairs:] = codes[..., 2 * pairs :]
+
+
+def unpack4_(codes: Tensor, packed: Tensor) -> None:
+    """The codes again."""
+    codes[..., ::2] = packed & 15
+    codes[..., 1::2] = packed[..., : codes.shape[-1] // 2] >> 4
+
+
+def _pieces(elements: list[Tensor], numbers: list[Tensor], block: int) -> Iterator[list[Tensor]]:
+    """Views `(rows, blocks, width)` of `elements (..., k)`, `(rows, blocks, 1)` of `numbers`, which has one per block.
+
+    The short block at the end is a piece of its own, so that nothing has to be padded.
+    """
+    elements, numbers = (
+        [x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0) for x in xs] for xs in (elements, numbers)
+    )
+    b, k = elements[0].shape
+    limit = PIECE if elements[0].device.type == "cpu" else max(1, b * k)
+    for start, stop, width in ((0, k - k % block, block), (k - k % block, k, k % block)):
+        if start == stop:
+            continue
+        views = [x[:, start:stop].view(b, (stop - start) // width, width) for x in elements]
+        views += [x[:, start // block : -(-stop // block)].unsqueeze(-1) for x in numbers]
+        rows, columns = max(1, limit // (stop - start)), max(1, limit // width)
+        for row in range(0, b, rows):
+            for column in range(0, views[0].shape[1], columns):
+                yield [x[row : row + rows, column : column + columns] for x in views]

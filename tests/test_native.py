@@ -1,0 +1,497 @@
+"""Native kernels are the reference, only faster; CUDA sources run on the CPU; and loading says what it did."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lowrank_optim import GaLoreAdamW, backend_info, ops
+from lowrank_optim.ops import compile as build
+from lowrank_optim.ops import native, quantize, reference, schema
+
+needs_native = pytest.mark.skipif(backend_info()["cpu"].kernels != "native", reason="no native kernels on this machine")
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+NUMBERS = ops.philox.numbers_of(ops.key_of(3, "layer.weight"), ops.stream_of("test", 1))
+
+
+# -- one call per operator: name -> arguments for n elements, block, whatever else varies ------------------------------
+
+
+def _magnitudes(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Several decades, some zeros, some equal neighbours."""
+    x = torch.randn(shape) * torch.rand(shape).pow(4)
+    x.view(-1)[::7] = 0
+    return x.to(dtype)
+
+
+def adam(shape, variant):
+    dtype = torch.float64 if variant % 2 else torch.float32
+    step = None if variant < 2 else torch.tensor(7.0, dtype=[torch.float32, torch.float64][variant % 2])
+    m, v, r = torch.randn(shape, dtype=dtype), torch.rand(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+    return [m, v, r, 0.83, 0.97, 3e-7, 5.0, step]
+
+
+def _draw(dtype):
+    def call(shape, variant):
+        at = torch.tensor(9 + (variant << 33)) if variant % 2 else None
+        return [torch.zeros(shape, dtype=dtype), *NUMBERS[:3], at, (0, 5, -8, 123_456_789_012)[variant]]
+
+    return call
+
+
+def rounding(shape, variant):
+    out = torch.zeros(shape, dtype=torch.bfloat16)
+    return [out, torch.randn(shape) * 10.0 ** (variant - 2), *NUMBERS, (0, 3, 8, 1001)[variant]]
+
+
+def _coded(shape, block, numbers, dtype=torch.uint8):
+    per_block = (*shape[:-1], -(-shape[-1] // block))
+    return [torch.zeros(shape, dtype=dtype), *[torch.zeros(per_block) for _ in range(numbers)]]
+
+
+BLOCKS = (256, 1, 64, 5)
+
+
+def levels(shape, variant):
+    block = BLOCKS[variant]
+    code_map = [
+        quantize.dynamic_map(True),
+        quantize.four_bit_map(False),
+        quantize.nf4_map(),
+        quantize.dynamic_map(False),
+    ]
+    x = _magnitudes(shape, [torch.float32, torch.bfloat16][variant % 2])
+    x = x.abs() if variant % 2 else x
+    noise = torch.rand(shape) if variant >= 2 else None
+    table = quantize._nearest_table(code_map[variant])
+    return [*_coded(shape, block, 1), x, code_map[variant], *table, block, variant < 2, noise]
+
+
+def grid(shape, variant):
+    x = _magnitudes(shape, [torch.float32, torch.bfloat16][variant % 2]) + variant
+    noise = torch.rand(shape) if variant >= 2 else None
+    return [*_coded(shape, BLOCKS[variant], 2), x, (8, 4, 2, 8)[variant], BLOCKS[variant], noise]
+
+
+def sixteenths(shape, variant):
+    x = _magnitudes(shape, [torch.float32, torch.bfloat16][variant % 2]).abs()
+    return [*_coded(shape, BLOCKS[variant], 1), x, BLOCKS[variant], torch.rand(shape) if variant >= 2 else None]
+
+
+def from_levels(shape, variant):
+    codes, peak = _coded(shape, BLOCKS[variant], 1)
+    codes.random_(0, 16)
+    out = torch.zeros(shape, dtype=[torch.float32, torch.bfloat16][variant % 2])
+    return [out, codes, peak.normal_(), quantize.nf4_map(), BLOCKS[variant]]
+
+
+def from_grid(shape, variant):
+    codes, step, low = _coded(shape, BLOCKS[variant], 2)
+    out = torch.zeros(shape, dtype=[torch.float32, torch.bfloat16][variant % 2])
+    return [out, codes.random_(0, 256), step.uniform_(), low.normal_(), BLOCKS[variant]]
+
+
+def packing(shape, variant):
+    codes = torch.randint(16, shape, dtype=torch.uint8)
+    return [torch.zeros(*shape[:-1], -(-shape[-1] // 2), dtype=torch.uint8), codes]
+
+
+def unpacking(shape, variant):
+    packed, codes = packing(shape, variant)
+    return [torch.zeros_like(codes), packed.random_(0, 256)]
+
+
+CALLS = {
+    "projected_adam_": adam,
+    "philox_bits16_": _draw(torch.int32),
+    "philox_noise16_": _draw(torch.float32),
+    "philox_uniform_": _draw(torch.float32),
+    "philox_normal_": _draw(torch.float32),
+    "round_to_bfloat16_": rounding,
+    "quantize_blockwise_": levels,
+    "quantize_affine_": grid,
+    "quantize_sixteenths_": sixteenths,
+    "dequantize_blockwise_": from_levels,
+    "dequantize_affine_": from_grid,
+    "pack4_": packing,
+    "unpack4_": unpacking,
+}
+every_operator = pytest.mark.parametrize("name", CALLS)
+
+
+def test_every_operator_has_a_call():
+    assert CALLS.keys() == schema.OPERATORS.keys()
+
+
+def copied(arguments, misalign: bool = False):
+    """Tensors of their own; misaligned ones start one element into their memory, as slices of parameters do."""
+
+    def copy(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        if misalign:
+            return torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
+        return x.clone()
+
+    return [copy(x) for x in arguments]
+
+
+def ulps(x: torch.Tensor, y: torch.Tensor) -> int:
+    whole = {torch.float32: torch.int32, torch.float64: torch.int64}[x.dtype]
+    return int((x.view(whole) - y.view(whole)).abs().max()) if x.numel() else 0
+
+
+def assert_same(name, ours, theirs):
+    for i, (x, y) in enumerate(zip(ours, theirs, strict=True)):
+        if not isinstance(x, torch.Tensor):
+            continue
+        if name == "projected_adam_" and i == 2:
+            assert ulps(x, y) <= 8, "torch's square roots are not rounded correctly"
+        else:
+            assert torch.equal(x, y), f"argument {i} of {name}"
+
+
+# -- equality ----------------------------------------------------------------------------------------------------------
+
+shapes = st.one_of(
+    st.tuples(st.integers(0, 700)),
+    st.tuples(st.integers(0, 5), st.integers(0, 300)),
+    st.tuples(st.just(1), st.integers(1, 3), st.integers(1, 2000)),
+)
+
+
+@needs_native
+@every_operator
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shape=shapes, variant=st.integers(0, 3), misalign=st.booleans())
+def test_native_is_the_reference(name, shape, variant, misalign):
+    arguments = CALLS[name](shape, variant)
+    ours, theirs = copied(arguments, misalign), copied(arguments)
+    getattr(torch.ops.lowrank_optim, name).default(*ours)
+    getattr(reference, name)(*theirs)
+    assert_same(name, ours, theirs)
+
+
+@needs_native
+@every_operator
+def test_native_is_the_reference_at_sizes_that_threads_share(name):
+    torch.set_num_threads(2)
+    try:
+        for variant in range(4):
+            arguments = CALLS[name]((3, 100_003), variant)
+            ours, theirs = copied(arguments), copied(arguments)
+            getattr(torch.ops.lowrank_optim, name).default(*ours)
+            getattr(reference, name)(*theirs)
+            assert_same(name, ours, theirs)
+    finally:
+        torch.set_num_threads(1)
+
+
+@needs_native
+def test_known_answers_of_the_native_philox():
+    """Of the authors' Random123 library; element -8 begins the last counter, all of whose bits are set."""
+    for key, purpose, start, words in (
+        (0, 0, 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (-1, 0xFFFFFFFF, -8, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    ):
+        out = torch.zeros(8, dtype=torch.int32)
+        torch.ops.lowrank_optim.philox_bits16_.default(out, key, purpose, purpose, None, start)
+        halves = out.tolist()
+        assert tuple(low | high << 16 for low, high in zip(halves[::2], halves[1::2], strict=True)) == words
+
+
+@needs_native
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_of_all_floats_near_midpoints(signed):
+    for code_map in (quantize.dynamic_map(signed), quantize.four_bit_map(signed), quantize.nf4_map()):
+        midpoints = (code_map[1:] + code_map[:-1]) / 2
+        near = (midpoints.view(torch.int32)[:, None] + torch.arange(-100, 101, dtype=torch.int32)).view(torch.float32)
+        x = torch.cat([near.flatten(), torch.tensor([1.0, -0.0, 1e-45, -1e-38])])
+        codes, _ = quantize.quantize_blockwise(x, code_map, len(x))
+        assert torch.equal(codes.long(), torch.bucketize(x, midpoints))
+
+
+@needs_native
+def test_blocks_of_zeros_and_of_the_least_numbers():
+    x = torch.cat([torch.zeros(64), torch.full((64,), 1e-42), torch.full((64,), -1e-45), torch.zeros(3)])
+    for name, call in (
+        ("quantize_blockwise_", levels),
+        ("quantize_affine_", grid),
+        ("quantize_sixteenths_", sixteenths),
+    ):
+        arguments = call((195,), 2)
+        place = {"quantize_blockwise_": 2, "quantize_affine_": 3, "quantize_sixteenths_": 2}[name]
+        arguments[place] = x.abs() if name == "quantize_sixteenths_" else x
+        ours, theirs = copied(arguments), copied(arguments)
+        getattr(torch.ops.lowrank_optim, name).default(*ours)
+        getattr(reference, name)(*theirs)
+        assert_same(name, ours, theirs)
+
+
+# -- the dispatcher ----------------------------------------------------------------------------------------------------
+
+
+@every_operator
+@pytest.mark.parametrize("variant", [0, 3])
+def test_opcheck(name, variant):
+    torch.library.opcheck(getattr(torch.ops.lowrank_optim, name).default, CALLS[name]((2, 70), variant))
+
+
+def spoilt(name):
+    """Arguments that must be refused: one tensor of another dtype, shape or layout, or a number out of range."""
+    good = CALLS[name]((4, 6), 0)
+
+    def with_(place, bad):
+        return [*good[:place], bad, *good[place + 1 :]]
+
+    alike = sum(isinstance(x, torch.Tensor) and x.shape == (4, 6) for x in good)
+    for i, x in enumerate(good):
+        if isinstance(x, torch.Tensor):
+            yield with_(i, x.to(torch.int16))
+            if x.shape == (4, 6):
+                yield with_(i, x.repeat(1, 2)[:, ::2])
+                if alike > 1 or "pack" in name:
+                    yield with_(i, x[:3].contiguous())
+    if "quantize" in name:
+        yield with_([i for i, x in enumerate(good) if type(x) is int][-1], 0)
+    if name == "quantize_affine_":
+        yield with_(4, 9)
+
+
+@every_operator
+def test_errors_are_the_same_texts(name):
+    checked = schema._checked(schema.OPERATORS[name][1], getattr(reference, name))
+    for arguments in spoilt(name):
+        with pytest.raises(RuntimeError, match=r"must (be|have)") as plain:
+            checked(*arguments)
+        with pytest.raises(RuntimeError) as ours:
+            getattr(torch.ops.lowrank_optim, name).default(*arguments)
+        assert str(plain.value) in str(ours.value)
+
+
+@needs_native
+def test_compilers_see_plain_torch():
+    """Compilers fuse what is plain; an operator would be a wall."""
+    code_map, seen = quantize.nf4_map(), []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    codes, absmax = quantize.quantize_blockwise(torch.randn(128), code_map, 64)
+    run = torch.compile(lambda: quantize.dequantize_blockwise(codes, absmax, code_map, 64), backend=backend)
+    assert torch.equal(run(), quantize.dequantize_blockwise(codes, absmax, code_map, 64))
+    assert not any("lowrank_optim" in name for name in seen)
+
+
+# -- the engine --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["full", "coordinates", "ascent"])
+def test_a_step_never_writes_to_gradients(kind):
+    w = torch.nn.Parameter(torch.randn(24, 40))
+    b = torch.nn.Parameter(torch.randn(24))
+    optimizer = GaLoreAdamW([w, b], lr=0.01, rank=4, maximize=kind == "ascent")
+    for _ in range(3):
+        w.grad, b.grad = torch.randn(24, 40), torch.randn(24)
+        before = w.grad.clone(), b.grad.clone()
+        optimizer.step()
+        assert torch.equal(w.grad, before[0])
+        assert torch.equal(b.grad, before[1])
+
+
+# -- CUDA sources, on the CPU and compiled -----------------------------------------------------------------------------
+
+EMULATED = build.Target("emulated", extra=build.asked_flags())
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    """torch.ops.lowrank_optim_emulated: the CUDA kernels, run by threads of the host."""
+    schema.define("lowrank_optim_emulated")
+    folder, _ = build.build_cached(EMULATED, retry=True)
+    torch.ops.load_library(str(build.library_in(folder, EMULATED)))
+    return torch.ops.lowrank_optim_emulated
+
+
+@needs_native
+@needs_compiler
+@every_operator
+@pytest.mark.parametrize("shape", [(1,), (0, 5), (3, 167), (1, 2, 1000)])
+def test_emulated_cuda_is_the_cpu(emulated, name, shape):
+    for variant in range(4):
+        arguments = CALLS[name](shape, variant)
+        ours, theirs = copied(arguments, misalign=variant == 1), copied(arguments)
+        getattr(emulated, name).default(*ours)
+        getattr(torch.ops.lowrank_optim, name).default(*theirs)
+        for x, y in zip(ours, theirs, strict=True):
+            assert not isinstance(x, torch.Tensor) or torch.equal(x, y), "to the last bit"
+
+
+def symbols(library: Path) -> set[str]:
+    lines = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
+    return {line.split()[-1] for line in lines.splitlines()}
+
+
+ALLOWED = {  # all in the headers of torch 2.10, whose stable ABI later versions keep
+    "aoti_torch_abi_version", "aoti_torch_create_device_guard", "aoti_torch_delete_device_guard",
+    "aoti_torch_delete_library_object", "aoti_torch_delete_tensor_object", "aoti_torch_device_type_cpu",
+    "aoti_torch_get_current_cuda_stream", "aoti_torch_get_device_index", "aoti_torch_get_device_type",
+    "aoti_torch_get_dim", "aoti_torch_get_dtype", "aoti_torch_get_numel", "aoti_torch_get_size",
+    "aoti_torch_is_contiguous", "aoti_torch_library_init_impl", "torch_get_const_data_ptr",
+    "torch_get_mutable_data_ptr", "torch_library_impl", "torch_parallel_for",
+}  # fmt: skip
+
+
+def assert_stable(library: Path) -> None:
+    ours = {name for name in symbols(library) if "torch" in name or "c10" in name or "at::" in name}
+    extra = {name for name in ours - ALLOWED if not name.startswith("aoti_torch_dtype_")}
+    assert not extra, "symbols that other versions of torch may not have"
+    assert not {name for name in symbols(library) if name.startswith(("Py", "_Py"))}, "bound to one CPython"
+
+
+@needs_native
+def test_the_cpu_library_is_bound_to_the_stable_abi_only():
+    assert_stable(backend_info()["cpu"].path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+def test_the_cuda_library_compiles_links_and_registers(tmp_path, monkeypatch):
+    """Without a GPU and with a torch that has no CUDA; all architectures, no registers spilled."""
+    monkeypatch.setenv("LOWRANK_OPTIM_STRICT", "1")
+    target = build.Target("cuda", ("8.0", "9.0", "10.0+PTX"))
+    library = build.build(target, tmp_path)
+    assert_stable(library)
+    code = (
+        "import sys, torch; from lowrank_optim.ops import schema; torch.ops.load_library(sys.argv[1]);"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key;"
+        "assert all(has(f'lowrank_optim::{name}', 'CUDA') for name in schema.OPERATORS)"
+    )
+    run(code, str(library))
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+SHOW = (
+    "import torch, lowrank_optim as l; l.GaLoreAdamW([torch.nn.Parameter(torch.zeros(8, 8))]); print(l.backend_info())"
+)
+
+
+def environment(**changes: str) -> dict[str, str]:
+    root = str(Path(__file__).resolve().parent.parent)
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("LOWRANK_OPTIM_")}
+    return {**plain, "PYTHONPATH": root, **changes}
+
+
+def run(code: str, *arguments: str, fails: bool = False, **changes: str) -> str:
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(**changes))
+    assert bool(done.returncode) == fails, done.stderr
+    return done.stdout + done.stderr
+
+
+def without_compiler(tmp_path: Path) -> dict[str, str]:
+    return {"CXX": str(tmp_path / "none"), "LOWRANK_OPTIM_CACHE": str(tmp_path / "cache")}
+
+
+def test_importing_loads_nothing():
+    said = run("import lowrank_optim; print(lowrank_optim.backend_info())")
+    assert said.count("nothing was looked for yet") == 2
+
+
+def test_off():
+    assert "LOWRANK_OPTIM_NATIVE=off" in run(SHOW, LOWRANK_OPTIM_NATIVE="off")
+
+
+def test_a_mode_that_there_is_not(monkeypatch):
+    said = run(SHOW, fails=True, LOWRANK_OPTIM_NATIVE="on")
+    assert "LOWRANK_OPTIM_NATIVE must be one of auto, prebuilt, require, off, got 'on'" in said
+
+
+def test_without_a_compiler_plain_torch_runs_and_says_why(tmp_path):
+    said = run(SHOW, **without_compiler(tmp_path))
+    assert "cpu  reference" in said
+    assert "is not a program" in said
+
+
+def test_require_without_a_compiler(tmp_path):
+    said = run(SHOW, fails=True, LOWRANK_OPTIM_NATIVE="require", **without_compiler(tmp_path))
+    assert "RuntimeError: LOWRANK_OPTIM_NATIVE=require, and there are no native kernels for cpu" in said
+
+
+def test_prebuilt_never_compiles(tmp_path):
+    said = run(SHOW, LOWRANK_OPTIM_NATIVE="prebuilt", LOWRANK_OPTIM_CACHE=str(tmp_path))
+    assert "nothing that fits was built before" in said
+    assert not list(tmp_path.glob("cpu-*"))
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_four_processes_build_once(tmp_path):
+    command = [sys.executable, "-c", SHOW]
+    kwargs = dict(env=environment(LOWRANK_OPTIM_CACHE=str(tmp_path)), stdout=subprocess.PIPE, text=True)
+    processes = [subprocess.Popen(command, stderr=subprocess.STDOUT, **kwargs) for _ in range(4)]
+    said = [process.communicate()[0] for process in processes]
+    assert all("cpu  native" in text for text in said), said
+    assert sum("built in" in text for text in said) == 1
+    assert len(list(tmp_path.glob("cpu-*"))) == 1
+    assert "built before" in run(SHOW, LOWRANK_OPTIM_CACHE=str(tmp_path))
+
+
+@needs_compiler
+def test_a_build_that_fails_is_told_and_not_tried_at_each_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWRANK_OPTIM_CACHE", str(tmp_path))
+    target = build.Target("cpu", extra=("-no-such-flag",))
+    with pytest.raises(build.BuildError, match="no-such-flag"):
+        build.build_cached(target)
+    with pytest.raises(build.BuildError, match="an earlier build failed; `python -m"):
+        build.build_cached(target)
+
+
+def test_a_stale_library_is_not_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "PREBUILT", tmp_path)
+    target = build.Target("cpu")
+    build.library_in(tmp_path, target).write_bytes(b"")
+    (tmp_path / "cpu.json").write_text('{"fingerprint": "older", "compiler": "g++", "archs": []}')
+    with pytest.raises(build.BuildError, match="the prebuilt library is stale"):
+        native._prebuilt(target)
+
+
+def test_sources_and_flags_decide_what_is_stale(tmp_path, monkeypatch):
+    shutil.copytree(build.sources(), tmp_path / "csrc")
+    monkeypatch.setattr(build, "sources", lambda: tmp_path / "csrc")
+    before = build.Target("cpu").fingerprint()
+    assert before == build.Target("cpu").fingerprint() != build.Target("cpu", extra=("-g",)).fingerprint()
+    with (tmp_path / "csrc" / "elements.h").open("a") as file:
+        file.write("// changed\n")
+    assert build.Target("cpu").fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("built", "asked", "fits"),
+    [
+        (("9.0",), "9.0", True),
+        (("8.0",), "8.6", True),
+        (("8.6",), "8.0", False),
+        (("9.0",), "10.0", False),
+        (("9.0+PTX",), "10.0", True),
+        (("9.0+PTX",), "8.0", False),
+    ],
+)
+def test_which_gpus_code_runs_on(built, asked, fits):
+    assert (asked in native._covered(built)) == fits
+
+
+def test_architectures_that_mean_nothing(monkeypatch):
+    monkeypatch.setenv("LOWRANK_OPTIM_CUDA_ARCHS", "hopper")
+    with pytest.raises(build.BuildError, match="got 'hopper'"):
+        build.asked_archs()
