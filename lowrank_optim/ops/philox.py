@@ -12,7 +12,7 @@ import hashlib
 import math
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,18 @@ WORKSPACE = 2 << 20  # bytes of temporaries that this takes
 
 Stream = tuple[int, "int | Tensor"]
 _Block = tuple[Tensor, list[Tensor], int]  # a piece of the result, the words for it, how many of their elements to skip
+
+
+class Places(NamedTuple):
+    """Which elements of a stream a piece of a larger tensor has: its element f is number `base + f + f // run * gap`.
+
+    That is a block of columns, `run` of `run + gap`, in row-major order. `start` is the first f.
+    """
+
+    start: int
+    base: int
+    run: int
+    gap: int
 
 
 def key_of(seed: int, name: str) -> int:
@@ -57,8 +69,10 @@ def philox(counter: Tensor, key: int, stream: Stream) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
-def normal(shape: tuple[int, ...], key: int, stream: Stream, device: torch.device | str = "cpu") -> Tensor:
-    """Standard normal numbers, float32.
+def normal(
+    shape: tuple[int, ...], key: int, stream: Stream, device: torch.device | str = "cpu", start: int = 0
+) -> Tensor:
+    """Standard normal numbers, float32, from element `start` of the stream on.
 
     Box-Muller runs in float64 and is rounded once, so devices whose float32 logarithms differ by an ulp still agree.
     """
@@ -72,7 +86,7 @@ def normal(shape: tuple[int, ...], key: int, stream: Stream, device: torch.devic
         return torch.stack(pairs, dim=-1)
 
     out = torch.empty(math.prod(shape), dtype=torch.float32, device=device)
-    for target, words, skip in _blocks(out, 4, 0, key, stream):
+    for target, words, skip in _blocks(out, 4, start, key, stream):
         target.copy_(from_words(words).flatten()[skip : skip + target.numel()])
     return out.view(shape)
 
@@ -86,16 +100,41 @@ def uniform(shape: tuple[int, ...], key: int, stream: Stream, device: torch.devi
     return out.view(shape)
 
 
-def random_bits16(count: int, key: int, stream: Stream, start: int = 0, device: torch.device | str = "cpu") -> Tensor:
-    """Uniform 16-bit integers as int32, elements `start` to `start + count` of the stream."""
+def random_bits16(
+    count: int, key: int, stream: Stream, start: int | Places = 0, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Uniform 16-bit integers as int32, elements `start` to `start + count` of the stream, or those of `Places`."""
     out = torch.empty(count, dtype=torch.int32, device=device)
+    if isinstance(start, Places):
+        return _bits16_of_columns(out, key, stream, start)
     for target, words, skip in _blocks(out, 8, start, key, stream):
-        lanes = out.new_empty(len(words[0]), 8)
-        for i, word in enumerate(words):
-            lanes[:, 2 * i].copy_(word & 0xFFFF)
-            lanes[:, 2 * i + 1].copy_(word >> 16)
-        target.copy_(lanes.flatten()[skip : skip + target.numel()])
+        target.copy_(_lanes16(words).flatten()[skip : skip + target.numel()])
     return out
+
+
+def _bits16_of_columns(out: Tensor, key: int, stream: Stream, places: Places) -> Tensor:
+    """Row by row, as many at once as there are in a block of counters; every row is drawn whole."""
+    start, base, run, gap = places
+    stop, wide = start + out.numel(), -(-run // 8) + 1
+    some = max(1, BLOCK // wide)
+    for row in range(start // run, -(-stop // run), some):
+        rows = torch.arange(row, min(row + some, -(-stop // run)), dtype=torch.int64, device=out.device)
+        first = base + rows * (run + gap)
+        counter = (first // 8).unsqueeze(-1) + torch.arange(wide, dtype=torch.int64, device=out.device)
+        lanes = _lanes16(philox(counter.flatten(), key, stream)).view(len(rows), -1)
+        found = lanes.gather(1, (first % 8).unsqueeze(-1) + torch.arange(run, device=out.device)).flatten()
+        low, high = max(start, row * run), min(stop, (row + len(rows)) * run)
+        out[low - start : high - start].copy_(found[low - row * run : high - row * run])
+    return out
+
+
+def _lanes16(words: list[Tensor]) -> Tensor:
+    """Two lanes of 16 bits per word: `(counters, 8)`, int32."""
+    lanes = words[0].new_empty(len(words[0]), 8, dtype=torch.int32)
+    for i, word in enumerate(words):
+        lanes[:, 2 * i].copy_(word & 0xFFFF)
+        lanes[:, 2 * i + 1].copy_(word >> 16)
+    return lanes
 
 
 def sample(below: int, count: int, key: int, stream: Stream) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .philox import Stream, random_bits16
+from .philox import Places, Stream, random_bits16
 
 _CPU = torch.device("cpu")
 PIECE = 1 << 16  # elements worked on at once on CPU
@@ -143,7 +143,7 @@ def unpack4(packed: Tensor, k: int) -> Tensor:
 
 
 def uniform_noise(
-    shape: tuple[int, ...], key: int, stream: Stream, start: int = 0, device: torch.device | str = "cpu"
+    shape: tuple[int, ...], key: int, stream: Stream, start: int | Places = 0, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Uniform numbers in (0, 1) for stochastic rounding: the midpoints of 65536 equal cells, numbered from `start`."""
     bits = random_bits16(torch.Size(shape).numel(), key, stream, start, device)

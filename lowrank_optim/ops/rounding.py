@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .philox import Stream, random_bits16
+from .philox import Places, Stream, random_bits16
 
 
-def round_to_bfloat16(x: Tensor, key: int, stream: Stream, start: int = 0) -> Tensor:
+def round_to_bfloat16(x: Tensor, key: int, stream: Stream, start: int | Places = 0) -> Tensor:
     """Rounds each element up or down with probability proportional to its distance: `E[result] = x`.
 
     Args:
-        x: float32, any shape; its elements are numbered in row-major order from `start`.
+        x: float32, any shape; its elements are numbered in row-major order from `start`, or as `Places` says.
         key, stream: what the noise is a function of, so that every run, device and shard rounds alike.
 
     Adding 16 random bits below bfloat16's last bit and cutting them off carries with exactly that probability.
