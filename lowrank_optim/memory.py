@@ -193,8 +193,8 @@ def expected_state(
     plan = optimizer._plans[p] if plan is None else plan
     recipe, found = optimizer._recipe_of(plan, group), Counter[str]()
     kinds = state_kinds(recipe, plan)
-    for key, tensor in fresh(p, plan, recipe, group, device="meta").items():
-        found[kinds.get(key, key)] += tensor.nbytes
+    for key, tensor in fresh(p, plan, recipe, group, optimizer._layouts[p], "meta").items():
+        found[kinds.get(key, key)] += optimizer._layouts[p].here(tensor).nbytes
     return found
 
 

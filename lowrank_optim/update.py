@@ -172,10 +172,11 @@ def _refresh(chunk: Chunk, algebra: Algebra, g: Tensor, st: State) -> bool:
     due = list(_due(chunk))
     if not due:
         return False
-    largest = algebra.largest(g).view(-1).tolist()  # finite: the norms were; one synchronisation for all
-    due = [one for one in due if largest[one[3]] > 0]
-    with chunk.watch.refreshing():
-        _refresh_all(chunk, algebra, due, g, st)
+    with algebra.refreshing():
+        largest = algebra.largest(g).view(-1).tolist()  # finite: the norms were; one synchronisation for all
+        due = [one for one in due if largest[one[3]] > 0]
+        with chunk.watch.refreshing():
+            _refresh_all(chunk, algebra, due, g, st)
     return bool(due)
 
 

@@ -8,6 +8,7 @@ ranks, and then every part works on it unchanged.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -17,6 +18,10 @@ from .. import ops
 
 class Algebra:
     """Whole matrices: every operation is a matmul or a reduction. All work on the last two dimensions."""
+
+    def refreshing(self) -> AbstractContextManager[None]:
+        """Around the work of a refresh, for those who count."""
+        return nullcontext()
 
     def project(self, basis: Tensor, g: Tensor) -> Tensor:
         """`P^T G`: (m, k), (m, n) -> (k, n)."""
