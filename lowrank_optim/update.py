@@ -97,10 +97,10 @@ def refresh_due(chunk: Chunk) -> bool:
 
 def _note_captured(chunk: Chunk, algebra: Algebra, g: Tensor, r: Tensor) -> None:
     """The share of the energy of each matrix that its new subspace captures."""
-    both = (-2, -1)
-    share = chunk.recipe.basis.inside(algebra).norm(r, both) / algebra.norm(g, both).clamp(
-        min=torch.finfo(g.dtype).tiny
-    )
+    both, inside = (-2, -1), chunk.recipe.basis.inside(algebra)
+    with algebra.refreshing():
+        part, whole = inside.norm(r, both), algebra.norm(g, both)
+    share = part / whole.clamp(min=torch.finfo(g.dtype).tiny)
     chunk.watch.note_captured(chunk.plans, chunk.first, share.square().view(-1))
 
 

@@ -137,7 +137,7 @@ def two(rank, world, folder):
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     spawn(two, 2, str(folder))
-    return {**torch.load(folder / "results.pt"), "folder": folder}
+    return {**torch.load(folder / "results.pt", weights_only=False), "folder": folder}
 
 
 @every_case
@@ -409,8 +409,13 @@ def sharded_model(folder):
         torch.save(full, f"{folder}/full.pt")
     steps(model, optimizer, 6, 11, rank, world)
     again = whole_from(folder, mesh, rank, world)
-    report = str(optimizer.report())
-    return {"end": whole(model), "again": again, "report": report}
+    rows, text = optimizer.report(), str(optimizer.report())
+    kept = sum(
+        (x.to_local() if isinstance(x, DTensor) else x).nbytes
+        for state in optimizer.state.values()
+        for x in state.values()
+    )
+    return {"end": whole(model), "again": again, "rows": list(rows), "text": text, "kept": kept}
 
 
 def whole_from(folder, mesh, rank, world):
@@ -432,6 +437,20 @@ def test_a_model_under_fully_shard_equals_one_process(results):
     model, optimizer = small()
     steps(model, optimizer, 0, 11)
     assert apart(results["model"]["end"], model.state_dict()) < 1e-6
+
+
+def test_the_report_says_what_is_here_and_what_is_sent(results):
+    found = results["model"]
+    rows = {row.name: row for row in found["rows"]}
+    assert sum(row.state_bytes for row in found["rows"]) == found["kept"]
+    up, down, norm = rows["up.weight"], rows["down.weight"], rows["norm.weight"]
+    assert (up.layout, up.side, up.sent_per_step) == ("11 of 21 rows", "right", 0)
+    assert up.sent_per_refresh > 0
+    assert (down.layout, down.side, down.sent_per_step) == ("6 of 12 rows", "left", 4 * 3 * 21)
+    assert (norm.sent_per_step, norm.sent_per_refresh) == (0, None)
+    assert up.full_bytes == 2 * 4 * 11 * 12
+    assert "11 of 21 rows" in found["text"]
+    assert f"norms of gradients: {16 * len(rows)} B sent per step" in found["text"]
 
 
 def test_resume_is_exact_on_as_many_ranks(results):

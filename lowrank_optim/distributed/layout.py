@@ -68,8 +68,13 @@ class Layout:
 
     @property
     def place(self) -> str:
-        """For `report()`."""
-        return "whole"
+        """What of a DTensor is here, in words."""
+        return ""
+
+    @property
+    def sent(self) -> tuple[float | None, float | None]:
+        """Bytes handed to collectives per step and per refresh, on average."""
+        return None, None
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +175,12 @@ class Cut(Replicated):
     @property
     def place(self) -> str:
         return f"{self.length} of {self.whole} {'columns' if self.natural else 'rows'}"
+
+    @property
+    def sent(self) -> tuple[float | None, float | None]:
+        meter = self.meter
+        per_step = meter.between / meter.steps if meter.steps else None
+        return per_step, meter.refreshing / meter.refreshes if meter.refreshes else None
 
     def _shape_here(self, shape: Shape) -> Shape:
         return tuple(Side(self.length, side.which) if isinstance(side, Side) else side for side in shape)
