@@ -262,6 +262,7 @@ def _empty(shape: Any) -> Tensor:
 
 def _meta(entry: Any, index: int, dtype: torch.dtype | None) -> tuple[str, nn.Parameter]:
     name, p = entry if isinstance(entry, tuple) else (f"{index}", entry)
+    checks.whole(name, p, "estimate_memory")
     meta = nn.Parameter(torch.empty(p.shape, dtype=dtype or p.dtype, device="meta"))
     if is_packed(p):
         cast(Any, meta).packed_bytes = cast(Any, p).stored_bytes()

@@ -6,9 +6,8 @@ One set of processes works through everything that needs two, because starting i
 from __future__ import annotations
 
 import copy
-import os
 import re
-import socket
+import tempfile
 import warnings
 
 import pytest
@@ -47,17 +46,14 @@ NEVER = {"galore_plus": "take density=0"}
 
 
 def spawn(worker, world, *args):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_entry, (world, port, worker, args), nprocs=world)
+    with tempfile.TemporaryDirectory() as folder:  # processes meet in a file, for which nobody else can be quicker
+        mp.spawn(_entry, (world, folder, worker, args), nprocs=world)
 
 
-def _entry(rank, world, port, worker, args):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _entry(rank, world, folder, worker, args):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     worker(rank, world, *args)
     dist.barrier()
     dist.destroy_process_group()
@@ -290,6 +286,8 @@ def refusals(mesh):
         "compile": q.compile,
         "backward": lambda: lowrank_optim.step_in_backward(model, galore(model.named_parameters(), rank=2)),
         "accumulation": lambda: lowrank_optim.CompressedAccumulation([("w", p)], rank=2),
+        "estimate": lambda: lowrank_optim.estimate_memory(model, galore, rank=2),
+        "memory": lambda: lowrank_optim.memory_report(model, stepping),
         "weight space": lambda: lowrank_optim.ReLoRA(model, rank=2),
     }
     return {name: message(NotImplementedError, call) for name, call in refused.items()}
@@ -307,6 +305,8 @@ def refusals(mesh):
         ("compile", r"compile\(\) does not work for w"),
         ("backward", "step_in_backward does not work for 0.weight"),
         ("accumulation", "compressed accumulation does not know"),
+        ("estimate", "estimate_memory does not know"),
+        ("memory", "memory_report does not know"),
         ("weight space", "is a DTensor; convert the bare model first"),
     ],
 )
@@ -409,13 +409,14 @@ def sharded_model(folder):
         torch.save(full, f"{folder}/full.pt")
     steps(model, optimizer, 6, 11, rank, world)
     again = whole_from(folder, mesh, rank, world)
+    from_one = [sharded_from_one(mesh, way) for way in ("plain", "full")]
     rows, text = optimizer.report(), str(optimizer.report())
     kept = sum(
         (x.to_local() if isinstance(x, DTensor) else x).nbytes
         for state in optimizer.state.values()
         for x in state.values()
     )
-    return {"end": whole(model), "again": again, "rows": list(rows), "text": text, "kept": kept}
+    return {"end": whole(model), "again": again, "from one": from_one, "rows": list(rows), "text": text, "kept": kept}
 
 
 def whole_from(folder, mesh, rank, world):
@@ -426,6 +427,22 @@ def whole_from(folder, mesh, rank, world):
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     steps(model, optimizer, 6, 11, rank, world)
+    return whole(model)
+
+
+def sharded_from_one(mesh, way):
+    """Goes on with what one process has left: its `state_dict()`, or a full one by torch's helpers."""
+    one, before = small()
+    steps(one, before, 0, 6)
+    model, optimizer = small(mesh)
+    full = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, copy.deepcopy(one.state_dict()), options=full)
+    if way == "plain":
+        optimizer.load_state_dict(before.state_dict())
+    else:
+        state = copy.deepcopy(get_optimizer_state_dict(one, before, options=full))
+        set_optimizer_state_dict(model, optimizer, state, options=full)
+    steps(model, optimizer, 6, 11, dist.get_rank(), dist.get_world_size())
     return whole(model)
 
 
@@ -455,6 +472,11 @@ def test_the_report_says_what_is_here_and_what_is_sent(results):
 
 def test_resume_is_exact_on_as_many_ranks(results):
     assert apart(results["model"]["end"], results["model"]["again"]) == 0
+
+
+def test_state_of_one_process_goes_on_sharded(results):
+    for end in results["model"]["from one"]:
+        assert apart(results["model"]["end"], end) < 1e-6
 
 
 def test_a_sharded_checkpoint_goes_on_in_one_process(results):
