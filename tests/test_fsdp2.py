@@ -29,6 +29,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import lowrank_optim
+from lowrank_optim import ops
+from lowrank_optim.distributed.shards import Meter, Shards
 
 STEPS = 15  # refreshes before steps 0, 7 and 14, for most methods
 # name, shape, rank: tall, wide, square, of lengths that no number of ranks divides; in full space; few rows
@@ -331,16 +333,33 @@ def layouts(rank, mesh):
     found["two cuts"] = message(NotImplementedError, lowrank_optim.GaLoreAdamW, [("w", both)], rank=2)
     case = next(case for case in CASES if case.name == "galore_adamw")
     found["stacked"] = difference(case, torch.float64, mesh, foreach=True)
+    found["exact"] = max(sine_of(rank, mesh, cut) for cut in (-2, -1))
     # rounding to bfloat16 where what is here is columns of the weight and of its moments
     found["noise"] = difference(case, torch.bfloat16, mesh, (Shard(1),), "left", state_dtype="bfloat16")
     return found
 
 
+def sine_of(rank, mesh, cut):
+    """Of the largest angle between the leading singular vectors found on shards, and by a factorisation."""
+    torch.manual_seed(0)
+    whole, size = torch.randn(60, 80, dtype=torch.float64), 30 if cut == -2 else 40
+    algebra = Shards(cut, 2 * size, rank * size, size, mesh.get_group(), [Meter()])
+    basis = algebra.leading(whole.split(size, cut)[rank], 5)
+    exact = ops.leading_left_vectors(whole, 5)
+    mine = exact.split(size)[rank] if cut == -2 else exact
+    return algebra._angle(mine, basis).item()
+
+
+def test_singular_vectors_of_shards(results):
+    """With random matrices, whose singular values are close to each other."""
+    assert results["layouts"]["exact"] < 1e-6
+
+
 def test_other_layouts(results):
     found = results["layouts"]
-    assert "one Shard is understood" in found.pop("two cuts")
-    assert found.pop("noise") == 0
-    assert max(found.values()) < 1e-12, found
+    assert "one Shard is understood" in found["two cuts"]
+    assert found["noise"] == 0
+    assert max(found[key] for key in found if key not in ("two cuts", "noise", "exact")) < 1e-12, found
 
 
 # -- a model under fully_shard, and its checkpoints --------------------------------------------------------------------

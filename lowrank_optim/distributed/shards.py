@@ -113,7 +113,10 @@ class Shards(Algebra):
         return basis * torch.where(pivot < 0, -1.0, 1.0).to(basis.dtype)
 
     def leading(self, g: Tensor, rank: int) -> Tensor:
-        """Subspace iteration until it stays: a factorisation would need all of G in one place, or its Gram matrix."""
+        """Subspace iteration until it stays: a factorisation would need all of G in one place, or its Gram matrix.
+
+        Many thin messages, together more than G where singular values hardly differ.
+        """
         m, n = self.shape(g)
         width = int(min(rank + 8, m, n))
         shape, start = self.own((n, width))
