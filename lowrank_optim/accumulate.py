@@ -305,6 +305,7 @@ def _planned(params: Iterable[Any], options: dict[str, Any]) -> list[_Sum]:
             raise TypeError(f"params must be tensors or (name, tensor) pairs, got {type(p).__name__}")
         plan = decide(name, index, 0, p.shape, group, True)
         checks.parameter(plan.name, p)
+        checks.whole(plan.name, p, "compressed accumulation")
         if not p.is_leaf:
             raise ValueError(f"{plan.name} is no leaf: only parameters keep gradients. Pass model.named_parameters()")
         sums.append(_Sum(p, plan, bare_name(plan.name)))

@@ -28,6 +28,9 @@ def everything(handle: StepInBackward) -> None:
     if optimizer._in_backward is not None:
         raise ValueError("this optimizer steps during backward already; remove() the earlier handle first")
     _own_parameters(model, optimizer)
+    for p, layout in optimizer._layouts.items():
+        if layout.sharded:
+            checks.unsharded(optimizer._plans[p].name, "step_in_backward")
     _one_process(any(isinstance(module, DistributedDataParallel) for module in model.modules()))
     skips_nonfinite(optimizer.param_groups)
     if handle.scaler is not None:

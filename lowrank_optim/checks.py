@@ -7,7 +7,7 @@ import math
 import numbers
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -347,13 +347,87 @@ def unchanged(now: Mapping[str, Any], before: Mapping[str, Any], fixed: Iterable
 
 def parameter(name: str, p: Tensor) -> None:
     """Refuses tensors that no rule here can update."""
-    if hasattr(p, "device_mesh"):
-        raise NotImplementedError(
-            f"{name} is a DTensor (FSDP2 or tensor parallel), which this version cannot update; "
-            "use DistributedDataParallel or one process"
-        )
     if p.is_complex() or not p.is_floating_point():
         raise ValueError(f"{name} has dtype {p.dtype}; parameters must be real floating-point tensors. Leave it out")
+
+
+def whole(name: str, p: Tensor, what: str) -> None:
+    """For what knows nothing of shards."""
+    if hasattr(p, "device_mesh"):
+        raise NotImplementedError(
+            f"{name} is a DTensor (FSDP2 or tensor parallel), and {what} does not know how to work on a shard of it; "
+            "leave it out, or use DistributedDataParallel or one process"
+        )
+
+
+def layout(name: str, placements: Sequence[Any]) -> None:
+    """Refuses DTensors but those that one dimension of the mesh cuts along one of theirs, in plain order."""
+    cuts = [one for one in placements if not one.is_replicate()]
+    if len(cuts) > 1 or type(cuts[0]).__name__ != "Shard":
+        raise NotImplementedError(
+            f"{name} is a DTensor with the placements {tuple(placements)}; one Shard is understood, beside any number "
+            "of Replicate: FSDP2 (fully_shard) on one or two mesh dimensions, without tensor parallelism. Use that, or "
+            "DistributedDataParallel"
+        )
+
+
+def batch(name: str, dimension: int, projected: bool) -> None:
+    """Refuses stacks of matrices that are cut where this version does not follow."""
+    if projected:
+        raise NotImplementedError(
+            f"{name} is a stack of matrices that is sharded over ranks, whose refreshes this version cannot count. Put "
+            'it into a group with as_matrix="flatten" or with rank=None, or use DistributedDataParallel'
+        )
+    if dimension:
+        raise NotImplementedError(f"{name} is sharded along dimension {dimension}; shard dimension 0 instead")
+
+
+def cut(method: str, plan: Plan, side: int, why: Mapping[int, str], blocks: Iterable[str]) -> None:
+    """Refuses a sharded parameter whose rule needs more than thin sums over ranks. `blocks`: state that is quantized
+    in blocks, and cut."""
+    direction = "projected side" if side == -2 else "side that is not projected"
+    if side in why:
+        other = "left" if plan.side == "right" else "right"
+        turn = f', or project the other side (proj_type="{other}")' if -3 - side not in why and plan.projected else ""
+        raise NotImplementedError(
+            f"{method} cannot update {plan.name} {plan.shape}, which is sharded along its {direction}: {why[side]}. "
+            f"Give it to a group with rank=None{turn}, or use DistributedDataParallel"
+        )
+    for key in blocks:
+        raise NotImplementedError(
+            f"{method} cannot update {plan.name} {plan.shape}: its {key} is sharded, and would be quantized in blocks "
+            'that depend on the number of ranks. Use "bfloat16" or "float32" for it (state_dtype, basis_dtype, '
+            "error_feedback), or DistributedDataParallel"
+        )
+
+
+def unsharded(name: str, what: str) -> None:
+    raise NotImplementedError(f"{what} does not work for {name}, which is sharded (DTensor). Use step() as it is")
+
+
+def same_plans(same: bool, rank: int, plans: Sequence[Any]) -> None:
+    if not same:
+        raise RuntimeError(
+            f"ranks have different parameters, shapes, ranks or sides; nothing was updated. Rank {rank} has "
+            f"{len(plans)} sharded ones, which begin with {', '.join(map(str, plans[:3]))}"
+        )
+
+
+def gradient_on_all(name: str, ranks: int, world: int) -> None:
+    if 0 < ranks < world:
+        raise RuntimeError(
+            f"{name} is sharded and has a gradient on {ranks} of {world} ranks; nothing was updated. All ranks must "
+            "run the same parts of the model"
+        )
+
+
+def same_layout(name: str, grad: Any, placements: Sequence[Any]) -> None:
+    got = tuple(getattr(grad, "placements", ()))
+    if got != tuple(placements):
+        raise RuntimeError(
+            f"{name} has the placements {tuple(placements)}, and its gradient {got or 'none: a plain tensor'}; "
+            "redistribute the gradient"
+        )
 
 
 def gradient(name: str, grad: Tensor) -> None:

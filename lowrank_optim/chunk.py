@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from .kept import Kept, Spec, Store
+from .distributed.algebra import WHOLE, Algebra
+from .distributed.layout import HERE, Layout
+from .kept import Kept, Shape, Spec, Store
 from .ops import round_to_bfloat16, stream_of
+from .ops.philox import Places
 from .plan import Plan
 from .recipe import AGE, Clock, Recipe, State
 from .stats import Watch
@@ -19,6 +22,7 @@ from .step_numbers import Numbers
 
 CHUNK_BYTES = 64 << 20  # of gradients stacked at once: what a step may hold beyond one matrix
 SLICE = 1 << 20  # elements of a plain parameter updated at once on CPU, where copies and noise then stay in cache
+WEIGHT = "weight"
 COMPENSATION = "compensation"  # what bf16_update="kahan" could not write into the weight
 
 
@@ -42,6 +46,7 @@ class Chunk:
         projected: the gradients are coordinates already, accumulated during backward.
         start: number of the first element, where this is a slice of a plain parameter.
         first: number of the first matrix, where this is a part of a stack of experts.
+        layout, algebra: of the matrices; all else here is what this process has of them.
     """
 
     recipe: Recipe
@@ -59,6 +64,9 @@ class Chunk:
     start: int = 0
     first: int = 0
     partial: bool = False  # a flat slice: there is no matrix to be turned
+    layout: Layout = HERE
+    algebra: Algebra = WHOLE
+    shapes: Mapping[str, Shape] = field(default_factory=dict)  # as before slicing: of each state, and of the weight
 
     @property
     def lr(self) -> Clock:
@@ -98,8 +106,8 @@ class Chunk:
             for i, x in enumerate(self._split(st[key])):
                 kept = self._kept(i, key)
                 if kept[""].data_ptr() != x.data_ptr() or not x.numel():
-                    start = self.start + self.first * math.prod(spec.shape)
-                    noise = None if spec.steady else (self.plans[i].key, stream_of(purpose + key, self.time), start)
+                    stream, start = stream_of(purpose + key, self.time), self._number(key, math.prod(spec.shape))
+                    noise = None if spec.steady else (self.plans[i].key, stream, start)
                     cast(Store, spec.store).write_(kept, x, noise)
 
     def _read(self, i: int, key: str) -> Tensor:
@@ -125,15 +133,19 @@ class Chunk:
                 continue
             natural = x if self.partial else plan.natural(x)
             if is_packed(p):
-                cast(Any, p).pack_(natural, plan.key, stream_of("weight", self.time))
+                cast(Any, p).pack_(natural, plan.key, stream_of(WEIGHT, self.time))
             elif COMPENSATION in state:
                 p.copy_(natural)
                 state[COMPENSATION].copy_(natural - p)
             elif p.dtype == torch.bfloat16 and self.group["bf16_update"] == "stochastic":
-                start = self.start + self.first * math.prod(plan.matrix)
-                p.copy_(round_to_bfloat16(natural, plan.key, stream_of("weight", self.time), start))
+                start = self._number(WEIGHT, math.prod(plan.matrix))
+                p.copy_(round_to_bfloat16(natural, plan.key, stream_of(WEIGHT, self.time), start))
             else:
                 p.copy_(natural)
+
+    def _number(self, key: str, size: int) -> int | Places:
+        """Of the first element of a state, or of the weight, within the whole parameter; `size` of one matrix."""
+        return self.layout.number(self.shapes.get(key, ()), self.start + self.first * size)
 
     def clock(self, st: State) -> Clock:
         """Steps that the moments have seen, this one included."""
@@ -187,6 +199,7 @@ class Chunk:
     def _slices(self, p: Tensor, g: Tensor) -> Iterator[Chunk]:
         """Along the row-major order, nowhere within a block of elements that are coded together."""
         stores = {key: cast(Store, spec.store) for key, spec in self.spec.items()}
+        before = self.first * math.prod(self.plans[0].matrix)
         size, whole = max(1, SLICE // self._block) * self._block, Kept((), p.dtype)
         parts = {COMPENSATION: whole} if COMPENSATION in self.states[0] else {}
         for key, store in stores.items():
@@ -199,7 +212,9 @@ class Chunk:
             state |= {key: self.states[0][key] for key in ("refreshed_at",) if key in self.states[0]}
             spec = {key: one._replace(shape=(stop - start,)) for key, one in self.spec.items()}
             params, grads = [p.view(-1)[start:stop]], [g.view(-1)[start:stop]]
-            yield replace(self, spec=spec, params=params, grads=grads, states=[state], start=start, partial=True)
+            own = replace(self, spec=spec, params=params, grads=grads, states=[state], first=0, partial=True)
+            own.start = before + start
+            yield own
 
     def _experts(self, p: Tensor, g: Tensor) -> Iterator[Chunk]:
         plan, count = self.plans[0], self.plans[0].count
@@ -212,7 +227,9 @@ class Chunk:
             part = replace(plan, batch=(len(w),), shape=tuple(w.shape))
             grads = [gradients[piece]]
             numbers = None if self.numbers is None else self.numbers.some(piece)
-            yield replace(self, plans=[part], params=[w], grads=grads, states=[state], first=first, numbers=numbers)
+            own = replace(self, plans=[part], params=[w], grads=grads, states=[state], numbers=numbers)
+            own.first = self.first + first
+            yield own
 
     def matrices(self) -> Iterator[tuple[Plan, dict[str, Tensor], int, int]]:
         """(plan, state, number within its parameter, number within this chunk) of every matrix."""
@@ -243,6 +260,7 @@ class Chunk:
 def form_chunks(
     members: list[Member],
     plans: dict[Tensor, Plan],
+    layouts: dict[Tensor, Layout],
     states: Any,
     recipe_of: Callable[[Plan, dict[str, Any]], Recipe],
     recipes: dict[tuple[int, bool], Recipe],  # filled as a step goes along
@@ -262,10 +280,12 @@ def form_chunks(
         stack = p.device.type != "cpu" if group["foreach"] is None else group["foreach"]
         alone = None if stack and (plan.projected or recipes[kind].elementwise) else id(p)
         equal = plan.matrix, plan.batch, plan.side, plan.rank, p.dtype, grad.dtype, p.device, member.projected
-        buckets.setdefault((kind, int(states[p]["step"]) + 1, alone, *equal), []).append(member)
+        buckets.setdefault((kind, int(states[p]["step"]) + 1, alone, layouts[p].key, *equal), []).append(member)
     for (kind, step, *_), bucket in buckets.items():
         p, group, _, projected = bucket[0]
-        spec = recipes[kind].spec(plans[p].matrix, plans[p].rank or 0, plans[p].small)
+        plan, layout = plans[p], layouts[p]
+        spec = layout.spec(recipes[kind].spec(layout.matrix(plan), plan.rank or 0, plan.small))
+        shapes = {key: one.shape for key, one in spec.items()} | {WEIGHT: layout.weight(plan)}
         limit = max(1, CHUNK_BYTES // (working_dtype(p).itemsize * max(1, p.numel())))
         for start in range(0, len(bucket), limit):
             some = bucket[start : start + limit]
@@ -274,13 +294,17 @@ def form_chunks(
                 group=group,
                 step=step,
                 spec=spec,
-                plans=[plans[one.p] for one in some],
-                params=[one.p.detach() for one in some],
-                grads=[one.grad.detach() for one in some],
-                states=[states[one.p] for one in some],
+                plans=[layout.plan(plans[one.p]) for one in some],
+                params=[layout.here(one.p.detach()) for one in some],
+                grads=[layout.here(one.grad.detach()) for one in some],
+                states=[layout.here_all(states[one.p]) for one in some],
                 working=working_dtype(p),
                 watch=watch,
                 projected=projected,
+                first=layout.first,
+                layout=layout,
+                algebra=layout.algebra([layouts[one.p] for one in some]),
+                shapes=shapes,
             )
 
 

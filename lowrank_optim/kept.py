@@ -10,10 +10,25 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .ops.philox import Stream
+from .ops.philox import Places, Stream
 
 Shape = tuple[int, ...]  # (m, n), or (n,) for a vector
-Noise = tuple[int, Stream, int]  # key, stream and first element of the random numbers that rounding uses
+Noise = tuple[int, Stream, "int | Places"]  # key, stream and first element of the random numbers that rounding uses
+
+
+class Side(int):
+    """The length of one side of a matrix, which knows which side: -2, the projected one, or -1.
+
+    Where a matrix is cut over processes, parts are given its sides as these, and whatever they ask for that has such a
+    side is cut along it as the matrix is. Arithmetic gives plain numbers: what is computed from a length is not cut.
+    """
+
+    which: int
+
+    def __new__(cls, length: int, which: int) -> Side:
+        side = super().__new__(cls, length)
+        side.which = which
+        return side
 
 
 class Kept(NamedTuple):

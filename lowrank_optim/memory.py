@@ -193,8 +193,8 @@ def expected_state(
     plan = optimizer._plans[p] if plan is None else plan
     recipe, found = optimizer._recipe_of(plan, group), Counter[str]()
     kinds = state_kinds(recipe, plan)
-    for key, tensor in fresh(p, plan, recipe, group, device="meta").items():
-        found[kinds.get(key, key)] += tensor.nbytes
+    for key, tensor in fresh(p, plan, recipe, group, optimizer._layouts[p], "meta").items():
+        found[kinds.get(key, key)] += optimizer._layouts[p].here(tensor).nbytes
     return found
 
 
@@ -262,6 +262,7 @@ def _empty(shape: Any) -> Tensor:
 
 def _meta(entry: Any, index: int, dtype: torch.dtype | None) -> tuple[str, nn.Parameter]:
     name, p = entry if isinstance(entry, tuple) else (f"{index}", entry)
+    checks.whole(name, p, "estimate_memory")
     meta = nn.Parameter(torch.empty(p.shape, dtype=dtype or p.dtype, device="meta"))
     if is_packed(p):
         cast(Any, meta).packed_bytes = cast(Any, p).stored_bytes()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import checks
 from .backward import StepInBackward
 from .chunk import working_dtype
 from .gradient_memory import most_gradients
@@ -80,6 +81,7 @@ def memory_report(model: nn.Module, optimizer: Optimizer, *, step: Callable[[], 
     Errors:
         TypeError: no module, no optimizer, a `step` that cannot be called.
         ValueError: the optimizer has no parameter of this model, or has taken no step.
+        NotImplementedError: sharded parameters (DTensor); `report()` of the optimizer says what of them is here.
 
     Example::
 
@@ -112,6 +114,8 @@ def _check(model: nn.Module, optimizer: Optimizer, step: object) -> list[Tensor]
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; unwrap it")
     if step is not None and not callable(step):
         raise TypeError(f"step must be a function that runs one training step, got {type(step).__name__}")
+    for name, p in model.named_parameters():
+        checks.whole(name, p, "memory_report")
     inside = set(model.parameters())
     trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     outside = sum(p not in inside for p in trained)

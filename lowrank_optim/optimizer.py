@@ -7,7 +7,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 
 from . import captured, checks
 from .chunk import Chunk, Member, form_chunks, gradient_norms, one_by_one
+from .distributed.common import Common
+from .distributed.layout import Cut, Layout, layout_of
 from .hooks import full_precision
 from .ops import native
 from .parts import Drop, Identity, Never
@@ -44,6 +46,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     ranked = True  # False: matrices are served whole, and `rank=None` in a group only leaves them out
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # options with values of this method's own
     fixed: ClassVar[tuple[str, ...]] = ()  # numbers that cannot be edited later, because state was made with them
+    shardable = True  # False: the method is for parameters that every process has whole
     # How a step is run; copies and pickles of an optimizer do not inherit it.
     _in_backward: StepInBackward | None = None
     _move: Move | None = None
@@ -58,6 +61,8 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         checks.hyperparameters(defaults, self.choices)
         native.load()
         self._plans: dict[Tensor, Plan] = {}
+        self._layouts: dict[Tensor, Layout] = {}
+        self._common: Common | None = None  # made anew when parameters came
         self._seen: list[dict[str, Any]] = []  # what each group said when it was last checked
         self._watch, self._captured = Watch(), captured.Captured(self)
         super().__init__(params, defaults)
@@ -96,16 +101,19 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         try:
             self._admit(group)
             plans = self._decide(group)
+            layouts = self._lay_out(plans, group)
             if group["strict"]:
                 lost = ((plan.name, plan.reason) for plan in plans.values() if plan.fallback)
                 checks.nothing_lost(type(self).__name__, lost)
             # Parameters without memory (meta) or without gradients (frozen) get theirs with their first gradient.
             now = {p: plan for p, plan in plans.items() if p.requires_grad and not p.is_meta}
-            states = {p: fresh(p, plan, self._recipe_of(plan, group), group) for p, plan in now.items()}
+            states = {p: fresh(p, plan, self._recipe_of(plan, group), group, layouts[p]) for p, plan in now.items()}
         except Exception:
             self.param_groups.pop()
             raise
         self._plans.update(plans)
+        self._layouts.update(layouts)
+        self._common = None
         self._seen.append(checks.snapshot(group))
         self.state.update(states)
         if self._in_backward is not None:
@@ -131,9 +139,30 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             taken += plan.count if plan.projected else 0
         return plans
 
+    def _lay_out(self, plans: dict[Tensor, Plan], group: dict[str, Any]) -> dict[Tensor, Layout]:
+        layouts = {p: layout_of(p, plan) for p, plan in plans.items()}
+        for p, layout in layouts.items():
+            if layout.sharded:
+                self._admit_shard(plans[p], cast(Cut, layout), group)
+        return layouts
+
+    def _admit_shard(self, plan: Plan, layout: Cut, group: dict[str, Any]) -> None:
+        """Refuses what this method, or the way in which its step is run, cannot do on a shard."""
+        ways = {
+            "capturable=True": group["capturable"],
+            "compile()": self._move is not None,
+            "step_in_backward": self._in_backward is not None,
+            type(self).__name__: not self.shardable,
+        }
+        for what in (way for way, taken in ways.items() if taken):
+            checks.unsharded(plan.name, what)
+        recipe = self._recipe_of(plan, group)
+        spec = recipe.spec(layout.matrix(plan), plan.rank or 0, plan.small)
+        checks.cut(type(self).__name__, plan, layout.cut, recipe.uncut(), layout.cut_blocks(spec))
+
     def _fresh_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         plan = self._plans[p]
-        return fresh(p, plan, self._recipe_of(plan, group), group)
+        return fresh(p, plan, self._recipe_of(plan, group), group, self._layouts[p])
 
     def _recipe_of(self, plan: Plan, group: dict[str, Any]) -> Recipe:
         return self.recipe(group) if plan.projected else self.plain(group)
@@ -209,6 +238,9 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         """
         from .compiled import CompiledMove  # torch._dynamo takes a second to import
 
+        for p, layout in self._layouts.items():
+            if layout.sharded:
+                checks.unsharded(self._plans[p].name, "compile()")
         self._move = CompiledMove(options)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -229,12 +261,16 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             for p in group["params"]:
                 if self._plans[p].projected:
                     self.refuse(self._plans[p], group)
+                if self._layouts[p].sharded:
+                    self._admit_shard(self._plans[p], cast(Cut, self._layouts[p]), group)
             self._seen[index] = now
 
     def _prepare(self, members: list[Member]) -> None:
         """Refuses gradients that no rule can use, and sees to it that there is state where the parameter is."""
         for p, group, grad, _ in members:
             checks.gradient(self._plans[p].name, grad)
+            if hasattr(p, "device_mesh"):
+                checks.same_layout(self._plans[p].name, grad, cast(Any, p).placements)
             if not self.state.get(p):
                 self.state[p] = self._fresh_state(p, group)
             follow(self.state[p], p, group)
@@ -242,7 +278,16 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     def _dry_run(self, members: list[Member]) -> bool:
         """A first step on zero gradients, as checkpoint helpers and DeepSpeed make: the state exists, no more."""
         untouched = not any(state["step"] or state["skipped"] for state in self.state.values() if state)
-        return untouched and not any(bool(member.grad.any()) for member in members)
+        if not untouched:
+            return False
+        return not self._together().anywhere(any(bool(self._layouts[p].here(grad).any()) for p, _, grad, _ in members))
+
+    def _together(self) -> Common:
+        """What all ranks decide together."""
+        if self._common is None:
+            self._common = Common(self._plans, self._layouts)
+            self._common.agree()
+        return self._common
 
     @torch._disable_dynamo
     def _update(self, members: list[Member], rescale: Rescale | None = None) -> None:
@@ -252,20 +297,24 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         """
         recipes: dict[tuple[int, bool], Recipe] = {}
         with full_precision(one.p for one in members):
-            for batch in [[member] for member in members] if one_by_one(members) else [members]:
+            alone = one_by_one(members) and not self._together().groups
+            for batch in [[member] for member in members] if alone else [members]:
                 finite = self._finite(batch, rescale)
                 for chunk in self._chunks(finite, recipes):
                     for piece in chunk.pieces():
-                        update_(piece, move=self._move)
+                        update_(piece, piece.algebra, self._move)
                 for one in finite:
                     self.state[one.p]["step"] += 1
 
     def _chunks(self, members: list[Member], recipes: dict[tuple[int, bool], Recipe]) -> Iterator[Chunk]:
-        return form_chunks(members, self._plans, self.state, self._recipe_of, recipes, self._watch)
+        return form_chunks(members, self._plans, self._layouts, self.state, self._recipe_of, recipes, self._watch)
 
     def _finite(self, members: list[Member], rescale: Rescale | None) -> list[Member]:
         """The members whose gradients are finite; the others are counted, or refused before anything is updated."""
-        norms = gradient_norms([one.grad for one in members])
+        norms = gradient_norms([self._layouts[one.p].here(one.grad) for one in members])
+        if self._together().groups:
+            whole = self._together().norms((one.p, norm) for one, norm in zip(members, norms, strict=True))
+            norms = [whole.get(one.p, norm) for one, norm in zip(members, norms, strict=True)]
         if rescale is not None:
             for one, factor in zip(members, map(rescale, members, norms), strict=True):
                 if factor != 1:
@@ -326,13 +375,13 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         if self.state:
             checks.has_state(state_dict)
             self._same_names(state_dict)
-        before = self.param_groups, self._plans, self._seen, dict(self.state)
+        before = self.param_groups, self._plans, self._seen, dict(self.state), self._layouts
         self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run
         self._incoming: dict[str, Any] | None = state_dict
         try:
             super().load_state_dict({**state_dict, "state": {}})
         except Exception:
-            self.param_groups, self._plans, self._seen, state = before
+            self.param_groups, self._plans, self._seen, state, self._layouts = before
             self.state.clear()
             self.state.update(state)
             raise
@@ -351,12 +400,14 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             for key, value in self.defaults.items():
                 if key != "differentiable":  # which torch adds to defaults here
                     group.setdefault(key, value)
-        self._plans, self._seen = {}, []
+        self._plans, self._layouts, self._seen, self._common = {}, {}, [], None
         self._watch = getattr(self, "_watch", None) or Watch()
         self._captured = captured.Captured(self)
         for group in self.param_groups:
             checks.hyperparameters(group, self.choices)
-            self._plans.update(self._decide(group))
+            plans = self._decide(group)
+            self._layouts.update(self._lay_out(plans, group))
+            self._plans.update(plans)
             self._seen.append(checks.snapshot(group))
         if incoming is not None:
             self._take_state(incoming)

@@ -28,7 +28,8 @@ Rules that all parts obey:
 - **Parts write to state and to W**, and to nothing else that they are given: G may be the memory of `p.grad`.
 - **Every rule is odd**: -G gives -U. The engine ascends (`maximize`) by turning the sign of the step.
 - **`algebra`** answers what a part needs of a gradient (`distributed/algebra.py`). Parts never reduce over a whole
-  gradient by themselves, so they never see that it may be sharded.
+  gradient by themselves, so they never see that it may be sharded: lengths come from `algebra.shape`, and what has the
+  shape of R goes to the algebra of `basis.inside`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ Clock = float | Tensor
 
 
 class Draw(Protocol):
-    """Standard normal numbers of a shape, the same on every device and rank; one stream per purpose and refresh."""
+    """Standard normal numbers of a shape, the same on every device and rank; one stream per purpose and refresh.
+
+    Of a shape that begins with a side from `algebra.shape`, those rows that this process has.
+    """
 
     def __call__(self, shape: tuple[int, ...], purpose: str = "sketch") -> Tensor: ...
 
@@ -71,6 +75,10 @@ class Basis(abc.ABC):
     derives: bool = False  # `derive` gives something
     seeded: bool = False  # which subspace follows from the random stream alone, and is kept nowhere
 
+    def uncut(self) -> Mapping[int, str]:
+        """Sides of G, -2 or -1, that must not be cut over processes, and why."""
+        return {}
+
     @abc.abstractmethod
     def spec(self, shape: Shape, rank: int) -> dict[str, Spec]:
         """Persistent tensors of one matrix."""
@@ -86,7 +94,11 @@ class Basis(abc.ABC):
         `old` is the whole open state of this matrix, None the first time.
         """
 
-    def derive(self, g: Tensor, kept: State, rank: int, draw: Draw) -> dict[str, Tensor]:
+    def inside(self, algebra: Algebra) -> Algebra:
+        """The algebra of R and of all that has its shape, from that of G."""
+        return algebra.projected()
+
+    def derive(self, algebra: Algebra, g: Tensor, kept: State, rank: int, draw: Draw) -> dict[str, Tensor]:
         """What a step needs for `g (m, n)` and nobody keeps: it follows from what is kept or from the random stream."""
         return {}
 
@@ -192,6 +204,10 @@ class Scaling(abc.ABC):
     elementwise: ClassVar[bool] = True
     scratch: ClassVar[int] = 0  # tensors of the size of R that a call holds beside it, for `estimate_memory`
 
+    def uncut(self) -> Mapping[int, str]:
+        """As in `Basis`, of what is scaled."""
+        return {}
+
     @abc.abstractmethod
     def spec(self, shape: Shape) -> dict[str, Spec]: ...
 
@@ -236,6 +252,10 @@ class Residual(abc.ABC):
 
     feeds_back: ClassVar[bool] = False  # True: `before` changes the gradient
     thin: ClassVar[bool] = False  # True: nothing, so R is all that a step needs to know of G
+
+    def uncut(self) -> Mapping[int, str]:
+        """As in `Basis`."""
+        return {}
 
     def spec(self, shape: Shape) -> dict[str, Spec]:
         return {}
@@ -304,6 +324,12 @@ class Recipe:
     @property
     def elementwise(self) -> bool:
         return self.basis.elementwise and self.momentum.elementwise and self.scaling.elementwise
+
+    def uncut(self) -> dict[int, str]:
+        """Sides of G that must not be cut over processes, and why."""
+        whole = self.scaling_in == "full" or self.basis.elementwise
+        scaling = {side: why for side, why in self.scaling.uncut().items() if whole or side == -1}
+        return {**scaling, **self.residual.uncut(), **self.basis.uncut()}
 
     def spec(self, shape: Shape, rank: int, small: bool = False) -> dict[str, Spec]:
         """Every persistent tensor of one matrix: basis, ages, first and second moment, residual; each with its store.

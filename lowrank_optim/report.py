@@ -15,12 +15,20 @@ if TYPE_CHECKING:
     from .optimizer import LowRankOptimizer
 
 
+_NORM_BYTES = 16  # a square and on how many ranks there is a gradient, in float64
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter."""
+    """One parameter.
+
+    Attributes:
+        state_bytes, full_bytes: in this process.
+        layout: what of a DTensor is in this process; "" for ordinary tensors.
+        sent_per_step, sent_per_refresh: bytes that this process handed to collectives for it, on average, beside the
+            norms of gradients; None where nothing was measured yet.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -31,6 +39,9 @@ class Row:
     full_bytes: int
     skipped: int
     reason: str
+    layout: str = ""
+    sent_per_step: float | None = None
+    sent_per_refresh: float | None = None
 
 
 class Report(list[Row]):
@@ -40,10 +51,12 @@ class Report(list[Row]):
     verb: str = "projected"
 
     def __str__(self) -> str:
-        head = ("parameter", "shape", "method", "rank", "side", "state", "remarks")
-        cells = [head, *(_cells(row) for row in self)]
+        head: tuple[str, ...] = ("parameter", "shape", "method", "rank", "side", "state", "remarks")
+        right, sharded = {3, 5}, any(row.layout for row in self)
+        if sharded:
+            right, head = {3, 5, 7, 8}, (*head[:-1], "here", "sent/step", "per refresh", head[-1])
+        cells = [head, *(_cells(row, sharded) for row in self)]
         widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-        right = {3, 5}
         lines = []
         for row in cells:
             padded = [cell.rjust(widths[i]) if i in right else cell.ljust(widths[i]) for i, cell in enumerate(row)]
@@ -68,6 +81,9 @@ def report(optimizer: LowRankOptimizer) -> Report:
     table = Report(_rows(optimizer))
     if optimizer._in_backward is not None:
         table.note = f"steps during backward, after {optimizer._in_backward.accumulation_steps} of them"
+    sharded = sum(layout.sharded for layout in optimizer._layouts.values())
+    if sharded:
+        table.note = f"of this process; norms of gradients: {human(_NORM_BYTES * sharded)} sent per step"
     return table
 
 
@@ -77,6 +93,8 @@ def _rows(optimizer: LowRankOptimizer) -> Iterator[Row]:
 
 def parameter_row(optimizer: LowRankOptimizer, p: Tensor) -> Row:
     plan, state = optimizer._plans[p], optimizer.state.get(p, {})  # [p] would insert an entry
+    layout = optimizer._layouts[p]
+    per_step, per_refresh = layout.sent
     frozen = "" if state or p.requires_grad else "frozen: no state yet"
     return Row(
         name=plan.name,
@@ -84,17 +102,24 @@ def parameter_row(optimizer: LowRankOptimizer, p: Tensor) -> Row:
         method=type(optimizer).__name__ if plan.projected else optimizer.rule,
         rank=plan.rank,
         side=plan.side,
-        state_bytes=sum(tensor.nbytes for tensor in state.values()),
-        full_bytes=0 if frozen else 2 * 4 * p.numel(),
+        state_bytes=sum(layout.here(tensor).nbytes for tensor in state.values()),
+        full_bytes=0 if frozen else 2 * 4 * layout.here(p).numel(),
         skipped=int(state["skipped"]) if state else 0,
         reason=frozen or plan.reason + (" (fallback)" if plan.fallback else ""),
+        layout=layout.place,
+        sent_per_step=per_step,
+        sent_per_refresh=per_refresh,
     )
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Row, sharded: bool) -> tuple[str, ...]:
     shape = "x".join(map(str, row.shape)) or "scalar"
     rank = "-" if row.rank is None else str(row.rank)
-    return row.name, shape, row.method, rank, row.side, human(row.state_bytes), row.reason
+    cells = row.name, shape, row.method, rank, row.side, human(row.state_bytes)
+    if not sharded:
+        return *cells, row.reason
+    sent = ("-" if count is None else human(count) for count in (row.sent_per_step, row.sent_per_refresh))
+    return *cells, row.layout or "whole", *sent, row.reason
 
 
 def human(count: float) -> str:

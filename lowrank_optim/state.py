@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import checks
 from .chunk import COMPENSATION, is_packed, working_dtype
+from .distributed.layout import Layout, like
 from .kept import Store
 from .plan import Plan
 from .recipe import Recipe
@@ -25,22 +26,27 @@ COUNTERS = {
 
 
 def fresh(
-    p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any], device: torch.device | str | None = None
+    p: Tensor,
+    plan: Plan,
+    recipe: Recipe,
+    group: dict[str, Any],
+    layout: Layout,
+    device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
     """All state before the first step; on the device of the parameter, or where it only is to be counted on "meta"."""
     device = p.device if device is None else device
     state = {"step": torch.tensor(0.0), "skipped": torch.tensor(0)}
-    for key, spec in recipe.spec(plan.matrix, plan.rank or 0, plan.small).items():
+    for key, spec in recipe.spec(layout.matrix(plan), plan.rank or 0, plan.small).items():
         store = cast(Store, spec.store)
         for suffix, kept in zip(store.suffixes, store.layout(spec.shape, working_dtype(p)), strict=True):
-            state[key + suffix] = torch.zeros(plan.batch + kept.shape, dtype=kept.dtype, device=device)
+            state[key + suffix] = layout.zeros(plan.batch, kept.shape, kept.dtype, device)
     if plan.projected or recipe.refresh.restarts:
         state["refreshes"] = torch.zeros(plan.batch, dtype=torch.int64)
         state["refreshed_at"] = torch.full(plan.batch, -1)
         for key, counter in recipe.refresh.counters().items():
             state[key] = counter.expand(plan.batch + tuple(counter.shape)).clone()
     if _compensated(p, group):
-        state[COMPENSATION] = torch.zeros_like(p, device=device)
+        state[COMPENSATION] = torch.zeros_like(p.detach(), device=device)
     return state
 
 
@@ -61,15 +67,11 @@ def _compensated(p: Tensor, group: dict[str, Any]) -> bool:
     return group["bf16_update"] == "kahan" and rounded
 
 
-def loaded(name: str, saved: Mapping[str, Any], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Saved state in the dtypes and places of `like`, or a ValueError if it does not fit.
+def loaded(name: str, saved: Mapping[str, Any], ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Saved state in the dtypes, places and layouts of `ours`, or a ValueError if it does not fit.
 
     Copies: the saved dict may belong to a live optimizer, whose counters must not move with ours. State for parameters
     that have no memory yet (meta) waits where it was.
     """
-    checks.loaded_state(name, saved, like)
-    result = {}
-    for key, new in like.items():
-        device = saved[key].device if new.is_meta else new.device
-        result[key] = saved[key].detach().to(device, new.dtype, copy=True)
-    return result
+    checks.loaded_state(name, saved, ours)
+    return {key: like(saved[key], new) for key, new in ours.items()}

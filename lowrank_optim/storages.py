@@ -27,8 +27,10 @@ def stored(value: object) -> int:
 def backing(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     """The storages of a tensor; more than one where it is made of others, as quantized weights are."""
     if is_traceable_wrapper_subclass(tensor):
-        for name in cast(Any, tensor).__tensor_flatten__()[0]:
-            yield from backing(getattr(tensor, name))
+        inner = (getattr(tensor, name) for name in cast(Any, tensor).__tensor_flatten__()[0])
+        for part in inner:
+            if isinstance(part, Tensor):  # a DTensor also has its mesh there
+                yield from backing(part)
     else:
         yield tensor.untyped_storage()
 

@@ -38,7 +38,7 @@ def update_(chunk: Chunk, algebra: Algebra = WHOLE, move: Move | None = None) ->
         g = recipe.residual.before(chunk.gradient(), st)
         refreshed = chunk.numbers is None and _refresh(chunk, algebra, g, st)
     t, w = chunk.clock(st), chunk.weights()
-    _derive(chunk, w, st)
+    _derive(chunk, algebra, w, st)
     note = functools.partial(_note_captured, chunk, algebra) if refreshed and recipe.basis.orthonormal else None
     lr, decay, ascend = chunk.lr, group["weight_decay"], group["maximize"]
     (move or move_)(recipe, algebra, w, g, r, st, lr, decay, ascend, t, chunk.now, note)
@@ -76,7 +76,7 @@ def project(chunk: Chunk, algebra: Algebra = WHOLE) -> Tensor:
     """R of the gradients in the bases that there are, in memory of its own; nothing is changed."""
     plan, g = chunk.plans[0], chunk.gradient()
     st = chunk.open(chunk.recipe.basis.spec(plan.matrix, cast(int, plan.rank)))
-    _derive(chunk, g, st)
+    _derive(chunk, algebra, g, st)
     return chunk.recipe.basis.down(algebra, g, st)
 
 
@@ -85,7 +85,7 @@ def refresh_(chunk: Chunk, algebra: Algebra = WHOLE) -> None:
     st, g = chunk.open(), chunk.gradient()
     refreshed = _refresh(chunk, algebra, g, st)
     if refreshed and chunk.recipe.basis.orthonormal:
-        _derive(chunk, g, st)
+        _derive(chunk, algebra, g, st)
         _note_captured(chunk, algebra, g, chunk.recipe.basis.down(algebra, g, st))
     chunk.close(st, refreshed, "refresh ")
 
@@ -97,8 +97,10 @@ def refresh_due(chunk: Chunk) -> bool:
 
 def _note_captured(chunk: Chunk, algebra: Algebra, g: Tensor, r: Tensor) -> None:
     """The share of the energy of each matrix that its new subspace captures."""
-    both = (-2, -1)
-    share = algebra.norm(r, both) / algebra.norm(g, both).clamp(min=torch.finfo(g.dtype).tiny)
+    both, inside = (-2, -1), chunk.recipe.basis.inside(algebra)
+    with algebra.refreshing():
+        part, whole = inside.norm(r, both), algebra.norm(g, both)
+    share = part / whole.clamp(min=torch.finfo(g.dtype).tiny)
     chunk.watch.note_captured(chunk.plans, chunk.first, share.square().view(-1))
 
 
@@ -113,7 +115,12 @@ def _change(
     note: Note | None,
 ) -> Update:
     """What is subtracted from W, as a multiple of lr. A thin recipe is content with r; any other needs g."""
-    scaling, full, before = recipe.scaling, recipe.scaling_in == "full", recipe.momentum_of == "update"
+    scaling, inside, full, before = (
+        recipe.scaling,
+        recipe.basis.inside(algebra),
+        recipe.scaling_in == "full",
+        recipe.momentum_of == "update",
+    )
     if g is not None:
         g = scaling(algebra, st, g, g, step) if full and before else g
         r = recipe.basis.down(algebra, g, st)
@@ -123,12 +130,12 @@ def _change(
     if full:
         d, gain = recipe.momentum(st, r, t)
     elif before:
-        d, gain = recipe.momentum(st, scaling(algebra, st, r, r, t), t)
+        d, gain = recipe.momentum(st, scaling(inside, st, r, r, t), t)
     elif (direction := fused.direction(recipe, st, r, t, g)) is not None:
         d, gain = direction
     else:
         numerator, gain = recipe.momentum(st, r, t)
-        d = scaling(algebra, st, numerator, r, t)
+        d = scaling(inside, st, numerator, r, t)
     change = recipe.residual.after(algebra, recipe, st, cast(Tensor, g), r, d, gain)
     if full and not before:
         g = cast(Tensor, g)
@@ -165,10 +172,11 @@ def _refresh(chunk: Chunk, algebra: Algebra, g: Tensor, st: State) -> bool:
     due = list(_due(chunk))
     if not due:
         return False
-    largest = algebra.largest(g).view(-1).tolist()  # finite: the norms were; one synchronisation for all
-    due = [one for one in due if largest[one[3]] > 0]
-    with chunk.watch.refreshing():
-        _refresh_all(chunk, algebra, due, g, st)
+    with algebra.refreshing():
+        largest = algebra.largest(g).view(-1).tolist()  # finite: the norms were; one synchronisation for all
+        due = [one for one in due if largest[one[3]] > 0]
+        with chunk.watch.refreshing():
+            _refresh_all(chunk, algebra, due, g, st)
     return bool(due)
 
 
@@ -178,7 +186,7 @@ def _refresh_all(chunk: Chunk, algebra: Algebra, due: list[Due], g: Tensor, st: 
         count, last = state["refreshes"].view(-1), state["refreshed_at"].view(-1)
         matrix = g if g.dim() == 2 else g[outer]
         view = st if g.dim() == 2 else {key: tensor[outer] for key, tensor in st.items()}
-        draw = _draws(plan, chunk.first + inner, matrix)
+        draw = _draws(algebra, plan, chunk.first + inner, matrix)
         since = max(0, int(last[inner])) if refresh.restarts else 0
         at = Time(chunk.step - 1, float(chunk.step - 1 - since))
         turn = _refit(chunk, algebra, plan, int(count[inner]), at, matrix, view, draw)
@@ -218,13 +226,13 @@ def _refit(
     keys = basis.spec(plan.matrix, rank)
     fitted = basis.fit(algebra, g, st if count else None, rank, draw(count), at)
     new = {key: cast(Store, chunk.spec[key].store).rounded(x, chunk.working) for key, x in fitted.items()}
-    turn, whole = None, {**new, **basis.derive(g, new, rank, draw(count))}
+    turn, whole = None, {**new, **basis.derive(algebra, g, new, rank, draw(count))}
     if count:
         old = {key: st[key] for key in keys}
-        old |= basis.derive(g, old, rank, draw(count - 1))
+        old |= basis.derive(algebra, g, old, rank, draw(count - 1))
         turn = basis.turn(algebra, old, whole)
         recipe.residual.turning_(recipe, st, old, 1.0)
-        recipe.refresh.carry_(algebra, recipe, st, turn, at.seen)
+        recipe.refresh.carry_(basis.inside(algebra), recipe, st, turn, at.seen)
         recipe.residual.turning_(recipe, st, whole, -1.0)
     else:
         recipe.residual.begin_(algebra, recipe, st, whole, g)
@@ -235,7 +243,7 @@ def _refit(
     return turn
 
 
-def _derive(chunk: Chunk, g: Tensor, st: State) -> None:
+def _derive(chunk: Chunk, algebra: Algebra, g: Tensor, st: State) -> None:
     """Adds to `st` what the basis needs and nobody keeps. `g`: the gradient, or anything of its shape and dtype."""
     basis = chunk.recipe.basis
     if not (basis.derives and chunk.plans[0].projected):
@@ -246,19 +254,20 @@ def _derive(chunk: Chunk, g: Tensor, st: State) -> None:
         kept = {key: st[key] if g.dim() == 2 else st[key][outer] for key in basis.spec(plan.matrix, plan.rank or 0)}
         count = state["refreshes"].view(-1)[inner] if chunk.numbers is None else chunk.numbers.counts[outer]
         last = (count - 1).clamp(min=0)
-        draw = _draws(plan, chunk.first + inner, matrix)(last if chunk.numbers else int(last))
-        parts.append(basis.derive(matrix, kept, cast(int, plan.rank), draw))
+        draw = _draws(algebra, plan, chunk.first + inner, matrix)(last if chunk.numbers else int(last))
+        parts.append(basis.derive(algebra, matrix, kept, cast(int, plan.rank), draw))
     for key in parts[0]:
         st[key] = parts[0][key] if g.dim() == 2 else torch.stack([part[key] for part in parts])
 
 
-def _draws(plan: Plan, expert: int, g: Tensor) -> Callable[[int | Tensor], Draw]:
+def _draws(algebra: Algebra, plan: Plan, expert: int, g: Tensor) -> Callable[[int | Tensor], Draw]:
     """The random numbers of one matrix, for refresh number `count`."""
 
     def of(count: int | Tensor) -> Draw:
         def draw(shape: tuple[int, ...], purpose: str = "sketch") -> Tensor:
             stream = ops.stream_of(f"{purpose} {expert}", count)
-            return ops.normal(shape, plan.key, stream, g.device).to(g.dtype)
+            here, start = algebra.own(shape)
+            return ops.normal(here, plan.key, stream, g.device, start).to(g.dtype)
 
         return draw
 

@@ -35,6 +35,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
     """A subclass says which layer, which of its options are the layer's, and what a restart does."""
 
     layer: ClassVar[type[ReparameterizedLinear]]
+    shardable = False
     layer_options: ClassVar[tuple[str, ...]] = ()  # constructor arguments that are the layer's and not the groups'
 
     def __init__(self, model: nn.Module, options: dict[str, Any], *, strict: bool = False) -> None:

@@ -221,7 +221,7 @@ def test_gaussian_subspaces_are_unbiased():
     total, m, rank = torch.zeros(8, 8), 8, 4
     for seed in range(4000):
         p = Random().derive(
-            torch.zeros(m, 5), {}, rank, lambda shape, purpose="", seed=seed: ops.normal(shape, seed, (0, 0))
+            WHOLE, torch.zeros(m, 5), {}, rank, lambda shape, purpose="", seed=seed: ops.normal(shape, seed, (0, 0))
         )
         total += p["basis"] @ p["basis"].mT
     assert (total / 4000 - torch.eye(8)).abs().max() < 0.06

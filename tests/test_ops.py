@@ -7,7 +7,7 @@ import torch
 
 from lowrank_optim import ops
 from lowrank_optim.distributed.algebra import WHOLE
-from lowrank_optim.ops.philox import philox
+from lowrank_optim.ops.philox import Places, philox
 
 KEY, STREAM = ops.key_of(3, "layer.weight"), ops.stream_of("test", 1)
 
@@ -28,6 +28,22 @@ def test_any_part_of_a_stream_is_the_same_numbers():
     for start, count in ((0, 1), (7, 9), (8, 16), (4_990, 10), (123, 4_000)):
         assert torch.equal(ops.random_bits16(count, KEY, STREAM, start), whole[start : start + count])
     assert torch.equal(ops.normal((3, 50), KEY, STREAM), ops.normal((600_000,), KEY, STREAM)[:150].view(3, 50))
+    assert torch.equal(ops.normal((3, 50), KEY, STREAM, start=150), ops.normal((6, 50), KEY, STREAM)[3:])
+
+
+@pytest.mark.parametrize(("rows", "columns", "first", "run"), [(7, 13, 3, 4), (40, 16, 8, 8), (3, 2_000, 1_999, 1)])
+def test_a_block_of_columns_draws_its_own_elements(rows, columns, first, run):
+    """Also from the middle of a row on, as large tensors are worked on in pieces."""
+    whole = ops.random_bits16(rows * columns, KEY, STREAM).view(rows, columns)[:, first : first + run].flatten()
+    for start, count in ((0, rows * run), (1, rows * run - 2), (rows * run - 1, 1), (run // 2, run)):
+        places = Places(start, first, run, columns - run)
+        assert torch.equal(ops.random_bits16(count, KEY, STREAM, places), whole[start : start + count])
+
+
+def test_many_rows_are_drawn_some_at_a_time():
+    rows, columns = 20_000, 5
+    whole = ops.random_bits16(rows * columns, KEY, STREAM).view(rows, columns)[:, 1:3].flatten()
+    assert torch.equal(ops.random_bits16(2 * rows, KEY, STREAM, Places(0, 1, 2, 3)), whole)
 
 
 def test_normal_numbers_are_normal():

@@ -8,6 +8,7 @@ ranks, and then every part works on it unchanged.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -17,6 +18,10 @@ from .. import ops
 
 class Algebra:
     """Whole matrices: every operation is a matmul or a reduction. All work on the last two dimensions."""
+
+    def refreshing(self) -> AbstractContextManager[None]:
+        """Around the work of a refresh, for those who count."""
+        return nullcontext()
 
     def project(self, basis: Tensor, g: Tensor) -> Tensor:
         """`P^T G`: (m, k), (m, n) -> (k, n)."""
@@ -29,6 +34,26 @@ class Algebra:
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         """`X Y` over the long side: (r, n), (n, k) -> (r, k)."""
         return x @ y
+
+    def shape(self, g: Tensor) -> tuple[int, int]:
+        """(m, n) of the whole matrix. Sides of a matrix that is cut are `Side`, for `draw` and `Spec`."""
+        return g.shape[-2], g.shape[-1]
+
+    def own(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+        """What of a tensor with such sides is here: its shape, and the number of its first element."""
+        return shape, 0
+
+    def projected(self) -> Algebra:
+        """The algebra of matrices whose projected side is gone: of R, and of all that has its shape."""
+        return self
+
+    def orthonormal(self, y: Tensor, side: int) -> Tensor:
+        """An orthonormal basis of the columns of y, whose rows are those (-2) or the columns (-1) of G."""
+        return ops.orthonormalize(y)
+
+    def signed(self, basis: Tensor) -> Tensor:
+        """(m, r), with the largest entry of each column made positive."""
+        return ops.fix_signs(basis)
 
     def leading(self, g: Tensor, rank: int) -> Tensor:
         """The leading left singular vectors, (m, n) -> (m, rank), signs fixed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,21 +30,28 @@ def orthonormalize(y: Tensor) -> Tensor:
     The Gram matrix is accumulated and factored in float64; in float32 it already fails on a spectrum of 1/k. Where
     Cholesky meets a zero pivot all the same, Householder QR takes over.
     """
+    q = cholesky_qr2(y, lambda gram: gram)
+    return householder(y) if q is None or not bool(torch.isfinite(q).all()) else q
+
+
+def cholesky_qr2(y: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """`orthonormalize` without its fallback: None at a zero pivot. `total` completes the Gram matrix of some rows."""
     q = y
     for _ in range(2):
         wide = q.double()
-        gram = wide.mT @ wide
-        factor, info = torch.linalg.cholesky_ex(gram)
+        factor, info = torch.linalg.cholesky_ex(total(wide.mT @ wide))
         if bool(info.any()):
-            return _householder(y)
+            return None
         eye = torch.eye(y.shape[-1], dtype=torch.float64, device=y.device)
-        q = (wide @ torch.linalg.solve_triangular(factor, eye, upper=False).mT).to(y.dtype)
-    if not bool(torch.isfinite(q).all()):
-        return _householder(y)
+        inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+        if not bool(torch.isfinite(inverse).all()):
+            return None
+        q = (wide @ inverse.mT).to(y.dtype)
     return q
 
 
-def _householder(y: Tensor) -> Tensor:
+def householder(y: Tensor) -> Tensor:
+    """The same by reflections, which complete a basis where y lacks rank."""
     q: Tensor = torch.linalg.qr(y)[0]
     return q.contiguous()  # LAPACK's result is column-major, which collectives would misread
 
@@ -76,8 +84,8 @@ def subspace_iteration(algebra: Algebra, g: Tensor, start: Tensor, rank: int, ro
     """
     y = start
     for _ in range(rounds):
-        z = orthonormalize(algebra.project(orthonormalize(y), g).mT)
+        z = algebra.orthonormal(algebra.project(algebra.orthonormal(y, -2), g).mT, -1)
         y = algebra.sketch(g, z)
-    q = orthonormalize(y)
-    small = torch.linalg.svd((q.mT @ y).double())[0].to(q.dtype)
-    return fix_signs(q @ small[..., :rank])
+    q = algebra.orthonormal(y, -2)
+    small = torch.linalg.svd(algebra.project(q, y).double())[0].to(q.dtype)
+    return algebra.signed(q @ small[..., :rank])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import zlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,18 @@ __all__ = [
 WORKSPACE = 2 << 20  # bytes of temporaries that this takes
 
 
+class Places(NamedTuple):
+    """Which elements of a stream a piece of a larger tensor has: its element f is number `base + f + f // run * gap`.
+
+    That is a block of columns, `run` of `run + gap`, in row-major order. `start` is the first f.
+    """
+
+    start: int
+    base: int
+    run: int
+    gap: int
+
+
 def key_of(seed: int, name: str) -> int:
     """The 64-bit key of a parameter. A hash of the name, which all ranks and runs share; Python's `hash` is salted."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
@@ -48,10 +61,12 @@ def stream_of(purpose: str, time: int | Tensor) -> Stream:
     return zlib.crc32(purpose.encode()), time
 
 
-def normal(shape: tuple[int, ...], key: int, stream: Stream, device: torch.device | str = "cpu") -> Tensor:
-    """Standard normal numbers, float32, the same on all devices (see `reference.philox_normal_`)."""
+def normal(
+    shape: tuple[int, ...], key: int, stream: Stream, device: torch.device | str = "cpu", start: int = 0
+) -> Tensor:
+    """Standard normal numbers, float32, the same on all devices, from element `start` of the stream on."""
     out = torch.empty(shape, dtype=torch.float32, device=device)
-    kernel("philox_normal_")(out, *numbers_of(key, stream))
+    kernel("philox_normal_")(out, *numbers_of(key, stream), start)
     return out
 
 
@@ -62,9 +77,13 @@ def uniform(shape: tuple[int, ...], key: int, stream: Stream, device: torch.devi
     return out
 
 
-def random_bits16(count: int, key: int, stream: Stream, start: int = 0, device: torch.device | str = "cpu") -> Tensor:
-    """Uniform 16-bit integers as int32, elements `start` to `start + count` of the stream."""
+def random_bits16(
+    count: int, key: int, stream: Stream, start: int | Places = 0, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Uniform 16-bit integers as int32, elements `start` to `start + count` of the stream, or those of `Places`."""
     out = torch.empty(count, dtype=torch.int32, device=device)
+    if isinstance(start, Places):
+        return _bits16_of_columns(out, key, stream, start)
     kernel("philox_bits16_")(out, *numbers_of(key, stream), start)
     return out
 
@@ -74,6 +93,31 @@ def numbers_of(key: int, stream: Stream) -> tuple[int, int, int, Tensor | None]:
     purpose, time = stream
     signed = key - (1 << 64) if key >= 1 << 63 else key
     return (signed, purpose, 0, time) if isinstance(time, Tensor) else (signed, purpose, time & 0xFFFFFFFF, None)
+
+
+def _bits16_of_columns(out: Tensor, key: int, stream: Stream, places: Places) -> Tensor:
+    """Row by row, as many at once as there are in a block of counters; every row is drawn whole."""
+    start, base, run, gap = places
+    stop, wide = start + out.numel(), -(-run // 8) + 1
+    some = max(1, BLOCK // wide)
+    for row in range(start // run, -(-stop // run), some):
+        rows = torch.arange(row, min(row + some, -(-stop // run)), dtype=torch.int64, device=out.device)
+        first = base + rows * (run + gap)
+        counter = (first // 8).unsqueeze(-1) + torch.arange(wide, dtype=torch.int64, device=out.device)
+        lanes = _lanes16(philox(counter.flatten(), key, stream)).view(len(rows), -1)
+        found = lanes.gather(1, (first % 8).unsqueeze(-1) + torch.arange(run, device=out.device)).flatten()
+        low, high = max(start, row * run), min(stop, (row + len(rows)) * run)
+        out[low - start : high - start].copy_(found[low - row * run : high - row * run])
+    return out
+
+
+def _lanes16(words: list[Tensor]) -> Tensor:
+    """Two lanes of 16 bits per word: `(counters, 8)`, int32."""
+    lanes = words[0].new_empty(len(words[0]), 8, dtype=torch.int32)
+    for i, word in enumerate(words):
+        lanes[:, 2 * i].copy_(word & 0xFFFF)
+        lanes[:, 2 * i + 1].copy_(word >> 16)
+    return lanes
 
 
 def sample(below: int, count: int, key: int, stream: Stream) -> Tensor:

@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .philox import Stream, numbers_of
+from .philox import Places, Stream, numbers_of, random_bits16
 from .reference import PIECE
 from .schema import kernel
 
@@ -137,9 +137,12 @@ def unpack4(packed: Tensor, k: int) -> Tensor:
 
 
 def uniform_noise(
-    shape: tuple[int, ...], key: int, stream: Stream, start: int = 0, device: torch.device | str = "cpu"
+    shape: tuple[int, ...], key: int, stream: Stream, start: int | Places = 0, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Uniform numbers in (0, 1) for stochastic rounding: the midpoints of 65536 equal cells, numbered from `start`."""
+    if isinstance(start, Places):
+        bits = random_bits16(torch.Size(shape).numel(), key, stream, start, device)
+        return bits.float().add_(0.5).mul_(2.0**-16).view(shape)
     out = torch.empty(shape, dtype=torch.float32, device=device)
     kernel("philox_noise16_")(out, *numbers_of(key, stream), start)
     return out

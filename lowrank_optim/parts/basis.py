@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..distributed.algebra import Algebra
 from ..kept import Shape, Spec
-from ..ops import orthonormalize, subspace_iteration
+from ..ops import subspace_iteration
 from ..ops.philox import BLOCK
 from ..recipe import Basis, Draw, State, Time
 from ..turns import Turn
@@ -30,6 +31,9 @@ class Identity(Basis):
 
     def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
         return {}
+
+    def inside(self, algebra: Algebra) -> Algebra:
+        return algebra
 
     def turn(self, algebra: Algebra, old: State, new: State) -> Turn:
         raise NotImplementedError("the identity basis never turns")
@@ -89,7 +93,7 @@ class SubspaceIteration(OneSided):
     rounds: int = 2
 
     def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
-        m, n = g.shape
+        m, n = algebra.shape(g)
         width = self._width(m, n, rank)
         if old is None:
             start = algebra.sketch(g, draw((n, width)))
@@ -132,7 +136,7 @@ class PowerIteration(OneSided):
         mean = old["exp_avg"] * (self.rho / (1 - self.beta**at.seen)) if at.seen else torch.zeros_like(old["exp_avg"])
         z = mean.mT + (1 - self.rho) * algebra.project(basis, g).mT
         y = basis @ algebra.inner(mean, z) + (1 - self.rho) * algebra.sketch(g, z)
-        return {"basis": orthonormalize(y)}
+        return {"basis": algebra.orthonormal(y, -2)}
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         short = min(m, n)
@@ -145,6 +149,9 @@ class TwoSided(Basis):
     """`R = P^T G Q (r, r)`: GaLore's `proj_type="full"`. `inner` fits each side."""
 
     inner: Basis
+
+    def uncut(self) -> Mapping[int, str]:
+        return dict.fromkeys((-2, -1), "its two bases are fitted one after the other")
 
     def spec(self, shape: Shape, rank: int) -> dict[str, Spec]:
         m, n = shape
@@ -184,6 +191,9 @@ class Later(OneSided):
     then: Basis
     since: int
 
+    def uncut(self) -> Mapping[int, str]:
+        return {**self.then.uncut(), **self.first.uncut()}
+
     def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
         return (self.first if at.step < self.since else self.then).fit(algebra, g, old, rank, draw, at)
 
@@ -201,6 +211,9 @@ class SharedHead(OneSided):
 
     inner: Basis
     heads: int
+
+    def uncut(self) -> Mapping[int, str]:
+        return self.inner.uncut() if self.heads == 1 else dict.fromkeys((-2, -1), "a head would be on several ranks")
 
     def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
         if self.heads == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,13 +35,16 @@ class Dictionary(OneSided):
     indexed: ClassVar[bool] = True
     derives: bool = True
 
+    def uncut(self) -> Mapping[int, str]:
+        return {-2: "a coefficient is a sum along that side, and there are as many of them as of entries"}
+
     def spec(self, shape: Shape, rank: int) -> dict[str, Spec]:
         return {"index": Spec((rank,), steady=True, store=Exact(torch.int32))}
 
     def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
         return {"index": top(algebra.energy(coefficients(self.kind, g, self.fast), -1, self.power), rank)}
 
-    def derive(self, g: Tensor, kept: State, rank: int, draw: Draw) -> dict[str, Tensor]:
+    def derive(self, algebra: Algebra, g: Tensor, kept: State, rank: int, draw: Draw) -> dict[str, Tensor]:
         return {"basis": atoms(self.kind, g.shape[-2], kept["index"], g.dtype, self.fast)}
 
     def turn(self, algebra: Algebra, old: State, new: State) -> Turn:

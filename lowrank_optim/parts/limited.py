@@ -69,7 +69,7 @@ class NormScaled(_Limited):
     ) -> Update:
         d, rest = d * gain, g.clone()
         recipe.basis.add_up_(rest, r, st, alpha=-(self.code_scale or 1.0), beta=1)
-        rest = self._limit_(algebra, st, rest.mul_(self._ratio(algebra, d, r)))
+        rest = self._limit_(algebra, st, rest.mul_(self._ratio(recipe.basis.inside(algebra), d, r)))
         return Update(d, 1.0, rest, 1.0 if self.code_scale is None else 1 / self.code_scale)
 
 
@@ -86,5 +86,5 @@ class Rescaled(_Limited):
     def after(
         self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
     ) -> Update:
-        ratio = self._ratio(algebra, d * gain, r) * self.front
+        ratio = self._ratio(recipe.basis.inside(algebra), d * gain, r) * self.front
         return Update(None, rest=self._limit_(algebra, st, g * ratio))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from ..distributed.algebra import Algebra
 from ..kept import Exact, Shape, Spec
-from ..ops import orthonormalize
 from ..ops.philox import BLOCK
 from ..recipe import Basis, Draw, State, Time
 from ..turns import Reindex, Turn
@@ -43,10 +43,10 @@ class Random(OneSided):
         return super().spec(shape, rank) if self.kept else {}
 
     def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
-        return {"basis": self._drawn(g.shape[0], rank, draw)} if self.kept else {}
+        return {"basis": self._drawn(algebra, g, rank, draw)} if self.kept else {}
 
-    def derive(self, g: Tensor, kept: State, rank: int, draw: Draw) -> dict[str, Tensor]:
-        return {"basis": self._drawn(g.shape[-2], rank, draw)} if self.derives else {}
+    def derive(self, algebra: Algebra, g: Tensor, kept: State, rank: int, draw: Draw) -> dict[str, Tensor]:
+        return {"basis": self._drawn(algebra, g, rank, draw)} if self.derives else {}
 
     def derived(self, shape: Shape, rank: int) -> int:
         return 0 if self.kept else shape[0] * rank
@@ -58,9 +58,9 @@ class Random(OneSided):
         drawing = m * rank + 16 * min(m * rank, 4 * BLOCK)
         return max(drawing, 6 * m * rank + 8 * rank**2) if self.orthonormal else drawing + m * rank
 
-    def _drawn(self, m: int, rank: int, draw: Draw) -> Tensor:
-        x = draw((m, rank))
-        return orthonormalize(x) if self.orthonormal else x.mul_(rank**-0.5)
+    def _drawn(self, algebra: Algebra, g: Tensor, rank: int, draw: Draw) -> Tensor:
+        x = draw((algebra.shape(g)[0], rank))
+        return algebra.orthonormal(x, -2) if self.orthonormal else x.mul_(rank**-0.5)
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,9 @@ class Rows(Basis):
     choose: Literal["norm", "random"]
     power: int = 2  # of the norm
     indexed: ClassVar[bool] = True
+
+    def uncut(self) -> Mapping[int, str]:
+        return {-2: "it reads single lines of the gradient, which other ranks have"}
 
     def spec(self, shape: Shape, rank: int) -> dict[str, Spec]:
         return {"index": Spec((rank,), steady=True, store=Exact(torch.int32))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -126,11 +127,15 @@ class SubsetNorm(Scaling):
     elementwise: ClassVar[bool] = False
     scratch: ClassVar[int] = 1
 
+    def uncut(self) -> Mapping[int, str]:
+        return {} if self.size is None else {-2: "its subsets are runs of a column; take subset_size=None"}
+
     def spec(self, shape: Shape) -> dict[str, Spec]:
         return {"exp_avg_sq": Spec((-(-shape[0] // self._size(shape)), shape[1]), unsigned=True)}
 
     def __call__(self, algebra: Algebra, st: State, x: Tensor, r: Tensor, t: Clock) -> Tensor:
-        v, m, size = st["exp_avg_sq"], r.shape[-2], self._size(r.shape[-2:])
+        shape = algebra.shape(r)
+        v, m, size = st["exp_avg_sq"], shape[0], self._size(shape)
         v.mul_(self.beta).add_(self._reduced(algebra, r, size), alpha=1 - self.beta)
         denominator = v.sqrt().mul_(bias_correction(self.beta, t) ** -0.5).add_(self.eps)
         return x / (denominator if size >= m else denominator.repeat_interleave(size, dim=-2)[..., :m, :])
@@ -148,7 +153,10 @@ class SubsetNorm(Scaling):
         return min(m, max(1, round((m * n) ** 0.5)) if self.size == "sqrt" else self.size)
 
     def _reduced(self, algebra: Algebra, r: Tensor, size: int) -> Tensor:
-        m = r.shape[-2]
+        m = algebra.shape(r)[0]
+        if size >= m:
+            sums = algebra.energy(r, -2).unsqueeze(-2)
+            return sums if self.reduce == "sum" else sums / m
         whole = m // size * size
         runs = r[..., :whole, :].reshape(*r.shape[:-2], m // size, size, r.shape[-1])
         parts = [algebra.energy(runs, -2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,10 @@ class Sparse(Residual):
     weight: float
     momentum: EMA
     scaling: RMS
+
+    def uncut(self) -> Mapping[int, str]:
+        why = "its entries are the largest of the whole gradient; take density=0"
+        return dict.fromkeys((-2, -1), why) if self.density else {}
 
     def spec(self, shape: Shape) -> dict[str, Spec]:
         count = round(self.density * math.prod(shape))
