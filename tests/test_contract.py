@@ -381,7 +381,11 @@ def test_experts_without_tokens_get_their_basis_later(case):
 def test_a_stack_of_experts_equals_separate_matrices(case, monkeypatch):
     """Each expert draws its own random numbers; here all draw the same, so that the rest can be compared."""
     normal = ops.normal
-    monkeypatch.setattr("lowrank_optim.ops.normal", lambda shape, key, stream, device: normal(shape, 1, (0, stream[1])))
+
+    def alike(shape, key, stream, device, start=0):
+        return normal(shape, 1, (0, stream[1]))
+
+    monkeypatch.setattr("lowrank_optim.ops.normal", alike)
     stack = nn.Parameter(0.2 * torch.randn(3, 10, 20, dtype=torch.float64))
     single = [nn.Parameter(expert.detach().clone()) for expert in stack]
     options = dict(rank=3, basis="svd", moments="reset", update_proj_gap=4)  # staggered: each expert at its own time
