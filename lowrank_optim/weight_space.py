@@ -102,7 +102,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
     def _count(self, layer: ReparameterizedLinear) -> int:
         """Updates that a layer was offered, those with a gradient that was not finite among them."""
         state = self.state.get(layer.leader)
-        return int(state["step"] + state["skipped"]) if state else 0
+        return int(state["step"]) + int(state["skipped"]) if state else 0
 
     def _restarts(self, name: str, layer: ReparameterizedLinear) -> int:
         return self.restarts(self._count(layer), self.param_groups[0])

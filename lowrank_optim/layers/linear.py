@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .. import checks, ops
-from ..chunk import is_packed, unpacked, working_dtype
+from ..chunk import unpacked, working_dtype
 from ..ops.factor import balance, split
 from ..plan import bare_name, resolve_rank
-from .base import add_to_base_
+from .base import add_to_base_, kind_of
 from .quantized import Int8Weight, NF4Weight
 
 
@@ -212,8 +212,7 @@ class LowRankLinear(ProductLinear):
     def describe(self) -> str:
         if self.base is None:
             return "no base"
-        kind = type(self.base).__name__.removesuffix("Weight").lower() if is_packed(self.base) else "dense"
-        return f"{kind} base" + (", exact copy on the CPU" if self.exact is not None else "")
+        return f"{kind_of(self.base)} base" + (", exact copy on the CPU" if self.exact is not None else "")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """With the exact base, where there is one: no buffer, because it stays on the CPU in its own dtype."""

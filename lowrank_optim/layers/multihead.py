@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .. import checks, ops
-from ..chunk import is_packed, unpacked, working_dtype
+from ..chunk import unpacked, working_dtype
 from ..distributed import heads as processes
-from .base import add_to_base_
+from .base import add_to_base_, kind_of
 from .linear import BASES, ReparameterizedLinear
 
 MERGED = ("B_merged", "A_merged")
@@ -86,7 +86,7 @@ class MultiHeadLinear(ReparameterizedLinear):
         return y.view(*shape[:-1], self.out_features)
 
     def dense(self) -> Tensor:
-        w = unpacked(self.base, working_dtype(self.B)).to(working_dtype(self.B))
+        w = unpacked(self.base, working_dtype(self.B))
         if self.world > 1:
             return w
         b, a = _side_by_side(w.dtype, self._all())
@@ -126,8 +126,8 @@ class MultiHeadLinear(ReparameterizedLinear):
         return (2 + (self.base.dtype == torch.bfloat16)) * m * n + thin
 
     def describe(self) -> str:
-        kind = type(self.base).__name__.removesuffix("Weight").lower() if is_packed(self.base) else "dense"
-        return f"{kind} base, " + (f"one of {self.world} heads" if self.world > 1 else f"{self.heads} heads")
+        heads = f"one of {self.world} heads" if self.world > 1 else f"{self.heads} heads"
+        return f"{kind_of(self.base)} base, {heads}"
 
     # -- the mean of heads ---------------------------------------------------------------------------------------------
 

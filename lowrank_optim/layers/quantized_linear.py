@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from .. import checks
 from ..chunk import is_packed, unpacked, working_dtype
+from .base import kind_of
 from .linear import BASES, ReparameterizedLinear
 
 
@@ -84,8 +85,7 @@ class QuantizedLinear(ReparameterizedLinear):
         return 8 * self.out_features * self.in_features
 
     def describe(self) -> str:
-        kind = type(self.base).__name__.removesuffix("Weight").lower() if is_packed(self.base) else "dense"
-        return f"{kind} base and basis"
+        return f"{kind_of(self.base)} base and basis"
 
     def _turned(self, x: Tensor) -> Tensor:
         """As if P were always on the right: `W = Q + s B P` with P (r, k)."""

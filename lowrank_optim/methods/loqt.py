@@ -20,11 +20,10 @@ from ..layers.linear import ReparameterizedLinear
 from ..layers.quantized_linear import QuantizedLinear
 from ..optimizer import Rescale
 from ..parts import NoMomentum, NoScaling
+from ..parts.refresh import ahead
 from ..recipe import Recipe, Time
 from ..weight_space import WeightSpaceOptimizer
 from ._shared import BASES, WEIGHT_OPTIONS, adamw, given
-
-_GOLDEN = 0.6180339887498949  # its multiples spread any number of layers evenly
 
 
 class LoQT(WeightSpaceOptimizer):
@@ -127,7 +126,7 @@ class LoQT(WeightSpaceOptimizer):
         if group["gap_growth"] > 1:
             return count in self._times(place, layer)  # gaps grow, so these are few
         gap = group["update_proj_gap"]
-        return count == 0 or (count + _shift(place if group["stagger"] else 0, gap)) % gap == 0
+        return count == 0 or (count + ahead(place if group["stagger"] else 0, gap)) % gap == 0
 
     def _aim(self) -> None:
         """Weights that are due for a new subspace get a gradient in the next step, and no others keep one."""
@@ -214,7 +213,7 @@ def _times(until: int, place: int, group: dict[str, Any]) -> Iterator[int]:
     """
     gap, growth = group["update_proj_gap"], group["gap_growth"]
     yield 0
-    time = gap - _shift(place, gap)
+    time = gap - ahead(place, gap)
     for k in counting(1):
         if time > until:
             return
@@ -235,8 +234,3 @@ def _agree(layer: QuantizedLinear | None, grad: Tensor) -> None:
     if layer is not None:
         for x in cast(Any, layer.base).parts() if is_packed(layer.base) else [layer.base.detach()]:
             dist.broadcast(x, 0)
-
-
-def _shift(place: int, gap: int) -> int:
-    """What a layer is ahead of the first one."""
-    return int(place * _GOLDEN % 1 * gap)

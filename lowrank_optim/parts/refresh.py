@@ -17,6 +17,12 @@ _GOLDEN = 0x9E3779B9  # the golden ratio in units of 2**-32
 Carry = Literal["keep", "rotate", "reset"]
 
 
+def ahead(place: int, gap: int) -> int:
+    """Steps by which turn number `place` of a staggered schedule comes earlier; multiples of the golden ratio spread
+    any number of turns evenly."""
+    return (place * _GOLDEN & 0xFFFFFFFF) * gap >> 32
+
+
 @dataclass(frozen=True)
 class Every(Refresh):
     """Every `gap` steps. A refresh that could not happen (a zero gradient) stays due until it does.
@@ -45,7 +51,7 @@ class Every(Refresh):
 
     def due(self, step: int, last: int, place: int, counters: Mapping[str, Tensor]) -> bool:
         gap = self.gap_now(counters)
-        shift = (place * _GOLDEN & 0xFFFFFFFF) * gap >> 32 if self.stagger else 0
+        shift = ahead(place, gap) if self.stagger else 0
         return last < 0 or (step + shift) // gap > (last + shift) // gap
 
     def gap_now(self, counters: Mapping[str, Tensor]) -> int:
