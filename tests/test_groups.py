@@ -314,21 +314,16 @@ def test_names(name, kind):
 
 
 def test_import_is_light():
-    """`import lowrank_optim` needs torch and numpy alone and adds next to nothing to the time that torch takes."""
+    """`import lowrank_optim` needs torch alone, and no part of it that `import torch` has not loaded."""
     import subprocess
     import sys
 
     code = (
-        "import time, sys, torch\n"
-        "before = set(sys.modules); start = time.perf_counter()\n"
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
         "import lowrank_optim\n"
-        "took = time.perf_counter() - start\n"
-        "new = {m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
-        "print(took, new - {'lowrank_optim', 'torch'})"
+        "print(*(m for m in set(sys.modules) - before if m.split('.')[0] not in sys.stdlib_module_names))"
     )
-    took, others = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split(maxsplit=1)
-    assert others.strip() == "set()"
-    assert float(took) < 1.0, "the promise is 0.1 s; a loaded machine may need more, a heavy import needs far more"
+    new = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not [name for name in new if name.split(".")[0] != "lowrank_optim"]
     assert all(hasattr(lowrank_optim, name) for name in lowrank_optim.__all__)
