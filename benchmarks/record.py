@@ -17,10 +17,10 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def write(name: str, result: dict[str, Any], quiet: bool = False) -> Path:
+def write(name: str, result: dict[str, Any], quiet: bool = False, folder: Path = RESULTS) -> Path:
     """`results/<name>.json`, whole or not at all; returns its path."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     record = {"command": _command(), "date": datetime.date.today().isoformat(), "machine": _machine()}
     record["versions"] = _versions("torch", "numpy", "lowrank_optim", "galore-torch", "transformers", "tokenizers")
     part = path.with_name(f".{path.name}.part")
