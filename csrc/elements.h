@@ -87,6 +87,9 @@ struct Words {
   uint32_t w[4];
 };
 
+// Eight numbers of 16 bits, the lower half of each word first.
+LRO_HD uint32_t bits16(const Words& words, int lane) { return words.w[lane / 2] >> (lane % 2 * 16) & 0xFFFFu; }
+
 LRO_HD Words philox(uint64_t counter, const Stream& s) {
   uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = s.purpose, c3 = s.time;
   uint32_t k0 = s.key0, k1 = s.key1;
@@ -149,6 +152,21 @@ LRO_HD Peak peak_of(float top, float bottom, bool with_sign) {
 LRO_HD int32_t nearest_code(float unit, const CodeMap& map) {
   const int32_t upper = (bits_as<int32_t>(unit) >> 16) + (1 << 15);
   return map.lower[upper] + (unit > map.midpoint[upper] ? 1 : 0);
+}
+
+// The same without a midpoint per upper half: what is looked up then fits the nearest cache.
+struct Levels {
+  const float* values;
+  const uint8_t* lower;
+  int32_t size;
+};
+
+LRO_HD float midpoint_above(int32_t code, const Levels& levels) {
+  return code + 1 < levels.size ? (levels.values[code + 1] + levels.values[code]) * 0.5f : INFINITY;
+}
+
+LRO_HD int32_t lowest_code(float unit, const Levels& levels) {
+  return levels.lower[(bits_as<int32_t>(unit) >> 16) + (1 << 15)];
 }
 
 // The last entry that is not above a number.

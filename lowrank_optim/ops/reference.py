@@ -44,6 +44,94 @@ def projected_adam_(
         torch.mul(m, gain, out=x).div_(scratch)
 
 
+def projected_adam_list_(
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    r: list[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    t: float,
+    step: Tensor | None = None,
+) -> None:
+    """The same for several tensors."""
+    for m, v, x in zip(exp_avg, exp_avg_sq, r, strict=True):
+        projected_adam_(m, v, x, beta1, beta2, eps, t, step)
+
+
+def projected_adam_bfloat16_list_(
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    r: list[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    t: float,
+    step: Tensor | None,
+    key: list[int],
+    purpose: int,
+    purpose_sq: int,
+    time: int,
+    at: Tensor | None,
+    start: list[int],
+) -> None:
+    """Moments in bfloat16, rounded stochastically: tensor i is elements `start[i]` and up of two streams of `key[i]`."""
+    for m, v, x, own, first in zip(exp_avg, exp_avg_sq, r, key, start, strict=True):
+        size = PIECE if x.device.type == "cpu" else max(1, x.numel())
+        pieces = zip(*(torch.split(tensor.view(-1), size) for tensor in (m, v, x)), strict=True)
+        for i, (small, small_sq, piece) in enumerate(pieces):
+            wide, wide_sq = small.float(), small_sq.float()
+            projected_adam_(wide, wide_sq, piece, beta1, beta2, eps, t, step)
+            round_to_bfloat16_(small, wide, own, purpose, time, at, first + i * size)
+            round_to_bfloat16_(small_sq, wide_sq, own, purpose_sq, time, at, first + i * size)
+
+
+def projected_adam_int8_list_(
+    exp_avg: list[Tensor],
+    peak: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    peak_sq: list[Tensor],
+    r: list[Tensor],
+    code_map: Tensor,
+    lower: Tensor,
+    code_map_sq: Tensor,
+    lower_sq: Tensor,
+    block: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    t: float,
+    step: Tensor | None = None,
+) -> None:
+    """Moments as codes of two maps and the largest element, with its sign, of each block. `exp_avg_sq` has no code 0."""
+    maps = [(table, low, _midpoints(table, low)) for table, low in ((code_map, lower), (code_map_sq, lower_sq))]
+    for codes, numbers, codes_sq, numbers_sq, x in zip(exp_avg, peak, exp_avg_sq, peak_sq, r, strict=True):
+        rows = math.prod(numbers.shape[:-1])
+        if not x.numel():
+            continue
+        elements = [tensor.view(rows, -1) for tensor in (codes, codes_sq, x)]
+        per_block = [tensor.view(rows, -1) for tensor in (numbers, numbers_sq)]
+        for *coded, place, top, top_sq in _pieces(elements, per_block, block):
+            opened = []
+            for code, largest, (table, _, _) in zip(coded, (top, top_sq), maps, strict=True):
+                opened.append(table.index_select(0, code.flatten().int()).view(code.shape).mul_(largest))
+            flat = place.contiguous()
+            projected_adam_(opened[0], opened[1], flat, beta1, beta2, eps, t, step)
+            place.copy_(flat)
+            for code, largest, wide, table in zip(coded, (top, top_sq), opened, maps, strict=True):
+                fresh, numbers_now = torch.empty_like(wide, dtype=torch.uint8), torch.empty_like(largest)
+                quantize_blockwise_(fresh, numbers_now, wide, *table, block, True)
+                largest.copy_(numbers_now)
+                code.copy_(fresh)
+            coded[1].clamp_(min=1)
+
+
+def _midpoints(code_map: Tensor, lower: Tensor) -> Tensor:
+    """To the next entry, for each entry of `lower`."""
+    beyond = torch.cat([(code_map[1:] + code_map[:-1]) / 2, torch.full_like(code_map[:1], math.inf)])
+    return beyond.index_select(0, lower.int())
+
+
 # -- Philox ------------------------------------------------------------------------------------------------------------
 
 _MASK = 0xFFFFFFFF
