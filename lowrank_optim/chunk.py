@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .distributed.algebra import WHOLE, Algebra
 from .distributed.layout import HERE, Layout
-from .kept import Kept, Shape, Spec, Store
+from .kept import Kept, Noise, Shape, Spec, Store
+from .opened import Opened, Stored
 from .ops import round_to_bfloat16, stream_of
 from .ops.philox import Places
 from .plan import Plan
@@ -90,25 +91,34 @@ class Chunk:
         """R as `(r, n)` or `(b, r, n)`, where the gradients are that."""
         return self._open(self.grads, lambda plan, x: x)
 
-    def open(self, keys: Iterable[str] | None = None) -> State:
+    def open(self, keys: Iterable[str] | None = None) -> Opened:
         """The state tensors of the recipe's parts, writable, `(b, *spec.shape)` for a batch; or those of some names."""
-        keys = self.spec if keys is None else keys
-        return {key: self._stacked([self._read(i, key) for i in range(len(self.plans))]) for key in keys}
+        return Opened(self.spec if keys is None else keys, self._opened, self._stored, self._split)
 
-    def close(self, st: State, refreshed: bool, purpose: str = "") -> None:
+    def close(self, st: Opened, refreshed: bool, purpose: str = "") -> None:
         """Writes the opened state back, where the open tensor is not the stored one. Bases only change at refreshes.
 
         `purpose` tells the random numbers apart of several closings in one step.
         """
         for key, spec in self.spec.items():
-            if spec.steady and not refreshed:
+            if not st.is_open(key) or (spec.steady and not refreshed):
                 continue
             for i, x in enumerate(self._split(st[key])):
                 kept = self._kept(i, key)
                 if kept[""].data_ptr() != x.data_ptr() or not x.numel():
-                    stream, start = stream_of(purpose + key, self.time), self._number(key, math.prod(spec.shape))
-                    noise = None if spec.steady else (self.plans[i].key, stream, start)
+                    noise = None if spec.steady else self._noise(i, key, purpose)
                     cast(Store, spec.store).write_(kept, x, noise)
+
+    def _opened(self, key: str) -> Tensor:
+        return self._stacked([self._read(i, key) for i in range(len(self.plans))])
+
+    def _stored(self, key: str) -> list[Stored]:
+        store = cast(Store, self.spec[key].store)
+        return [Stored(store, self._kept(i, key), self._noise(i, key)) for i in range(len(self.plans))]
+
+    def _noise(self, i: int, key: str, purpose: str = "") -> Noise:
+        stream, start = stream_of(purpose + key, self.time), self._number(key, math.prod(self.spec[key].shape))
+        return self.plans[i].key, stream, start
 
     def _read(self, i: int, key: str) -> Tensor:
         spec = self.spec[key]

@@ -75,7 +75,7 @@ def projected_adam_bfloat16_list_(
     at: Tensor | None,
     start: list[int],
 ) -> None:
-    """Moments in bfloat16, rounded stochastically: tensor i is elements `start[i]` and up of two streams of `key[i]`."""
+    """Moments in bfloat16, rounded stochastically: tensor i with elements `start[i]` and up of streams of `key[i]`."""
     for m, v, x, own, first in zip(exp_avg, exp_avg_sq, r, key, start, strict=True):
         size = PIECE if x.device.type == "cpu" else max(1, x.numel())
         pieces = zip(*(torch.split(tensor.view(-1), size) for tensor in (m, v, x)), strict=True)
@@ -103,27 +103,25 @@ def projected_adam_int8_list_(
     t: float,
     step: Tensor | None = None,
 ) -> None:
-    """Moments as codes of two maps and the largest element, with its sign, of each block. `exp_avg_sq` has no code 0."""
+    """Moments as codes of two maps, and the largest element of each block with its sign; no code 0 in `exp_avg_sq`."""
     maps = [(table, low, _midpoints(table, low)) for table, low in ((code_map, lower), (code_map_sq, lower_sq))]
-    for codes, numbers, codes_sq, numbers_sq, x in zip(exp_avg, peak, exp_avg_sq, peak_sq, r, strict=True):
-        rows = math.prod(numbers.shape[:-1])
+    for m, m_peak, v, v_peak, x in zip(exp_avg, peak, exp_avg_sq, peak_sq, r, strict=True):
+        rows = math.prod(m_peak.shape[:-1])
         if not x.numel():
             continue
-        elements = [tensor.view(rows, -1) for tensor in (codes, codes_sq, x)]
-        per_block = [tensor.view(rows, -1) for tensor in (numbers, numbers_sq)]
-        for *coded, place, top, top_sq in _pieces(elements, per_block, block):
-            opened = []
-            for code, largest, (table, _, _) in zip(coded, (top, top_sq), maps, strict=True):
-                opened.append(table.index_select(0, code.flatten().int()).view(code.shape).mul_(largest))
-            flat = place.contiguous()
-            projected_adam_(opened[0], opened[1], flat, beta1, beta2, eps, t, step)
-            place.copy_(flat)
-            for code, largest, wide, table in zip(coded, (top, top_sq), opened, maps, strict=True):
-                fresh, numbers_now = torch.empty_like(wide, dtype=torch.uint8), torch.empty_like(largest)
-                quantize_blockwise_(fresh, numbers_now, wide, *table, block, True)
-                largest.copy_(numbers_now)
-                code.copy_(fresh)
-            coded[1].clamp_(min=1)
+        elements, numbers = [one.view(rows, -1) for one in (m, v, x)], [one.view(rows, -1) for one in (m_peak, v_peak)]
+        for codes, codes_sq, place, top, top_sq in _pieces(elements, numbers, block):
+            stored = (codes, top), (codes_sq, top_sq)
+            wide, wide_sq = (
+                table.index_select(0, code.flatten().int()).view(code.shape).mul_(largest)
+                for (code, largest), (table, _, _) in zip(stored, maps, strict=True)
+            )
+            d = place.contiguous()
+            projected_adam_(wide, wide_sq, d, beta1, beta2, eps, t, step)
+            place.copy_(d)
+            for (code, largest), opened, (table, low, middle) in zip(stored, (wide, wide_sq), maps, strict=True):
+                quantize_blockwise_(code, largest, opened, table, low, middle, block, True)
+            codes_sq.clamp_(min=1)
 
 
 def _midpoints(code_map: Tensor, lower: Tensor) -> Tensor:
