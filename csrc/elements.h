@@ -49,21 +49,21 @@ LRO_HD bfloat16 round_stochastic(float x, uint32_t noise16) {
 
 // -- Adam -------------------------------------------------------------------------------------------------------------
 
-// What all elements share; betas and corrections are computed in double and rounded once.
+// What all elements share; betas and corrections are computed in double and rounded once. Powers: beta^t.
 template <class T>
 struct AdamNumbers {
   T beta1, rest1, beta2, rest2, eps, gain, inverse_root;
 };
 
 template <class T>
-LRO_HD AdamNumbers<T> adam_numbers(double beta1, double beta2, double eps, double t) {
+LRO_HD AdamNumbers<T> adam_numbers(double beta1, double beta2, double eps, double power1, double power2) {
   return {static_cast<T>(beta1),
           static_cast<T>(1 - beta1),
           static_cast<T>(beta2),
           static_cast<T>(1 - beta2),
           static_cast<T>(eps),
-          static_cast<T>(1 / (1 - pow(beta1, t))),
-          static_cast<T>(1 / sqrt(1 - pow(beta2, t)))};
+          static_cast<T>(1 / (1 - power1)),
+          static_cast<T>(1 / sqrt(1 - power2))};
 }
 
 LRO_HD float root(float x) { return sqrtf(x); }

@@ -109,8 +109,9 @@ void check_floating(const Tensor& x, const char* name) {
 }
 
 bool same_shape(const Tensor& x, const Tensor& y) {
-  if (x.dim() != y.dim()) return false;
-  for (int64_t i = 0; i < x.dim(); ++i)
+  const int64_t dimensions = x.dim();  // each question is a call into torch
+  if (dimensions != y.dim()) return false;
+  for (int64_t i = 0; i < dimensions; ++i)
     if (x.size(i) != y.size(i)) return false;
   return true;
 }
@@ -128,8 +129,9 @@ void check_shape(const Tensor& x, const char* name, const Tensor& like, const ch
 
 // The time on the device must be where the output is, or a kernel would read another device's memory.
 void check_device(const Tensor& x, const char* name, const Tensor& like, const char* like_name) {
-  STD_TORCH_CHECK(x.is_cpu() == like.is_cpu() && x.get_device_index() == like.get_device_index(), name,
-                  " must be on the device of ", like_name);
+  const bool on_cpu = x.is_cpu();
+  const bool same = on_cpu == like.is_cpu() && (on_cpu || x.get_device_index() == like.get_device_index());
+  STD_TORCH_CHECK(same, name, " must be on the device of ", like_name);
 }
 
 Blocks blocks_of(const Tensor& elements, int64_t block) {
@@ -217,17 +219,19 @@ Step step_of(double t, const OptionalTensor& step, const Tensor& r) {
   return {t, single ? read<float>(*step) : nullptr, single ? nullptr : read<double>(*step)};
 }
 
-void check_plain(const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& r) {
-  STD_TORCH_CHECK(is(r, ScalarType::Float) || is(r, ScalarType::Double), "r must be float32 or float64, got ",
+ScalarType check_plain(const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& r) {
+  const ScalarType type = r.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "r must be float32 or float64, got ",
                   type_of(r));
   check_contiguous(r, "r");
   const Tensor* moments[] = {&exp_avg, &exp_avg_sq};
   const char* names[] = {"exp_avg", "exp_avg_sq"};
   for (int i = 0; i < 2; ++i) {
-    STD_TORCH_CHECK(moments[i]->scalar_type() == r.scalar_type(), names[i], " must have the dtype of r, got ",
+    STD_TORCH_CHECK(moments[i]->scalar_type() == type, names[i], " must have the dtype of r, got ",
                     type_of(*moments[i]));
     check_moment(*moments[i], names[i], r);
   }
+  return type;
 }
 
 template <class T>
@@ -267,8 +271,10 @@ template <class T>
 void update_plain(const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensors& r, const AdamRule& rule) {
   std::vector<PlainMoments<T>> items;
   items.reserve(r.size());
-  for (size_t i = 0; i < r.size(); ++i)
-    if (r[i].numel()) items.push_back(plain_moments<T>(exp_avg[i], exp_avg_sq[i], r[i]));
+  for (size_t i = 0; i < r.size(); ++i) {
+    const PlainMoments<T> item = plain_moments<T>(exp_avg[i], exp_avg_sq[i], r[i]);
+    if (item.n) items.push_back(item);
+  }
   if (items.empty()) return;
   const On on(r[0]);
   projected_adam(on.queue, items.data(), static_cast<int64_t>(items.size()), rule);
@@ -279,14 +285,14 @@ void projected_adam_list_(Tensors exp_avg, Tensors exp_avg_sq, Tensors r, double
   check_length(exp_avg, "exp_avg", r);
   check_length(exp_avg_sq, "exp_avg_sq", r);
   if (r.empty()) return;
+  const ScalarType first = r[0].scalar_type();
   for (size_t i = 0; i < r.size(); ++i) {
-    check_plain(exp_avg[i], exp_avg_sq[i], r[i]);
-    STD_TORCH_CHECK(r[i].scalar_type() == r[0].scalar_type(), "r must have the dtype of its first tensor, got ",
+    STD_TORCH_CHECK(check_plain(exp_avg[i], exp_avg_sq[i], r[i]) == first, "r must have the dtype of its first tensor, got ",
                     type_of(r[i]));
     check_device(r[i], "r", r[0], "its first tensor");
   }
   const AdamRule rule{beta1, beta2, eps, step_of(t, step, r[0])};
-  if (is(r[0], ScalarType::Float)) update_plain<float>(exp_avg, exp_avg_sq, r, rule);
+  if (first == ScalarType::Float) update_plain<float>(exp_avg, exp_avg_sq, r, rule);
   else update_plain<double>(exp_avg, exp_avg_sq, r, rule);
 }
 

@@ -426,8 +426,8 @@ ALLOWED = {  # all in the headers of torch 2.10, whose stable ABI later versions
     "aoti_torch_delete_library_object", "aoti_torch_delete_tensor_object", "aoti_torch_device_type_cpu",
     "aoti_torch_get_current_cuda_stream", "aoti_torch_get_device_index", "aoti_torch_get_device_type",
     "aoti_torch_get_dim", "aoti_torch_get_dtype", "aoti_torch_get_numel", "aoti_torch_get_size",
-    "aoti_torch_is_contiguous", "aoti_torch_library_init_impl", "torch_get_const_data_ptr",
-    "torch_get_mutable_data_ptr", "torch_library_impl", "torch_parallel_for",
+    "aoti_torch_is_contiguous", "aoti_torch_library_init_impl", "torch_delete_list", "torch_get_const_data_ptr",
+    "torch_get_mutable_data_ptr", "torch_library_impl", "torch_list_get_item", "torch_list_size", "torch_parallel_for",
 }  # fmt: skip
 
 

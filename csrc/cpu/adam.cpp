@@ -82,7 +82,8 @@ struct Midpoints {
 
 template <class T>
 AdamNumbers<T> numbers_of(const AdamRule& rule) {
-  return adam_numbers<T>(rule.beta1, rule.beta2, rule.eps, number_of(rule.step));
+  const double t = number_of(rule.step);
+  return adam_numbers<T>(rule.beta1, rule.beta2, rule.eps, pow(rule.beta1, t), pow(rule.beta2, t));
 }
 
 }  // namespace

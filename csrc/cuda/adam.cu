@@ -52,10 +52,10 @@ LRO_HD int64_t chunks_of(const CodedMoments& item) { return item.blocks.count();
 
 template <class T>
 __device__ AdamNumbers<T> numbers_of(const AdamRule& rule) {
-  __shared__ AdamNumbers<T> numbers;  // powers in double are slow: once per thread block
-  if (threadIdx.x == 0) numbers = adam_numbers<T>(rule.beta1, rule.beta2, rule.eps, number_of(rule.step));
+  __shared__ double powers[2];  // slow in double: once per thread block, each by a thread of its own
+  if (threadIdx.x < 2) powers[threadIdx.x] = pow(threadIdx.x ? rule.beta2 : rule.beta1, number_of(rule.step));
   __syncthreads();
-  return numbers;
+  return adam_numbers<T>(rule.beta1, rule.beta2, rule.eps, powers[0], powers[1]);
 }
 
 template <class T, int most>
