@@ -1,8 +1,9 @@
 """What native kernels gain: `python -m benchmarks.native [--rounds 15]`.
 
 On one thread, in its CPU time, each kernel beside plain torch (`ops/reference.py`) in turns; ratios are taken round by
-round and their median is reported. The state kernel also beside torch's own fused AdamW, per element. Steps of whole
-optimizers are taken in two processes, with `LOWRANK_OPTIM_NATIVE` on and off, beside fused AdamW in each.
+round and their median is reported. The state kernel also beside torch's own fused AdamW, per element; on moments in few
+bits beside the kernels that open them, update them and write them back; and on a few elements, for what a call costs.
+Steps of whole optimizers are taken in two processes, with `LOWRANK_OPTIM_NATIVE` on and off, beside fused AdamW.
 """
 
 from __future__ import annotations
@@ -67,6 +68,67 @@ def kernels() -> dict[str, tuple[Run, Run]]:
         fast, plain = getattr(torch.ops.lowrank_optim, operator).default, getattr(reference, operator)
         pairs[name] = (lambda f=fast, a=inputs: f(*a)), (lambda f=plain, a=inputs: f(*a))
     return pairs
+
+
+RULE = (0.9, 0.999, 1e-8, 10.0)
+
+
+def few_bits() -> dict[str, tuple[Run, Run]]:
+    """name -> (one pass over moments as they are stored, the same in five)."""
+    key, stream = ops.key_of(0, "w"), ops.stream_of("exp_avg", 1)
+    (signed, purpose, now, _), second = ops.philox.numbers_of(key, stream), ops.stream_of("exp_avg_sq", 1)
+    lists = torch.ops.lowrank_optim.projected_adam_bfloat16_list_.default
+    m, v, r = torch.randn(N).bfloat16(), torch.rand(N).bfloat16(), torch.randn(N)
+
+    def opened_bfloat16() -> None:
+        wide, wide_sq = m.float(), v.float()
+        torch.ops.lowrank_optim.projected_adam_.default(wide, wide_sq, r, *RULE)
+        m.copy_(ops.round_to_bfloat16(wide, key, stream))
+        v.copy_(ops.round_to_bfloat16(wide_sq, key, second))
+
+    codes, codes_sq = (torch.randint(1, 256, (N,), dtype=torch.uint8) for _ in range(2))
+    peak, peak_sq = torch.randn(N // 256), torch.rand(N // 256)
+    levels, levels_sq = quantize.dynamic_levels(True), quantize.dynamic_levels(False)
+    eight = torch.ops.lowrank_optim.projected_adam_int8_list_.default
+
+    def opened_int8() -> None:
+        stored = (codes, peak, levels[0]), (codes_sq, peak_sq, levels_sq[0])
+        wide = [quantize.dequantize_blockwise(code, top, table, 256) for code, top, table in stored]
+        torch.ops.lowrank_optim.projected_adam_.default(*wide, r, *RULE)
+        for (code, top, table), x in zip(stored, wide, strict=True):
+            fresh, numbers = quantize.quantize_blockwise(x, table, 256, signed_peak=True)
+            code.copy_(fresh)
+            top.copy_(numbers)
+        codes_sq.clamp_(min=1)
+
+    noise = [signed], purpose, second[0], now, None, [0]
+    tensors = [codes], [peak], [codes_sq], [peak_sq], [r]
+    return {
+        "bfloat16": (lambda: lists([m], [v], [r], *RULE, None, *noise), opened_bfloat16),
+        "int8": (lambda: eight(*tensors, *levels, *levels_sq, 256, *RULE), opened_int8),
+    }
+
+
+def calls() -> dict[str, float]:
+    """Microseconds of a call on eight elements, and of each tensor more in one of the three lists."""
+    tensors = [[torch.rand(8) for _ in range(65)] for _ in range(3)]
+    one, many = torch.ops.lowrank_optim.projected_adam_.default, torch.ops.lowrank_optim.projected_adam_list_.default
+    few = [some[:1] for some in tensors]
+    runs: list[Run] = [
+        lambda: one(*(some[0] for some in tensors), *RULE),
+        lambda: many(*few, *RULE),
+        lambda: many(*tensors, *RULE),
+    ]
+    taken = [min(seconds(lambda run=run: [run() for _ in range(200)]) for _ in range(15)) / 200 for run in runs]
+    return {"call_us": 1e6 * taken[0], "list_us": 1e6 * taken[1], "per_tensor_us": 1e6 * (taken[2] - taken[1]) / 192}
+
+
+def eager(m: torch.Tensor, v: torch.Tensor, r: torch.Tensor) -> None:
+    """Adam's direction in the fewest operations of torch."""
+    m.lerp_(r, 0.1)
+    v.mul_(0.999).addcmul_(r, r, value=0.001)
+    denominator = torch.sqrt(v).mul_((1 - 0.999**10) ** -0.5).add_(1e-8)
+    torch.div(m, denominator, out=r).mul_(1 / (1 - 0.9**10))
 
 
 def fused_adamw() -> Run:
@@ -141,6 +203,17 @@ def main() -> None:
         print(f"{name:32} {row['ms'] * 1e6 / N:6.2f} ns per element, plain torch takes {row['ratio']:.1f} times that")
     found["state_kernel_over_fused_adamw"] = compared(fused_adamw(), kernels()["projected_adam_"][0], arguments.rounds)
     print(f"the state kernel takes {found['state_kernel_over_fused_adamw']['ratio']:.2f} of fused AdamW per element")
+    m, v, r = torch.randn(N), torch.rand(N), torch.randn(N)
+    kernel = kernels()["projected_adam_"][0]
+    found["fewest_operations_over_state_kernel"] = compared(kernel, lambda: eager(m, v, r), arguments.rounds)["ratio"]
+    print(f"the fewest operations of torch take {found['fewest_operations_over_state_kernel']:.1f} times that")
+    found["opened_over_one_pass"] = {}
+    for name, (fast, opened) in few_bits().items():
+        row = compared(fast, opened, arguments.rounds)
+        found["opened_over_one_pass"][name] = {"ns_per_element": row["ms"] * 1e6 / N, "ratio": row["ratio"]}
+        print(f"{name:32} {row['ms'] * 1e6 / N:6.2f} ns per element, opened moments take {row['ratio']:.1f} times that")
+    found["calls"] = calls()
+    print(", ".join(f"{name} {value:.2f}" for name, value in found["calls"].items()))
     both = {mode: steps_with(mode, arguments.rounds) for mode in ("require", "off")}
     found["step_over_fused_adamw"] = {
         name: {"native": both["require"][name], "plain": both["off"][name]} for name in both["off"]

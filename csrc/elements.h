@@ -49,21 +49,21 @@ LRO_HD bfloat16 round_stochastic(float x, uint32_t noise16) {
 
 // -- Adam -------------------------------------------------------------------------------------------------------------
 
-// What all elements share; betas and corrections are computed in double and rounded once.
+// What all elements share; betas and corrections are computed in double and rounded once. Powers: beta^t.
 template <class T>
 struct AdamNumbers {
   T beta1, rest1, beta2, rest2, eps, gain, inverse_root;
 };
 
 template <class T>
-LRO_HD AdamNumbers<T> adam_numbers(double beta1, double beta2, double eps, double t) {
+LRO_HD AdamNumbers<T> adam_numbers(double beta1, double beta2, double eps, double power1, double power2) {
   return {static_cast<T>(beta1),
           static_cast<T>(1 - beta1),
           static_cast<T>(beta2),
           static_cast<T>(1 - beta2),
           static_cast<T>(eps),
-          static_cast<T>(1 / (1 - pow(beta1, t))),
-          static_cast<T>(1 / sqrt(1 - pow(beta2, t)))};
+          static_cast<T>(1 / (1 - power1)),
+          static_cast<T>(1 / sqrt(1 - power2))};
 }
 
 LRO_HD float root(float x) { return sqrtf(x); }
@@ -86,6 +86,9 @@ struct Stream {
 struct Words {
   uint32_t w[4];
 };
+
+// Eight numbers of 16 bits, the lower half of each word first.
+LRO_HD uint32_t bits16(const Words& words, int lane) { return words.w[lane / 2] >> (lane % 2 * 16) & 0xFFFFu; }
 
 LRO_HD Words philox(uint64_t counter, const Stream& s) {
   uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = s.purpose, c3 = s.time;
@@ -149,6 +152,21 @@ LRO_HD Peak peak_of(float top, float bottom, bool with_sign) {
 LRO_HD int32_t nearest_code(float unit, const CodeMap& map) {
   const int32_t upper = (bits_as<int32_t>(unit) >> 16) + (1 << 15);
   return map.lower[upper] + (unit > map.midpoint[upper] ? 1 : 0);
+}
+
+// The same without a midpoint per upper half: what is looked up then fits the nearest cache.
+struct Levels {
+  const float* values;
+  const uint8_t* lower;
+  int32_t size;
+};
+
+LRO_HD float midpoint_above(int32_t code, const Levels& levels) {
+  return code + 1 < levels.size ? (levels.values[code + 1] + levels.values[code]) * 0.5f : INFINITY;
+}
+
+LRO_HD int32_t lowest_code(float unit, const Levels& levels) {
+  return levels.lower[(bits_as<int32_t>(unit) >> 16) + (1 << 15)];
 }
 
 // The last entry that is not above a number.

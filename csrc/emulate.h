@@ -40,6 +40,7 @@ void emulate(unsigned grid, unsigned threads, const Kernel& kernel) {
 #define __device__
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define threadIdx ::lro::thread_index
 #define blockIdx ::lro::block_index
 #define blockDim ::lro::block_shape

@@ -18,6 +18,8 @@ struct Step {
   const double* wide;
 };
 
+LRO_HD double number_of(const Step& step) { return step.single ? *step.single : step.wide ? *step.wide : step.known; }
+
 // A stream of random numbers whose time may be on the device; element 0 of the output is number `start` of the stream.
 struct Draw {
   Stream stream;
@@ -38,9 +40,49 @@ struct Blocks {
   }
 };
 
+struct AdamRule {
+  double beta1, beta2, eps;
+  Step step;
+};
+
+// One of several tensors that are updated together: moments m and v, and R, over which the direction is written.
 template <class T>
-void projected_adam(Queue queue, T* exp_avg, T* exp_avg_sq, T* r, int64_t n, double beta1, double beta2, double eps,
-                    Step step);
+struct PlainMoments {
+  T *m, *v, *r;
+  int64_t n;
+};
+
+// Rounded stochastically; element 0 is number `start` of the two streams with this key.
+struct HalfMoments {
+  bfloat16 *m, *v;
+  float* r;
+  int64_t n;
+  uint32_t key0, key1;
+  int64_t start;
+};
+
+struct Streams {
+  uint32_t m, v, time;  // purposes
+  const int64_t* at;
+
+  LRO_HD Stream of(const HalfMoments& item, bool second, uint32_t now) const {
+    return {item.key0, item.key1, second ? v : m, now};
+  }
+  LRO_HD uint32_t now() const { return at ? static_cast<uint32_t>(*at) : time; }
+};
+
+// Codes, and the largest element of each block with its sign. Code 0 of v is not used: no direction is divided by eps alone.
+struct CodedMoments {
+  uint8_t *m, *v;
+  float *m_peak, *v_peak, *r;
+  Blocks blocks;
+};
+constexpr int64_t kMostCoded = 256;  // elements of a block
+
+template <class T>
+void projected_adam(Queue queue, const PlainMoments<T>* items, int64_t count, AdamRule rule);
+void projected_adam(Queue queue, const HalfMoments* items, int64_t count, AdamRule rule, Streams streams);
+void projected_adam(Queue queue, const CodedMoments* items, int64_t count, AdamRule rule, Levels m, Levels v);
 
 enum class Kind { bits16, noise16, uniform, normal };
 LRO_HD int lanes(Kind kind) { return kind == Kind::uniform || kind == Kind::normal ? 4 : 8; }  // numbers per counter

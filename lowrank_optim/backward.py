@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from . import backward_checks, checks
-from .chunk import CHUNK_BYTES, Chunk, Member, gradient_norms, one_by_one
+from .chunk import CHUNK_BYTES, Asked, Chunk, Member, gradient_norms, one_by_one
 from .clipping import Clipping
 from .gradient_memory import ever_thin, gradient_report
 from .hooks import full_precision, on_gradient
@@ -231,7 +231,7 @@ class StepInBackward:
         self._clipping.partial = True
 
     def _chunk(self, member: Member) -> Chunk:
-        return next(self.optimizer._chunks([member], {}))
+        return next(self.optimizer._chunks([member], Asked()))
 
     def _complete(self, p: Tensor) -> None:
         """The gradient of p is complete: it is used now, or with others where equal matrices are stacked."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .chunk import Chunk, Member, gradient_norms
+from .chunk import Asked, Chunk, Member, gradient_norms
 from .hooks import full_precision
 from .step_numbers import Numbers
 from .update import refresh_, refresh_due, update_
@@ -71,7 +71,7 @@ class Captured:
 
     def _chunks(self, members: list[Member]) -> dict[Key, Chunk]:
         chunks = {}
-        for chunk in self.optimizer._chunks(members, {}):
+        for chunk in self.optimizer._chunks(members, Asked()):
             key = tuple(p.data_ptr() for p in chunk.params)
             if key not in self.numbers:
                 count = sum(plan.count for plan in chunk.plans)

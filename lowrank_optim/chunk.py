@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .distributed.algebra import WHOLE, Algebra
 from .distributed.layout import HERE, Layout
-from .kept import Kept, Shape, Spec, Store
+from .kept import Kept, Noise, Shape, Spec, Store
+from .opened import Opened, Stored
 from .ops import round_to_bfloat16, stream_of
 from .ops.philox import Places
 from .plan import Plan
@@ -21,6 +22,7 @@ from .stats import Watch
 from .step_numbers import Numbers
 
 CHUNK_BYTES = 64 << 20  # of gradients stacked at once: what a step may hold beyond one matrix
+CACHE = 1 << 18  # bytes of gradients looked at together on CPU: what stays in cache until they are used
 SLICE = 1 << 20  # elements of a plain parameter updated at once on CPU, where copies and noise then stay in cache
 WEIGHT = "weight"
 COMPENSATION = "compensation"  # what bf16_update="kahan" could not write into the weight
@@ -90,25 +92,41 @@ class Chunk:
         """R as `(r, n)` or `(b, r, n)`, where the gradients are that."""
         return self._open(self.grads, lambda plan, x: x)
 
-    def open(self, keys: Iterable[str] | None = None) -> State:
+    def open(self, keys: Iterable[str] | None = None) -> Opened:
         """The state tensors of the recipe's parts, writable, `(b, *spec.shape)` for a batch; or those of some names."""
-        keys = self.spec if keys is None else keys
-        return {key: self._stacked([self._read(i, key) for i in range(len(self.plans))]) for key in keys}
+        st = Opened(self.spec if keys is None else keys, self._opened, self._stored, self._split)
+        if len(self.plans) == 1:  # what takes no copy to open is open
+            for key in st:
+                if not cast(Store, self.spec[key].store).narrow:
+                    st[key] = self._read(0, key)
+        return st
 
-    def close(self, st: State, refreshed: bool, purpose: str = "") -> None:
+    def close(self, st: Opened, refreshed: bool, purpose: str = "") -> None:
         """Writes the opened state back, where the open tensor is not the stored one. Bases only change at refreshes.
 
         `purpose` tells the random numbers apart of several closings in one step.
         """
         for key, spec in self.spec.items():
-            if spec.steady and not refreshed:
+            if not st.is_open(key) or (spec.steady and not refreshed):
                 continue
             for i, x in enumerate(self._split(st[key])):
+                if x is self.states[i].get(key):
+                    continue  # opened without a copy
                 kept = self._kept(i, key)
                 if kept[""].data_ptr() != x.data_ptr() or not x.numel():
-                    stream, start = stream_of(purpose + key, self.time), self._number(key, math.prod(spec.shape))
-                    noise = None if spec.steady else (self.plans[i].key, stream, start)
+                    noise = None if spec.steady else self._noise(i, key, purpose)
                     cast(Store, spec.store).write_(kept, x, noise)
+
+    def _opened(self, key: str) -> Tensor:
+        return self._stacked([self._read(i, key) for i in range(len(self.plans))])
+
+    def _stored(self, key: str) -> list[Stored]:
+        store = cast(Store, self.spec[key].store)
+        return [Stored(store, self._kept(i, key), self._noise(i, key)) for i in range(len(self.plans))]
+
+    def _noise(self, i: int, key: str, purpose: str = "") -> Noise:
+        stream, start = stream_of(purpose + key, self.time), self._number(key, math.prod(self.spec[key].shape))
+        return self.plans[i].key, stream, start
 
     def _read(self, i: int, key: str) -> Tensor:
         spec = self.spec[key]
@@ -116,8 +134,10 @@ class Chunk:
 
     def _kept(self, i: int, key: str) -> dict[str, Tensor]:
         """The stored tensors of one name, by suffix."""
-        suffixes = cast(Store, self.spec[key].store).suffixes
-        return {suffix: self._batched(self.plans[i], self.states[i][key + suffix]) for suffix in suffixes}
+        state, suffixes = self.states[i], cast(Store, self.spec[key].store).suffixes
+        if not self.plans[i].batch or self.partial:
+            return {suffix: state[key + suffix] for suffix in suffixes}
+        return {suffix: self._batched(self.plans[i], state[key + suffix]) for suffix in suffixes}
 
     def weights(self) -> Tensor:
         """W as `(m, n)` or `(b, m, n)`, in the working dtype, with what Kahan's compensation still owes."""
@@ -257,20 +277,38 @@ class Chunk:
         return x.view(-1, *x.shape[len(plan.batch) :]) if plan.batch and not self.partial else x
 
 
+@dataclass
+class Asked:
+    """What recipes have answered during one step: filled as it goes along.
+
+    Attributes:
+        recipes: by group, and whether the parameter is projected.
+        specs: the state of each kind of matrix, and the shapes of it and of the weight.
+    """
+
+    recipes: dict[tuple[int, bool], Recipe] = field(default_factory=dict)
+    specs: dict[tuple[Any, ...], tuple[dict[str, Spec], dict[str, Shape]]] = field(default_factory=dict)
+
+    def spec(self, kind: tuple[int, bool], plan: Plan, layout: Layout) -> tuple[dict[str, Spec], dict[str, Shape]]:
+        key = kind, layout.key, plan.matrix, plan.rank, plan.side, plan.small
+        if key not in self.specs:
+            spec = layout.spec(self.recipes[kind].spec(layout.matrix(plan), plan.rank or 0, plan.small))
+            self.specs[key] = spec, {name: one.shape for name, one in spec.items()} | {WEIGHT: layout.weight(plan)}
+        return self.specs[key]
+
+
 def form_chunks(
     members: list[Member],
     plans: dict[Tensor, Plan],
     layouts: dict[Tensor, Layout],
     states: Any,
     recipe_of: Callable[[Plan, dict[str, Any]], Recipe],
-    recipes: dict[tuple[int, bool], Recipe],  # filled as a step goes along
+    asked: Asked,
     watch: Watch,
 ) -> Iterator[Chunk]:
-    """Buckets by everything that must be equal, cut to the byte limit. On CPU a loop beats stacking.
-
-    `recipes` remembers what `recipe_of` said for a group during one step.
-    """
+    """Buckets by everything that must be equal, cut to the byte limit. On CPU a loop beats stacking."""
     buckets: dict[tuple[Any, ...], list[Member]] = {}
+    recipes = asked.recipes
     for member in members:
         p, group, grad, _ = member
         plan = plans[p]
@@ -284,8 +322,7 @@ def form_chunks(
     for (kind, step, *_), bucket in buckets.items():
         p, group, _, projected = bucket[0]
         plan, layout = plans[p], layouts[p]
-        spec = layout.spec(recipes[kind].spec(layout.matrix(plan), plan.rank or 0, plan.small))
-        shapes = {key: one.shape for key, one in spec.items()} | {WEIGHT: layout.weight(plan)}
+        spec, shapes = asked.spec(kind, plan, layout)
         limit = max(1, CHUNK_BYTES // (working_dtype(p).itemsize * max(1, p.numel())))
         for start in range(0, len(bucket), limit):
             some = bucket[start : start + limit]
@@ -314,6 +351,20 @@ def one_by_one(members: list[Member]) -> bool:
     return all(
         one.p.device.type == "cpu" and not one.group["foreach"] and one.group["nonfinite"] == "skip" for one in members
     )
+
+
+def in_cache(members: list[Member]) -> Iterator[list[Member]]:
+    """Runs of members whose gradients stay in cache together: many small ones, or one."""
+    some: list[Member] = []
+    size = 0
+    for one in members:
+        size += one.grad.nbytes
+        if some and size > CACHE:
+            yield some
+            some, size = [], one.grad.nbytes
+        some.append(one)
+    if some:
+        yield some
 
 
 def gradient_norms(grads: list[Tensor]) -> list[float]:

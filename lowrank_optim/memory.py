@@ -17,9 +17,11 @@ from . import checks
 from .chunk import CHUNK_BYTES, SLICE, is_packed, working_dtype
 from .gradient_memory import most_gradients
 from .groups import param_groups
-from .kept import Store
+from .kept import Spec, Store
 from .ops.philox import WORKSPACE
+from .ops.quantize import PIECE
 from .optimizer import LowRankOptimizer
+from .parts import fused
 from .plan import Plan
 from .recipe import Recipe
 from .report import human, state_bytes
@@ -47,7 +49,7 @@ class MemoryEstimate:
             (on accelerators, or with `foreach=True`), the stack takes up to 64 MiB per operand instead. Gradients with
             strides of their own are copied, which is not counted.
         refresh_workspace: the most that refitting one basis, or restarting one layer, holds (LAPACK's own buffers not
-            counted).
+            counted), with moments in few bits that it turns or resets.
     """
 
     weights: int
@@ -177,9 +179,8 @@ def expected(optimizer: LowRankOptimizer, weights: int, gradients: int) -> Memor
         kept.update(expected_state(optimizer, p, group))
         step = max(step, _step_bytes(p, plan, recipe, group))
         if plan.projected:
-            m, n = plan.matrix
             shared |= {key: count * working.itemsize for key, count in recipe.basis.shared(plan.matrix).items()}
-            refresh = max(refresh, recipe.basis.fit_workspace(m, n, plan.rank or 0) * working.itemsize)
+            refresh = max(refresh, _refresh_bytes(plan, recipe, plan.rank or 0, working))
     bases = kept.pop(BASES, 0)
     return MemoryEstimate(weights, gradients, kept.total(), bases, sum(shared.values()), step, refresh)
 
@@ -216,14 +217,32 @@ def _step_bytes(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) ->
     elif plan.batch:
         share = min(1.0, max(1 / plan.count, CHUNK_BYTES / max(1, size * working.itemsize)))
     elements = plan.count * _working_elements(plan, recipe, rank)
-    specs = [spec for spec in recipe.spec(plan.matrix, rank, plan.small).values() if spec.store and spec.store.narrow]
-    # opened, and for what changes at each step rounded
-    elements += plan.count * sum(math.prod(spec.shape) * (1 if spec.steady else 2) for spec in specs)
+    spec, closed = _narrow(plan, recipe, rank, working)
+    specs = spec.values()
+    # opened, and for what changes at each step rounded; piece by piece where a kernel does it, if that is plain torch
+    for key, one in spec.items():
+        count = plan.count * math.prod(one.shape)
+        elements += min(count, PIECE) if key in closed else count * (1 if one.steady else 2)
     elements += 4 * size if p.dtype != working else 0
     rounds = any(not spec.steady for spec in specs) or (
         group["bf16_update"] == "stochastic" and p.dtype == torch.bfloat16
     )
     return int(share * elements * working.itemsize) + (WORKSPACE if rounds else 0)
+
+
+def _narrow(plan: Plan, recipe: Recipe, rank: int, working: torch.dtype) -> tuple[dict[str, Spec], set[str]]:
+    """State that is kept in fewer bits than it is worked on, and the names of what of it a usual step never opens."""
+    spec = recipe.spec(plan.matrix, rank, plan.small)
+    narrow = {key: one for key, one in spec.items() if one.store and one.store.narrow}
+    return narrow, fused.stays_closed(recipe, spec, working) & narrow.keys()
+
+
+def _refresh_bytes(plan: Plan, recipe: Recipe, rank: int, working: torch.dtype) -> int:
+    """What fitting one basis takes, and the moments that are opened for it."""
+    (m, n), (narrow, closed) = plan.matrix, _narrow(plan, recipe, rank, working)
+    opened = plan.count * sum(2 * math.prod(narrow[key].shape) for key in closed)
+    carried = plan.batch or recipe.refresh.turns or recipe.refresh.restarts
+    return (recipe.basis.fit_workspace(m, n, rank) + (opened if carried else 0)) * working.itemsize
 
 
 def _working_elements(plan: Plan, recipe: Recipe, rank: int) -> int:

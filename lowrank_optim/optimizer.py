@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import captured, checks
-from .chunk import Chunk, Member, form_chunks, gradient_norms, one_by_one
+from .chunk import Asked, Chunk, Member, form_chunks, gradient_norms, in_cache, one_by_one
 from .distributed.common import Common
-from .distributed.layout import Cut, Layout, layout_of
+from .distributed.layout import HERE, Cut, Layout, layout_of
 from .hooks import full_precision
 from .ops import native
 from .parts import Drop, Identity, Never
@@ -269,7 +269,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         """Refuses gradients that no rule can use, and sees to it that there is state where the parameter is."""
         for p, group, grad, _ in members:
             checks.gradient(self._plans[p].name, grad)
-            if hasattr(p, "device_mesh"):
+            if self._layouts[p] is not HERE:
                 checks.same_layout(self._plans[p].name, grad, cast(Any, p).placements)
             if not self.state.get(p):
                 self.state[p] = self._fresh_state(p, group)
@@ -295,19 +295,19 @@ class LowRankOptimizer(Optimizer, abc.ABC):
 
         `rescale` is told each member and the norm of its gradient, which is multiplied by the answer, in place.
         """
-        recipes: dict[tuple[int, bool], Recipe] = {}
+        asked = Asked()
         with full_precision(one.p for one in members):
             alone = one_by_one(members) and not self._together().groups
-            for batch in [[member] for member in members] if alone else [members]:
+            for batch in in_cache(members) if alone else [members]:
                 finite = self._finite(batch, rescale)
-                for chunk in self._chunks(finite, recipes):
+                for chunk in self._chunks(finite, asked):
                     for piece in chunk.pieces():
                         update_(piece, piece.algebra, self._move)
-                for one in finite:
-                    self.state[one.p]["step"] += 1
+                if finite:
+                    torch._foreach_add_([self.state[one.p]["step"] for one in finite], 1)
 
-    def _chunks(self, members: list[Member], recipes: dict[tuple[int, bool], Recipe]) -> Iterator[Chunk]:
-        return form_chunks(members, self._plans, self._layouts, self.state, self._recipe_of, recipes, self._watch)
+    def _chunks(self, members: list[Member], asked: Asked) -> Iterator[Chunk]:
+        return form_chunks(members, self._plans, self._layouts, self.state, self._recipe_of, asked, self._watch)
 
     def _finite(self, members: list[Member], rescale: Rescale | None) -> list[Member]:
         """The members whose gradients are finite; the others are counted, or refused before anything is updated."""

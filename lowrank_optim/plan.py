@@ -70,7 +70,8 @@ class Plan:
     def oriented(self, x: Tensor) -> Tensor:
         """A tensor like the parameter as `(m, n)` or `(count, m, n)`: a view where strides allow, else a copy."""
         natural = self.matrix[::-1] if self.side == "right" else self.matrix
-        x = x.reshape((self.count, *natural) if self.batch else natural)
+        if self.batch or x.shape != natural:
+            x = x.reshape((self.count, *natural) if self.batch else natural)
         return x.mT if self.side == "right" else x
 
     def natural(self, x: Tensor) -> Tensor:

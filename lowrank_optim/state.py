@@ -52,9 +52,10 @@ def fresh(
 
 def follow(state: dict[str, Tensor], p: Tensor, group: dict[str, Any]) -> None:
     """Keeps state fit for its parameter, if the model was moved or cast after the optimizer was built."""
-    for key, tensor in list(state.items()):
-        if tensor.device != p.device and key not in COUNTERS:
-            state[key] = tensor.to(p.device)
+    device = p.device
+    for key, tensor in state.items():
+        if key not in COUNTERS and tensor.device != device:
+            state[key] = tensor.to(device)
     if _compensated(p, group):
         if COMPENSATION not in state:
             state[COMPENSATION] = torch.zeros_like(p)

@@ -199,9 +199,10 @@ def _refresh_all(chunk: Chunk, algebra: Algebra, due: list[Due], g: Tensor, st: 
 def _due(chunk: Chunk) -> Iterator[Due]:
     """Each matrix that is due for a refresh before this step."""
     if chunk.plans[0].projected:
+        last = [at for state in chunk.states for at in state["refreshed_at"].view(-1).tolist()]
         for plan, state, inner, outer in chunk.matrices():
-            last, counters = state["refreshed_at"].view(-1), _counters(chunk, plan, state, inner)
-            if chunk.recipe.refresh.due(chunk.step - 1, int(last[inner]), plan.place + chunk.first + inner, counters):
+            counters = _counters(chunk, plan, state, inner)
+            if chunk.recipe.refresh.due(chunk.step - 1, last[outer], plan.place + chunk.first + inner, counters):
                 yield plan, state, inner, outer, counters
 
 

@@ -39,6 +39,51 @@ def adam(shape, variant):
     return [m, v, r, 0.83, 0.97, 3e-7, 5.0, step]
 
 
+RULE = (0.83, 0.97, 3e-7, 5.0)
+
+
+def _on_device(variant):
+    """The count of steps as a tensor, or not."""
+    return None if variant < 2 else torch.tensor(7.0, dtype=[torch.float32, torch.float64][variant % 2])
+
+
+def _list_shapes(shape, variant):
+    """Another length for each, and some that are empty."""
+    return [shape, (3,), (0, 2), (*shape, 2), (257,)][: 1 + variant * 2]
+
+
+def adam_list(shape, variant):
+    dtype = torch.float64 if variant % 2 else torch.float32
+    draws = [[draw(one, dtype=dtype) for one in _list_shapes(shape, variant)] for draw in (torch.randn, torch.rand)]
+    return [*draws, [torch.randn_like(x) for x in draws[0]], *RULE, _on_device(variant)]
+
+
+def adam_bfloat16(shape, variant):
+    m, v, r, *_ = adam_list(shape, variant)
+    moments = [[x.bfloat16() for x in tensors] for tensors in (m, v)]
+    at = torch.tensor(9 + (variant << 33)) if variant % 2 else None
+    keys = [NUMBERS[0] + i for i in range(len(r))]
+    starts = [(0, 5, -9, 123_456_789_012)[(variant + i) % 4] for i in range(len(r))]
+    wide = [x.float() for x in r]
+    return [*moments, wide, *RULE, _on_device(variant), keys, NUMBERS[1], 77, NUMBERS[2], at, starts]
+
+
+def adam_int8(shape, variant):
+    block, wide = (256, 1, 64, 5)[variant], [x.float() for x in adam_list(shape, variant)[2]]
+    rows = [x.shape[0] if x.dim() > 1 and variant else 1 for x in wide]  # a batch, in the later variants
+    per_row = [-(-(x.numel() // max(1, n)) // block) for x, n in zip(wide, rows, strict=True)]
+    batches = [(n,) if x.dim() > 1 and variant else () for x, n in zip(wide, rows, strict=True)]
+    peaks = [torch.randn(*batch, count) for batch, count in zip(batches, per_row, strict=True)]
+    codes, squares = ([torch.randint(256, x.shape, dtype=torch.uint8) for x in wide] for _ in range(2))
+    tables = [one for signed in (True, False) for one in _level_tables(signed)]
+    return [codes, peaks, squares, [peak.abs() for peak in peaks], wide, *tables, block, *RULE, _on_device(variant)]
+
+
+def _level_tables(signed):
+    levels = quantize.dynamic_map(signed)
+    return levels, quantize._nearest_table(levels)[0]
+
+
 def _draw(dtype):
     def call(shape, variant):
         at = torch.tensor(9 + (variant << 33)) if variant % 2 else None
@@ -111,6 +156,9 @@ def unpacking(shape, variant):
 
 CALLS = {
     "projected_adam_": adam,
+    "projected_adam_list_": adam_list,
+    "projected_adam_bfloat16_list_": adam_bfloat16,
+    "projected_adam_int8_list_": adam_int8,
     "philox_bits16_": _draw(torch.int32),
     "philox_noise16_": _draw(torch.float32),
     "philox_uniform_": _draw(torch.float32),
@@ -135,6 +183,8 @@ def copied(arguments, misalign: bool = False):
     """Tensors of their own; misaligned ones start one element into their memory, as slices of parameters do."""
 
     def copy(x):
+        if isinstance(x, list):
+            return [copy(one) for one in x]
         if not isinstance(x, torch.Tensor):
             return x
         if misalign:
@@ -149,11 +199,25 @@ def ulps(x: torch.Tensor, y: torch.Tensor) -> int:
     return int((x.view(whole) - y.view(whole)).abs().max()) if x.numel() else 0
 
 
+DIRECTION = {
+    "projected_adam_": 2,
+    "projected_adam_list_": 2,
+    "projected_adam_bfloat16_list_": 2,
+    "projected_adam_int8_list_": 4,
+}
+
+
+def tensors_of(arguments):
+    """(place of the argument, tensor) for each, also of lists."""
+    for i, x in enumerate(arguments):
+        for one in x if isinstance(x, list) else [x]:
+            if isinstance(one, torch.Tensor):
+                yield i, one
+
+
 def assert_same(name, ours, theirs):
-    for i, (x, y) in enumerate(zip(ours, theirs, strict=True)):
-        if not isinstance(x, torch.Tensor):
-            continue
-        if name == "projected_adam_" and i == 2:
+    for (i, x), (_, y) in zip(tensors_of(ours), tensors_of(theirs), strict=True):
+        if DIRECTION.get(name) == i:
             assert ulps(x, y) <= 8, "torch's square roots are not rounded correctly"
         else:
             assert torch.equal(x, y), f"argument {i} of {name}"
@@ -193,6 +257,13 @@ def test_native_is_the_reference_at_sizes_that_threads_share(name):
             assert_same(name, ours, theirs)
     finally:
         torch.set_num_threads(1)
+
+
+@needs_native
+def test_no_tensors_at_all():
+    for name in ("projected_adam_list_", "projected_adam_bfloat16_list_", "projected_adam_int8_list_"):
+        arguments = [[] if isinstance(x, list) else x for x in CALLS[name]((2,), 0)]
+        getattr(torch.ops.lowrank_optim, name).default(*arguments)
 
 
 @needs_native
@@ -252,14 +323,23 @@ def spoilt(name):
     def with_(place, bad):
         return [*good[:place], bad, *good[place + 1 :]]
 
-    alike = sum(isinstance(x, torch.Tensor) and x.shape == (4, 6) for x in good)
+    alike = sum(x.shape == (4, 6) for _, x in tensors_of(good))
     for i, x in enumerate(good):
+        in_list = isinstance(x, list)
+        if in_list:
+            yield with_(i, x * 2)
+        x = x[0] if in_list else x
         if isinstance(x, torch.Tensor):
-            yield with_(i, x.to(torch.int16))
+            bad = [x.to(torch.int16)]
             if x.shape == (4, 6):
-                yield with_(i, x.repeat(1, 2)[:, ::2])
-                if alike > 1 or "pack" in name:
-                    yield with_(i, x[:3].contiguous())
+                bad += [x.repeat(1, 2)[:, ::2], *([x[:3].contiguous()] if alike > 1 or "pack" in name else [])]
+            yield from (with_(i, [one] if in_list else one) for one in bad)
+    if "int8" in name:
+        for bad in (0, 257):
+            yield with_(9, bad)
+        yield with_(1, [torch.zeros(7)])
+        yield with_(6, torch.zeros(5, dtype=torch.uint8))
+        yield with_(14, torch.zeros(2))
     if "quantize" in name:
         yield with_([i for i, x in enumerate(good) if type(x) is int][-1], 0)
     if name == "quantize_affine_":
@@ -332,8 +412,8 @@ def test_emulated_cuda_is_the_cpu(emulated, name, shape):
         ours, theirs = copied(arguments, misalign=variant == 1), copied(arguments)
         getattr(emulated, name).default(*ours)
         getattr(torch.ops.lowrank_optim, name).default(*theirs)
-        for x, y in zip(ours, theirs, strict=True):
-            assert not isinstance(x, torch.Tensor) or torch.equal(x, y), "to the last bit"
+        for (_, x), (_, y) in zip(tensors_of(ours), tensors_of(theirs), strict=True):
+            assert torch.equal(x, y), "to the last bit"
 
 
 def symbols(library: Path) -> set[str]:
@@ -346,8 +426,8 @@ ALLOWED = {  # all in the headers of torch 2.10, whose stable ABI later versions
     "aoti_torch_delete_library_object", "aoti_torch_delete_tensor_object", "aoti_torch_device_type_cpu",
     "aoti_torch_get_current_cuda_stream", "aoti_torch_get_device_index", "aoti_torch_get_device_type",
     "aoti_torch_get_dim", "aoti_torch_get_dtype", "aoti_torch_get_numel", "aoti_torch_get_size",
-    "aoti_torch_is_contiguous", "aoti_torch_library_init_impl", "torch_get_const_data_ptr",
-    "torch_get_mutable_data_ptr", "torch_library_impl", "torch_parallel_for",
+    "aoti_torch_is_contiguous", "aoti_torch_library_init_impl", "torch_delete_list", "torch_get_const_data_ptr",
+    "torch_get_mutable_data_ptr", "torch_library_impl", "torch_list_get_item", "torch_list_size", "torch_parallel_for",
 }  # fmt: skip
 
 

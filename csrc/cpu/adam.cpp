@@ -1,5 +1,5 @@
-#include "../kernels.h"
-#include "clones.h"
+// Moments and direction in one pass over what is stored, whatever it is stored as.
+#include "words.h"
 
 namespace lro {
 namespace {
@@ -19,19 +19,121 @@ LRO_CLONES void run(double* m, double* v, double* r, int64_t n, const AdamNumber
   loop(m, v, r, n, numbers);
 }
 
+LRO_CLONES void run_half(const uint32_t* LRO_RESTRICT m_words, const uint32_t* LRO_RESTRICT v_words, int64_t from,
+                         bfloat16* LRO_RESTRICT m, bfloat16* LRO_RESTRICT v, float* LRO_RESTRICT r, int64_t n,
+                         const AdamNumbers<float> numbers) {
+  const Halves m_noise{m_words}, v_noise{v_words};
+  for (int64_t i = 0; i < n; ++i) {
+    float first = to_float(m[i]), second = to_float(v[i]);
+    adam(first, second, r[i], numbers);
+    m[i] = round_stochastic(first, m_noise[from + i]);
+    v[i] = round_stochastic(second, v_noise[from + i]);
+  }
+}
+
+// -- codes: one block, open for as long as it takes. Look-ups have no clones: gathers are slower than loads on some CPUs.
+
+struct Open {
+  float m[kMostCoded], v[kMostCoded];
+};
+
+struct Both {
+  Peak m, v;
+};
+
+void look_up(const uint8_t* LRO_RESTRICT codes, int64_t n, const float* LRO_RESTRICT values, float* LRO_RESTRICT x) {
+  for (int64_t i = 0; i < n; ++i) x[i] = values[codes[i]];
+}
+
+LRO_CLONES Both run_open(float* LRO_RESTRICT m, float* LRO_RESTRICT v, float* LRO_RESTRICT r, int64_t n, float m_peak,
+                         float v_peak, const AdamNumbers<float> numbers) {
+  int32_t m_top = INT32_MIN, m_bottom = INT32_MAX, v_top = INT32_MIN, v_bottom = INT32_MAX;
+  for (int64_t i = 0; i < n; ++i) {
+    float first = m[i] * m_peak, second = v[i] * v_peak;
+    adam(first, second, r[i], numbers);
+    m[i] = first, v[i] = second;
+    const int32_t one = ordered(first), two = ordered(second);
+    m_top = one > m_top ? one : m_top, m_bottom = one < m_bottom ? one : m_bottom;
+    v_top = two > v_top ? two : v_top, v_bottom = two < v_bottom ? two : v_bottom;
+  }
+  return {peak_of(unordered(m_top), unordered(m_bottom), true), peak_of(unordered(v_top), unordered(v_bottom), true)};
+}
+
+LRO_CLONES void divide(float* x, int64_t n, float divisor) {
+  for (int64_t i = 0; i < n; ++i) x[i] /= divisor;
+}
+
+// The levels by value: a store through uint8_t* may change anything else, and everything would be loaded again.
+void to_codes(const float* LRO_RESTRICT unit, int64_t n, const Levels levels, const float* LRO_RESTRICT above,
+              int32_t least, uint8_t* LRO_RESTRICT codes) {
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t low = lowest_code(unit[i], levels), code = low + (unit[i] > above[low] ? 1 : 0);
+    codes[i] = static_cast<uint8_t>(code < least ? least : code);
+  }
+}
+
+struct Midpoints {
+  float above[256];
+
+  explicit Midpoints(const Levels& levels) {
+    for (int32_t code = 0; code < levels.size; ++code) above[code] = midpoint_above(code, levels);
+  }
+};
+
+template <class T>
+AdamNumbers<T> numbers_of(const AdamRule& rule) {
+  const double t = number_of(rule.step);
+  return adam_numbers<T>(rule.beta1, rule.beta2, rule.eps, pow(rule.beta1, t), pow(rule.beta2, t));
+}
+
 }  // namespace
 
 template <class T>
-void projected_adam(Queue, T* exp_avg, T* exp_avg_sq, T* r, int64_t n, double beta1, double beta2, double eps,
-                    Step step) {
-  const double t = step.single ? *step.single : step.wide ? *step.wide : step.known;
-  const auto numbers = adam_numbers<T>(beta1, beta2, eps, t);
-  parallel(n, kGrain, [&](int64_t begin, int64_t end) {
-    run(exp_avg + begin, exp_avg_sq + begin, r + begin, end - begin, numbers);
-  });
+void projected_adam(Queue, const PlainMoments<T>* items, int64_t count, AdamRule rule) {
+  const auto numbers = numbers_of<T>(rule);
+  for (const auto* item = items; item < items + count; ++item)
+    parallel(item->n, kGrain, [&](int64_t begin, int64_t end) {
+      run(item->m + begin, item->v + begin, item->r + begin, end - begin, numbers);
+    });
 }
 
-template void projected_adam(Queue, float*, float*, float*, int64_t, double, double, double, Step);
-template void projected_adam(Queue, double*, double*, double*, int64_t, double, double, double, Step);
+template void projected_adam(Queue, const PlainMoments<float>*, int64_t, AdamRule);
+template void projected_adam(Queue, const PlainMoments<double>*, int64_t, AdamRule);
+
+void projected_adam(Queue, const HalfMoments* items, int64_t count, AdamRule rule, Streams streams) {
+  const auto numbers = numbers_of<float>(rule);
+  const uint32_t now = streams.now();
+  for (const auto* item = items; item < items + count; ++item) {
+    const Stream m = streams.of(*item, false, now), v = streams.of(*item, true, now);
+    each_piece(item->n, 8, item->start, [&](uint64_t counter, int some, int64_t from, int64_t at, int64_t n) {
+      uint32_t m_words[4 * kCounters], v_words[4 * kCounters];
+      words(counter, some, m, m_words);
+      words(counter, some, v, v_words);
+      run_half(m_words, v_words, from, item->m + at, item->v + at, item->r + at, n, numbers);
+    });
+  }
+}
+
+void projected_adam(Queue, const CodedMoments* items, int64_t count, AdamRule rule, Levels m, Levels v) {
+  const auto numbers = numbers_of<float>(rule);
+  const Midpoints m_middle(m), v_middle(v);
+  for (const auto* item = items; item < items + count; ++item) {
+    const Blocks& blocks = item->blocks;
+    parallel(blocks.count(), kGrain / blocks.block, [&](int64_t first, int64_t last) {
+      Open open;
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t at = blocks.begin(i), n = blocks.size(i);
+        look_up(item->m + at, n, m.values, open.m);
+        look_up(item->v + at, n, v.values, open.v);
+        const Both peak = run_open(open.m, open.v, item->r + at, n, item->m_peak[i], item->v_peak[i], numbers);
+        item->m_peak[i] = peak.m.kept, item->v_peak[i] = peak.v.kept;
+        divide(open.m, n, peak.m.divisor);
+        divide(open.v, n, peak.v.divisor);
+        to_codes(open.m, n, m, m_middle.above, 0, item->m + at);
+        to_codes(open.v, n, v, v_middle.above, 1, item->v + at);
+      }
+    });
+  }
+}
 
 }  // namespace lro

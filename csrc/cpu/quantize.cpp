@@ -59,17 +59,18 @@ LRO_HD void line_loop(const uint8_t* LRO_RESTRICT codes, int64_t n, float step, 
   for (int64_t i = 0; i < n; ++i) assign(x[i], static_cast<float>(codes[i]) * step + low);
 }
 
+// Loops that look up have no clones: gathers are slower than loads on some CPUs.
 // Attributes do not reach the instances of templates, so there is one function per type.
 #define LRO_PER_TYPE(T)                                                                                               \
   LRO_CLONES Range range(const T* x, int64_t n) { return range_loop(x, n); }                                          \
   LRO_CLONES void divide(const T* x, int64_t n, float divisor, float* out) { divide_loop(x, n, divisor, out); }       \
-  LRO_CLONES void to_grid(const T* x, int64_t n, Grid grid, int32_t most, const float* noise, uint8_t* codes) {         \
+  LRO_CLONES void to_grid(const T* x, int64_t n, Grid grid, int32_t most, const float* noise, uint8_t* codes) {       \
     grid_loop(x, n, grid, most, noise, codes);                                                                        \
   }                                                                                                                   \
   LRO_CLONES void to_sixteenths(const T* x, int64_t n, float divisor, const float* noise, uint8_t* codes) {           \
     sixteenth_loop(x, n, divisor, noise, codes);                                                                      \
   }                                                                                                                   \
-  LRO_CLONES void from_levels(const uint8_t* codes, int64_t n, float peak, const float* map, T* x) {                  \
+  void from_levels(const uint8_t* codes, int64_t n, float peak, const float* map, T* x) {                             \
     levels_loop(codes, n, peak, map, x);                                                                              \
   }                                                                                                                   \
   LRO_CLONES void from_grid(const uint8_t* codes, int64_t n, float step, float low, T* x) {                           \
@@ -79,7 +80,7 @@ LRO_PER_TYPE(float)
 LRO_PER_TYPE(bfloat16)
 
 // The map by value: a store through uint8_t* may change anything else, and everything would be loaded again.
-LRO_CLONES void nearest(const float* LRO_RESTRICT unit, int64_t n, const CodeMap map, uint8_t* LRO_RESTRICT codes) {
+void nearest(const float* LRO_RESTRICT unit, int64_t n, const CodeMap map, uint8_t* LRO_RESTRICT codes) {
   for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(nearest_code(unit[i], map));
 }
 
@@ -89,7 +90,7 @@ LRO_CLONES void round_up(const float* LRO_RESTRICT rest, const float* LRO_RESTRI
   for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(codes[i] + (rest[i] / gap[i] > noise[i]));
 }
 
-LRO_CLONES void dithered(const float* LRO_RESTRICT unit, int64_t n, const CodeMap map, const float* LRO_RESTRICT gaps,
+void dithered(const float* LRO_RESTRICT unit, int64_t n, const CodeMap map, const float* LRO_RESTRICT gaps,
                          const float* LRO_RESTRICT noise, uint8_t* LRO_RESTRICT codes) {
   float rest[kUnits], gap[kUnits];
   for (int64_t i = 0; i < n; ++i) {

@@ -1,39 +1,23 @@
-#include <algorithm>
-
-#include "../kernels.h"
-#include "clones.h"
+#include "words.h"
 
 namespace lro {
 namespace {
 
-constexpr int kCounters = 64;  // drawn at once: their words stay in the nearest cache
-constexpr int64_t kGrain = 1024;
-
-// Four words per counter, in order.
-LRO_CLONES void words(uint64_t first, int n, const Stream stream, uint32_t* LRO_RESTRICT out) {
-  uint32_t w[4][kCounters];
-  for (int i = 0; i < kCounters; ++i) {  // always all of them: a loop of fixed length needs no tail
-    const Words four = philox(first + i, stream);
-    w[0][i] = four.w[0], w[1][i] = four.w[1], w[2][i] = four.w[2], w[3][i] = four.w[3];
-  }
-  for (int i = 0; i < n; ++i)
-    for (int j = 0; j < 4; ++j) out[4 * i + j] = w[j][i];
-}
-
-LRO_HD uint32_t bits16(const uint32_t* w, int64_t i) { return w[i / 2] >> (i % 2 * 16) & 0xFFFFu; }
-
 LRO_CLONES void emit_bits16(const uint32_t* w, int64_t from, int64_t n, int32_t* LRO_RESTRICT out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<int32_t>(bits16(w, from + i));
+  const Halves halves{w};
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<int32_t>(halves[from + i]);
 }
 LRO_CLONES void emit_noise16(const uint32_t* w, int64_t from, int64_t n, float* LRO_RESTRICT out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = noise_of(bits16(w, from + i));
+  const Halves halves{w};
+  for (int64_t i = 0; i < n; ++i) out[i] = noise_of(halves[from + i]);
 }
 LRO_CLONES void emit_uniform(const uint32_t* w, int64_t from, int64_t n, float* LRO_RESTRICT out) {
   for (int64_t i = 0; i < n; ++i) out[i] = uniform_of(w[from + i]);
 }
 LRO_CLONES void emit_rounded(const uint32_t* LRO_RESTRICT w, int64_t from, int64_t n, const float* LRO_RESTRICT x,
                              bfloat16* LRO_RESTRICT out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = round_stochastic(x[i], bits16(w, from + i));
+  const Halves halves{w};
+  for (int64_t i = 0; i < n; ++i) out[i] = round_stochastic(x[i], halves[from + i]);
 }
 
 void emit_normal(const uint32_t* w, int64_t from, int64_t n, float* out) {
@@ -49,15 +33,10 @@ void emit_normal(const uint32_t* w, int64_t from, int64_t n, float* out) {
 template <class Emit>
 void each(int64_t n, int lanes, Draw draw, const Emit& emit) {
   if (draw.time) draw.stream.time = static_cast<uint32_t>(*draw.time);
-  const int64_t skip = ((draw.start % lanes) + lanes) % lanes, first = (draw.start - skip) / lanes;
-  parallel((skip + n + lanes - 1) / lanes, kGrain, [&](int64_t begin, int64_t end) {
+  each_piece(n, lanes, draw.start, [&](uint64_t counter, int count, int64_t from, int64_t position, int64_t some) {
     uint32_t w[4 * kCounters];
-    for (int64_t counter = begin; counter < end; counter += kCounters) {
-      const int count = static_cast<int>(std::min<int64_t>(kCounters, end - counter));
-      words(static_cast<uint64_t>(first + counter), count, draw.stream, w);
-      const int64_t from = counter ? 0 : skip, position = counter * lanes + from - skip;
-      emit(w, from, position, std::min(n - position, count * lanes - from));
-    }
+    words(counter, count, draw.stream, w);
+    emit(w, from, position, some);
   });
 }
 

@@ -1,37 +1,17 @@
 // One thread block walks whole blocks of numbers: largest and least through shared memory, then all elements.
 #include "../kernels.h"
 #include "launch.h"
+#include "range.h"
 
 namespace lro {
 namespace {
 
-struct Range {
-  float top, bottom;
-};
-
 // Of n numbers, to all threads. All threads of the block must call it.
 template <class In>
 __device__ Range range_of(const In* x, int64_t n) {
-  __shared__ int32_t top[kThreads], bottom[kThreads];
-  const unsigned me = threadIdx.x;
-  int32_t most = INT32_MIN, least = INT32_MAX;
-  for (int64_t i = me; i < n; i += kThreads) {
-    const int32_t key = ordered(to_float(x[i]));
-    most = key > most ? key : most;
-    least = key < least ? key : least;
-  }
-  top[me] = most, bottom[me] = least;
-  for (unsigned half = kThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (me < half) {
-      if (top[me + half] > top[me]) top[me] = top[me + half];
-      if (bottom[me + half] < bottom[me]) bottom[me] = bottom[me + half];
-    }
-  }
-  __syncthreads();
-  const Range range{unordered(top[0]), unordered(bottom[0])};
-  __syncthreads();  // before the next block of numbers overwrites them
-  return range;
+  Extremes own;
+  for (int64_t i = threadIdx.x; i < n; i += kThreads) own.add(to_float(x[i]));
+  return range_of(own);
 }
 
 template <class In>

@@ -4,8 +4,6 @@
 namespace lro {
 namespace {
 
-LRO_HD uint32_t bits16(const Words& words, int lane) { return words.w[lane / 2] >> (lane % 2 * 16) & 0xFFFFu; }
-
 // One counter, all of its numbers.
 template <Kind kind>
 LRO_HD void emit(const Words& words, int32_t* bits, float* numbers) {

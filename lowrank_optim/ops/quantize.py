@@ -24,6 +24,7 @@ __all__ = [
     "PIECE",
     "dequantize_affine",
     "dequantize_blockwise",
+    "dynamic_levels",
     "dynamic_map",
     "four_bit_map",
     "nf4_map",
@@ -49,6 +50,13 @@ def dynamic_map(signed: bool, device: torch.device = _CPU) -> Tensor:
     Signed for first moments: zero at index 127, and 1 but no -1. Unsigned for second moments: zero at index 0.
     """
     return _dynamic(signed, decades=7).to(device)
+
+
+@lru_cache(maxsize=32)
+def dynamic_levels(signed: bool, device: torch.device = _CPU) -> tuple[Tensor, Tensor]:
+    """`dynamic_map` and, for the upper 16 bits of a float32 plus 2**15, the lowest code it may get: for kernels."""
+    code_map = dynamic_map(signed, device)
+    return code_map, _nearest_table(code_map)[0]
 
 
 @lru_cache(maxsize=32)

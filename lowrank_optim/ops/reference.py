@@ -44,6 +44,92 @@ def projected_adam_(
         torch.mul(m, gain, out=x).div_(scratch)
 
 
+def projected_adam_list_(
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    r: list[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    t: float,
+    step: Tensor | None = None,
+) -> None:
+    """The same for several tensors."""
+    for m, v, x in zip(exp_avg, exp_avg_sq, r, strict=True):
+        projected_adam_(m, v, x, beta1, beta2, eps, t, step)
+
+
+def projected_adam_bfloat16_list_(
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    r: list[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    t: float,
+    step: Tensor | None,
+    key: list[int],
+    purpose: int,
+    purpose_sq: int,
+    time: int,
+    at: Tensor | None,
+    start: list[int],
+) -> None:
+    """Moments in bfloat16, rounded stochastically: tensor i with elements `start[i]` and up of streams of `key[i]`."""
+    for m, v, x, own, first in zip(exp_avg, exp_avg_sq, r, key, start, strict=True):
+        size = PIECE if x.device.type == "cpu" else max(1, x.numel())
+        pieces = zip(*(torch.split(tensor.view(-1), size) for tensor in (m, v, x)), strict=True)
+        for i, (small, small_sq, piece) in enumerate(pieces):
+            wide, wide_sq = small.float(), small_sq.float()
+            projected_adam_(wide, wide_sq, piece, beta1, beta2, eps, t, step)
+            round_to_bfloat16_(small, wide, own, purpose, time, at, first + i * size)
+            round_to_bfloat16_(small_sq, wide_sq, own, purpose_sq, time, at, first + i * size)
+
+
+def projected_adam_int8_list_(
+    exp_avg: list[Tensor],
+    peak: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    peak_sq: list[Tensor],
+    r: list[Tensor],
+    code_map: Tensor,
+    lower: Tensor,
+    code_map_sq: Tensor,
+    lower_sq: Tensor,
+    block: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    t: float,
+    step: Tensor | None = None,
+) -> None:
+    """Moments as codes of two maps, and the largest element of each block with its sign; no code 0 in `exp_avg_sq`."""
+    maps = [(table, low, _midpoints(table, low)) for table, low in ((code_map, lower), (code_map_sq, lower_sq))]
+    for m, m_peak, v, v_peak, x in zip(exp_avg, peak, exp_avg_sq, peak_sq, r, strict=True):
+        rows = math.prod(m_peak.shape[:-1])
+        if not x.numel():
+            continue
+        elements, numbers = [one.view(rows, -1) for one in (m, v, x)], [one.view(rows, -1) for one in (m_peak, v_peak)]
+        for codes, codes_sq, place, top, top_sq in _pieces(elements, numbers, block):
+            stored = (codes, top), (codes_sq, top_sq)
+            wide, wide_sq = (
+                table.index_select(0, code.flatten().int()).view(code.shape).mul_(largest)
+                for (code, largest), (table, _, _) in zip(stored, maps, strict=True)
+            )
+            d = place.contiguous()
+            projected_adam_(wide, wide_sq, d, beta1, beta2, eps, t, step)
+            place.copy_(d)
+            for (code, largest), opened, (table, low, middle) in zip(stored, (wide, wide_sq), maps, strict=True):
+                quantize_blockwise_(code, largest, opened, table, low, middle, block, True)
+            codes_sq.clamp_(min=1)
+
+
+def _midpoints(code_map: Tensor, lower: Tensor) -> Tensor:
+    """To the next entry, for each entry of `lower`."""
+    beyond = torch.cat([(code_map[1:] + code_map[:-1]) / 2, torch.full_like(code_map[:1], math.inf)])
+    return beyond.index_select(0, lower.int())
+
+
 # -- Philox ------------------------------------------------------------------------------------------------------------
 
 _MASK = 0xFFFFFFFF

@@ -8,7 +8,8 @@ and `rounding.py` are what the package calls.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -81,6 +82,20 @@ def _one_number(x: Tensor, name: str) -> None:
     _demand(x.numel() == 1, f"{name} must be one number, got {tuple(x.shape)}")
 
 
+def _check_moments(r: Tensor, **moments: Tensor) -> None:
+    for name, x in moments.items():
+        _shaped(x, name, r, "r")
+        _beside(x, name, r, "r")
+        _contiguous(x, name)
+
+
+def _check_step(r: Tensor, step: Tensor | None) -> None:
+    if step is not None:
+        _typed(step, "step", torch.float32, torch.float64)
+        _one_number(step, "step")
+        _beside(step, "step", r, "r")
+
+
 def _check_adam(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
@@ -95,21 +110,124 @@ def _check_adam(
     _contiguous(r, "r")
     for name, x in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         _demand(x.dtype == r.dtype, f"{name} must have the dtype of r, got {x.dtype}")
-        _shaped(x, name, r, "r")
-        _beside(x, name, r, "r")
-        _contiguous(x, name)
-    if step is not None:
-        _typed(step, "step", torch.float32, torch.float64)
-        _one_number(step, "step")
-        _beside(step, "step", r, "r")
+    _check_moments(r, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    _check_step(r, step)
+
+
+def _as_long(r: list[Tensor], **lists: Sequence[Any]) -> None:
+    for name, one in lists.items():
+        _demand(len(one) == len(r), f"{name} must have one entry for each of r, {len(r)}, got {len(one)}")
+
+
+def _check_adam_list(
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    r: list[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    t: float,
+    step: Tensor | None = None,
+) -> None:
+    _as_long(r, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    for m, v, x in zip(exp_avg, exp_avg_sq, r, strict=True):
+        _check_adam(m, v, x, beta1, beta2, eps, t)
+        _demand(x.dtype == r[0].dtype, f"r must have the dtype of its first tensor, got {x.dtype}")
+        _beside(x, "r", r[0], "its first tensor")
+    if r:
+        _check_step(r[0], step)
+
+
+def _check_single(x: Tensor, first: Tensor) -> None:
+    _typed(x, "r", torch.float32)
+    _contiguous(x, "r")
+    _beside(x, "r", first, "its first tensor")
+
+
+def _check_adam_bfloat16(
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    r: list[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    t: float,
+    step: Tensor | None,
+    key: list[int],
+    purpose: int,
+    purpose_sq: int,
+    time: int,
+    at: Tensor | None,
+    start: list[int],
+) -> None:
+    _as_long(r, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, key=key, start=start)
+    for m, v, x in zip(exp_avg, exp_avg_sq, r, strict=True):
+        _check_single(x, r[0])
+        for name, moment in (("exp_avg", m), ("exp_avg_sq", v)):
+            _typed(moment, name, torch.bfloat16)
+            _check_moments(x, **{name: moment})
+    if r:
+        _check_step(r[0], step)
+        _check_time(at, r[0], "r")
+
+
+def _check_adam_int8(
+    exp_avg: list[Tensor],
+    peak: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    peak_sq: list[Tensor],
+    r: list[Tensor],
+    code_map: Tensor,
+    lower: Tensor,
+    code_map_sq: Tensor,
+    lower_sq: Tensor,
+    block: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    t: float,
+    step: Tensor | None = None,
+) -> None:
+    _as_long(r, exp_avg=exp_avg, peak=peak, exp_avg_sq=exp_avg_sq, peak_sq=peak_sq)
+    _demand(1 <= block <= 256, f"block must be 1 to 256, got {block}")
+    for m, m_peak, v, v_peak, x in zip(exp_avg, peak, exp_avg_sq, peak_sq, r, strict=True):
+        _check_single(x, r[0])
+        for name, moment in (("exp_avg", m), ("exp_avg_sq", v)):
+            _typed(moment, name, torch.uint8)
+            _check_moments(x, **{name: moment})
+        _check_peaks(m_peak, "peak", x, block)
+        _check_peaks(v_peak, "peak_sq", x, block)
+        _shaped(v_peak, "peak_sq", m_peak, "peak")
+    if r:
+        _check_map(code_map, r[0], "code_map", "r")
+        _check_table(lower, "lower", torch.uint8, r[0], "r")
+        _check_map(code_map_sq, r[0], "code_map_sq", "r")
+        _check_table(lower_sq, "lower_sq", torch.uint8, r[0], "r")
+        _check_step(r[0], step)
+
+
+def _check_peaks(peaks: Tensor, name: str, r: Tensor, block: int) -> None:
+    """`(..., blocks)`: as many rows as there are, the last dimension aside."""
+    _typed(peaks, name, torch.float32)
+    _contiguous(peaks, name)
+    _beside(peaks, name, r, "r")
+    rows = math.prod(peaks.shape[:-1])
+    k = r.numel() // rows if rows else 0
+    fits = peaks.dim() >= 1 and rows * k == r.numel() and peaks.shape[-1] == -(-k // block)
+    both = f"{tuple(r.shape)}, got {tuple(peaks.shape)}"
+    _demand(fits, f"{name} must have one number per block of {block} of r {both}")
 
 
 def _check_numbers(out: Tensor, at: Tensor | None) -> None:
     _contiguous(out, "out")
+    _check_time(at, out, "out")
+
+
+def _check_time(at: Tensor | None, like: Tensor, like_name: str) -> None:
     if at is not None:
         _typed(at, "at", torch.int64)
         _one_number(at, "at")
-        _beside(at, "at", out, "out")
+        _beside(at, "at", like, like_name)
 
 
 def _check_draw(
@@ -153,12 +271,19 @@ def _check_codes(codes: Tensor, x: Tensor, block: int, numbers: dict[str, Tensor
         _contiguous(noise, "noise")
 
 
-def _check_map(code_map: Tensor, codes: Tensor) -> None:
-    _typed(code_map, "code_map", torch.float32)
-    _beside(code_map, "code_map", codes, "codes")
-    _contiguous(code_map, "code_map")
+def _check_map(code_map: Tensor, like: Tensor, name: str = "code_map", like_name: str = "codes") -> None:
+    _typed(code_map, name, torch.float32)
+    _beside(code_map, name, like, like_name)
+    _contiguous(code_map, name)
     few = code_map.dim() == 1 and 1 <= code_map.numel() <= 256
-    _demand(few, f"code_map must have 1 to 256 entries, got {tuple(code_map.shape)}")
+    _demand(few, f"{name} must have 1 to 256 entries, got {tuple(code_map.shape)}")
+
+
+def _check_table(table: Tensor, name: str, dtype: torch.dtype, like: Tensor, like_name: str = "codes") -> None:
+    _typed(table, name, dtype)
+    _beside(table, name, like, like_name)
+    _contiguous(table, name)
+    _demand(table.numel() == 1 << 16, f"{name} must have 65536 entries, got {table.numel()}")
 
 
 def _check_quantize_blockwise(
@@ -174,11 +299,8 @@ def _check_quantize_blockwise(
 ) -> None:
     _check_codes(codes, x, block, {"absmax": absmax}, noise)
     _check_map(code_map, codes)
-    for name, table, dtype in (("lower", lower, torch.uint8), ("midpoint", midpoint, torch.float32)):
-        _typed(table, name, dtype)
-        _beside(table, name, codes, "codes")
-        _contiguous(table, name)
-        _demand(table.numel() == 1 << 16, f"{name} must have 65536 entries, got {table.numel()}")
+    _check_table(lower, "lower", torch.uint8, codes)
+    _check_table(midpoint, "midpoint", torch.float32, codes)
 
 
 def _check_quantize_affine(
@@ -224,6 +346,22 @@ OPERATORS: dict[str, tuple[str, Check]] = {
         "Tensor(a!) exp_avg, Tensor(b!) exp_avg_sq, Tensor(c!) r, float beta1, float beta2, float eps, float t, "
         "Tensor? step=None",
         _check_adam,
+    ),
+    "projected_adam_list_": (
+        "Tensor(a!)[] exp_avg, Tensor(b!)[] exp_avg_sq, Tensor(c!)[] r, float beta1, float beta2, float eps, float t, "
+        "Tensor? step=None",
+        _check_adam_list,
+    ),
+    "projected_adam_bfloat16_list_": (
+        "Tensor(a!)[] exp_avg, Tensor(b!)[] exp_avg_sq, Tensor(c!)[] r, float beta1, float beta2, float eps, float t, "
+        "Tensor? step, int[] key, int purpose, int purpose_sq, int time, Tensor? at, int[] start",
+        _check_adam_bfloat16,
+    ),
+    "projected_adam_int8_list_": (
+        "Tensor(a!)[] exp_avg, Tensor(b!)[] peak, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] peak_sq, Tensor(e!)[] r, "
+        "Tensor code_map, Tensor lower, Tensor code_map_sq, Tensor lower_sq, int block, "
+        "float beta1, float beta2, float eps, float t, Tensor? step=None",
+        _check_adam_int8,
     ),
     "philox_bits16_": (f"Tensor(a!) out, {_NUMBERS}", _INTEGERS),
     "philox_noise16_": (f"Tensor(a!) out, {_NUMBERS}", _FLOATS),

@@ -1,25 +1,32 @@
 """Combinations of parts for which one kernel exists. Same numbers to rounding, fewer passes over memory.
 
-A table from the types of parts to a function, so that neither the engine nor the parts know of it. Each function says
-by its result whether it could do the work; where it could not, the parts do it one by one.
+Tables from the types of parts, and of the stores that keep their tensors, to functions, so that neither the engine nor
+the parts know of it. Each function says by its result whether it could do the work; where it could not, the parts do it
+one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kept import Spec
+from ..opened import Opened, Stored
+from ..ops import quantize
+from ..ops.philox import Places, numbers_of
 from ..recipe import Clock, Recipe, State
 from .basis import Identity
 from .momentum import EMA
 from .residual import Drop
 from .scaling import RMS
 from .step_size import Constant
+from .store import BFloat16, Float32, Int8
 
 _DTYPES, _DEVICES = (torch.float32, torch.float64), ("cpu", "cuda")  # that kernels have
+_MOMENTS = "exp_avg", "exp_avg_sq"
 
 
 def direction(recipe: Recipe, st: State, r: Tensor, t: Clock, whole: Tensor | None) -> tuple[Tensor, Clock] | None:
@@ -39,17 +46,72 @@ def step_(recipe: Recipe, w: Tensor, g: Tensor, st: State, lr: Clock, weight_dec
     return kernel is not None and kernel(recipe, w, g, st, lr, weight_decay, t)
 
 
+def stays_closed(recipe: Recipe, spec: Mapping[str, Spec], working: torch.dtype) -> set[str]:
+    """The tensors that a step without a refresh updates as they are stored; for `estimate_memory`."""
+    parts = type(recipe.momentum), type(recipe.scaling)
+    taken = recipe.momentum_of == "gradient" and recipe.scaling_in == "subspace" and not recipe.basis.elementwise
+    known = parts in _DIRECTIONS and all(type(spec[key].store) in _FROM_STORE for key in _MOMENTS)
+    return set(_MOMENTS) if taken and known and working == torch.float32 else set()
+
+
 def _adam_direction(recipe: Any, st: State, r: Tensor, t: Clock, spare: bool) -> tuple[Tensor, Clock] | None:
-    m, v = st["exp_avg"], st["exp_avg_sq"]
-    alike = all(x.is_contiguous() and x.dtype == r.dtype and x.device == r.device for x in (r, m, v))
     one_clock = not isinstance(t, Tensor) or t.numel() == 1
-    if not (alike and one_clock and r.dtype in _DTYPES and recipe.momentum.debias):
+    if not (one_clock and r.is_contiguous() and r.dtype in _DTYPES and recipe.momentum.debias):
         return None
-    d = r if spare else r.clone()
     step, count = (t, 0.0) if isinstance(t, Tensor) else (None, t)
-    numbers = recipe.momentum.beta, recipe.scaling.beta, recipe.scaling.eps, count
-    torch.ops.lowrank_optim.projected_adam_.default(m, v, d, *numbers, step)
-    return d, 1.0
+    rule = recipe.momentum.beta, recipe.scaling.beta, recipe.scaling.eps, count, step
+    d = r if spare else r.clone()
+    return (d, 1.0) if _from_store(st, d, rule) or _from_open(st, d, rule) else None
+
+
+def _from_store(st: State, d: Tensor, rule: _Rule) -> bool:
+    """Moments updated where they are kept, whatever they are kept as."""
+    if not isinstance(st, Opened) or (pairs := st.stored(*_MOMENTS)) is None:
+        return False
+    kinds = {type(one.store) for one in pairs[0]}
+    kernel = _FROM_STORE.get(kinds.pop()) if len(kinds) == 1 else None
+    alike = all(x.is_contiguous() and x.device == d.device for pair in pairs for one in pair for x in one.kept.values())
+    return kernel is not None and alike and kernel(pairs, st.split(d), rule)
+
+
+def _from_open(st: State, d: Tensor, rule: _Rule) -> bool:
+    m, v = (st[key] for key in _MOMENTS)
+    if not all(x.is_contiguous() and x.dtype == d.dtype and x.device == d.device for x in (m, v)):
+        return False
+    torch.ops.lowrank_optim.projected_adam_.default(m, v, d, *rule)
+    return True
+
+
+def _float32(pairs: _Pairs, d: list[Tensor], rule: _Rule) -> bool:
+    moments = [[one.kept[""] for one in each] for each in zip(*pairs, strict=True)]
+    if any(x.dtype != d[0].dtype for tensors in moments for x in tensors):
+        return False
+    if len(d) == 1:
+        torch.ops.lowrank_optim.projected_adam_.default(moments[0][0], moments[1][0], d[0], *rule)
+    else:
+        torch.ops.lowrank_optim.projected_adam_list_.default(*moments, d, *rule)
+    return True
+
+
+def _bfloat16(pairs: _Pairs, d: list[Tensor], rule: _Rule) -> bool:
+    if d[0].dtype != torch.float32 or any(isinstance(m.noise[2], Places) for m, _ in pairs):
+        return False  # columns of a sharded parameter have numbers that do not follow each other
+    moments = [[one.kept[""] for one in each] for each in zip(*pairs, strict=True)]
+    drawn = [numbers_of(key, stream) for key, stream, _ in (m.noise for m, _ in pairs)]
+    (_, purpose, time, at), (_, (purpose_sq, _), _) = drawn[0], pairs[0][1].noise
+    keys, starts = [key for key, *_ in drawn], [m.noise[2] for m, _ in pairs]
+    noise = keys, purpose, purpose_sq, time, at, starts
+    torch.ops.lowrank_optim.projected_adam_bfloat16_list_.default(*moments, d, *rule, *noise)
+    return True
+
+
+def _int8(pairs: _Pairs, d: list[Tensor], rule: _Rule) -> bool:
+    if d[0].dtype != torch.float32:
+        return False
+    tensors = [[one.kept[suffix] for one in each] for each in zip(*pairs, strict=True) for suffix in ("", "_peak")]
+    levels = *quantize.dynamic_levels(True, d[0].device), *quantize.dynamic_levels(False, d[0].device)
+    torch.ops.lowrank_optim.projected_adam_int8_list_.default(*tensors, d, *levels, Int8.block, *rule)
+    return True
 
 
 def _share_memory(x: Tensor, y: Tensor) -> bool:
@@ -58,7 +120,7 @@ def _share_memory(x: Tensor, y: Tensor) -> bool:
 
 def _adamw_(recipe: Any, w: Tensor, g: Tensor, st: State, lr: Clock, weight_decay: float, t: Clock) -> bool:
     """torch's fused AdamW. It walks tensors flat, whatever their strides, so all must be laid out alike."""
-    m, v = st["exp_avg"], st["exp_avg_sq"]
+    m, v = (st[key] for key in _MOMENTS)
     alike = all(x.is_contiguous() and x.dtype == w.dtype for x in (w, g, m, v))
     supported = w.dtype in _DTYPES and w.device.type in _DEVICES
     one_clock = not isinstance(t, Tensor) or t.dim() == 0
@@ -75,5 +137,12 @@ def _adamw_(recipe: Any, w: Tensor, g: Tensor, st: State, lr: Clock, weight_deca
 
 _Direction = Callable[[Recipe, State, Tensor, Clock, bool], "tuple[Tensor, Clock] | None"]
 _Step = Callable[[Recipe, Tensor, Tensor, State, Clock, float, Clock], bool]
+_Rule = tuple[float, float, float, float, "Tensor | None"]  # beta1, beta2, eps, t and where it is on the device
+_Pairs = list[tuple[Stored, ...]]  # first and second moment of each parameter
 _DIRECTIONS: dict[tuple[type, ...], _Direction] = {(EMA, RMS): _adam_direction}
 _STEPS: dict[tuple[type, ...], _Step] = {(Identity, EMA, RMS, Drop, Constant): _adamw_}
+_FROM_STORE: dict[type, Callable[[_Pairs, list[Tensor], _Rule], bool]] = {
+    Float32: _float32,
+    BFloat16: _bfloat16,
+    Int8: _int8,
+}
