@@ -42,6 +42,18 @@ template <class T>
 void projected_adam(Queue queue, T* exp_avg, T* exp_avg_sq, T* r, int64_t n, double beta1, double beta2, double eps,
                     Step step);
 
+// A matrix that may be the transpose of what is in memory.
+struct Thin {
+  int64_t rows, columns, row_stride, column_stride;
+};
+
+// Y^T Y of each of `matrices`, in double, every sum in the order of rows. The CPU's alone: GPUs have tensor cores for it.
+void gram(Queue queue, double* out, const float* y, int64_t matrices, Thin shape);
+
+// The largest entry of each column becomes positive, in matrices (rows, columns).
+template <class T>
+void fix_signs(Queue queue, T* basis, int64_t matrices, int64_t rows, int64_t columns);
+
 enum class Kind { bits16, noise16, uniform, normal };
 LRO_HD int lanes(Kind kind) { return kind == Kind::uniform || kind == Kind::normal ? 4 : 8; }  // numbers per counter
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .philox import normal, stream_of
 from .products import product
+from .schema import kernel
 
 if TYPE_CHECKING:
     from ..distributed.algebra import Algebra
@@ -35,8 +36,9 @@ def fix_signs(basis: Tensor) -> Tensor:
     Singular vectors have free signs, and moments outlive a refresh: without a convention the trajectory would depend on
     the backend, on transposition and on batching.
     """
-    pivot = basis.gather(-2, basis.abs().argmax(dim=-2, keepdim=True))
-    return basis * torch.where(pivot < 0, -1.0, 1.0).to(basis.dtype)
+    fixed = basis.clone(memory_format=torch.contiguous_format)
+    kernel("fix_signs_")(fixed)
+    return fixed
 
 
 def orthonormalize(y: Tensor, total: Total = _alone, first: int = 0) -> Tensor:
@@ -97,8 +99,13 @@ def principal(y: Tensor, rank: int, total: Total = _alone, first: int = 0) -> tu
 
 def gram(y: Tensor) -> Tensor:
     """`Y^T Y` in float64: `(m, k)` -> `(k, k)`."""
-    wide = y.double()
-    return wide.mT @ wide
+    if y.dtype != torch.float32:
+        wide = y.double()
+        return wide.mT @ wide
+    across = y.mT.is_contiguous() and not y.is_contiguous()
+    squares = y.new_empty(*y.shape[:-2], y.shape[-1], y.shape[-1], dtype=torch.float64)
+    kernel("gram_")(squares, y.mT if across else y.contiguous(), across)
+    return squares
 
 
 def noise(like: Tensor, total: Total, first: int) -> Tensor:
