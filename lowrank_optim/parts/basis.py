@@ -89,7 +89,8 @@ class SubspaceIteration(OneSided):
     columns, which let directions enter that the old subspace does not see.
     """
 
-    oversample: int = 8
+    stacks: ClassVar[bool] = True
+    oversample: int = 16
     rounds: int = 2
     warm_rounds: int = 1
 
