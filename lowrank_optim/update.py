@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from itertools import takewhile
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .chunk import CHUNK_BYTES, Chunk
+from .chunk import Chunk
 from .distributed.algebra import WHOLE, Algebra
+from .fitting import Due, fits
 from .kept import Store
 from .parts import fused
 from .plan import Plan
 from .recipe import AGE, Clock, Draw, Recipe, State, Time, Update
 from .turns import Turn
 
-# A plan, its state, the number of a matrix within its parameter and within its chunk, the counters of its schedule.
-Due = tuple[Plan, dict[str, Tensor], int, int, dict[str, Tensor]]
 Note = Callable[[Tensor, Tensor], None]  # takes G and R after a refresh
 Move = Callable[..., None]  # has the arguments of `move_`
 
@@ -183,7 +181,9 @@ def _refresh(chunk: Chunk, algebra: Algebra, g: Tensor, st: State) -> bool:
 
 def _refresh_all(chunk: Chunk, algebra: Algebra, due: list[Due], g: Tensor, st: State) -> None:
     refresh = chunk.recipe.refresh
-    for (plan, state, inner, outer, counters), fitted in zip(due, _fits(chunk, algebra, due, g, st), strict=True):
+    for (plan, state, inner, outer, counters), fitted in zip(
+        due, fits(chunk, algebra, due, g, st, _draws, _time), strict=True
+    ):
         count, last = state["refreshes"].view(-1), state["refreshed_at"].view(-1)
         matrix = g if g.dim() == 2 else g[outer]
         view = st if g.dim() == 2 else {key: tensor[outer] for key, tensor in st.items()}
@@ -201,53 +201,6 @@ def _refresh_all(chunk: Chunk, algebra: Algebra, due: list[Due], g: Tensor, st: 
 def _time(chunk: Chunk, last: Tensor, inner: int) -> Time:
     since = max(0, int(last[inner])) if chunk.recipe.refresh.restarts else 0
     return Time(chunk.step - 1, float(chunk.step - 1 - since))
-
-
-def _fits(chunk: Chunk, algebra: Algebra, due: list[Due], g: Tensor, st: State) -> Iterator[dict[str, Tensor] | None]:
-    """The new tensors of each basis that is due, where neighbours are fitted as one stack, and None where not.
-
-    Small factorisations are latency on an accelerator, and cost there the same for one matrix and for many; on a CPU a
-    loop is as fast, and holds the workspace of one.
-    """
-    basis, plan = chunk.recipe.basis, chunk.plans[0]
-    if not (basis.stacks and stacking(g)):
-        yield from [None] * len(due)
-        return
-    rank = cast(int, plan.rank)
-    most = max(1, CHUNK_BYTES // max(1, basis.fit_workspace(*plan.matrix, rank) * g.element_size()))
-    while due:
-        first = due[0]
-        next_to = takewhile(
-            lambda pair: pair[1][3] - pair[0] == first[3] and _warm(pair[1]) == _warm(first), enumerate(due)
-        )
-        alike = [one for _, one in next_to][:most]
-        together = slice(first[3], first[3] + len(alike))
-        draws = [_draws(algebra, one[0], chunk.first + one[2], g)(_count(one)) for one in alike]
-        old = {key: tensor[together] for key, tensor in st.items()} if _warm(first) else None
-        at = _time(chunk, first[1]["refreshed_at"].view(-1), first[2])
-        fitted = basis.fit(algebra, g[together], old, rank, _stack_of(draws), at)
-        yield from ({key: x[i] for key, x in fitted.items()} for i in range(len(alike)))
-        due = due[len(alike) :]
-
-
-def stacking(g: Tensor) -> bool:
-    """Are the matrices of `g (b, m, n)` to be worked on together where that gives the same numbers?"""
-    return g.dim() > 2 and g.device.type != "cpu"
-
-
-def _count(one: Due) -> int:
-    return int(one[1]["refreshes"].view(-1)[one[2]])
-
-
-def _warm(one: Due) -> bool:
-    return _count(one) > 0
-
-
-def _stack_of(draws: list[Draw]) -> Draw:
-    def draw(shape: tuple[int, ...], purpose: str = "sketch") -> Tensor:
-        return torch.stack([one(shape, purpose) for one in draws])
-
-    return draw
 
 
 def _due(chunk: Chunk) -> Iterator[Due]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowrank_optim import GaLoreAdamW, ops, update
+from lowrank_optim import GaLoreAdamW, fitting, ops
 from lowrank_optim.distributed.algebra import WHOLE
 from lowrank_optim.ops import linalg, products
 from lowrank_optim.parts import SVD, SubspaceIteration
@@ -23,7 +23,10 @@ def with_values(m, n, values):
     return (left * values[:k]) @ right.mT
 
 
-def fitted(g, old=None, rank=RANK, drawn=draw, basis=SubspaceIteration()):
+BASIS = SubspaceIteration()
+
+
+def fitted(g, old=None, rank=RANK, drawn=draw, basis=BASIS):
     return basis.fit(WHOLE, g, old, rank, drawn, 0.0)["basis"]
 
 
@@ -197,7 +200,7 @@ def test_stacks_are_refitted_together(monkeypatch, stagger, masked):
         return fit(self, algebra, g, *arguments)
 
     monkeypatch.setattr(SubspaceIteration, "fit", counted)
-    monkeypatch.setattr(update, "stacking", lambda g: g.dim() > 2)
+    monkeypatch.setattr(fitting, "stacking", lambda g: g.dim() > 2)
     together = run()
     assert max(calls) >= (1 if stagger else 3)
     assert stagger or calls[0] == (1 if masked else 5)

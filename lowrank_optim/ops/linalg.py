@@ -1,7 +1,7 @@
 """Orthonormal bases of gradients: exact and randomized, for one matrix or a stack of them.
 
-Nothing here waits for an accelerator but the eigenvectors of a small matrix, whose error flag torch reads: what depends
-on the values of a tensor is a `torch.where`. On a CPU, where looking costs nothing, work that is not needed is left out.
+Nothing here waits for an accelerator but the eigenvectors of a small matrix, whose error flag torch reads: what
+depends on the values of a tensor is a `torch.where`. On a CPU, where looking costs nothing, needless work is left out.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def noise(like: Tensor, total: Total, first: int) -> Tensor:
 
 
 def _pass(y: Tensor, total: Total, shift: float = 0.0) -> tuple[Tensor, Tensor]:
-    """`Y L^-T` with `L L^T = Y^T Y`, and whether there is such an L: `()`. `shift` is added to the squares of columns of
-    length 1."""
+    """`Y L^-T` with `L L^T = Y^T Y`, and whether there is such an L: `()`. `shift` is added to the squares of columns
+    of length 1."""
     squares = total(gram(y))
     size = squares.diagonal(dim1=-2, dim2=-1).sqrt()
     inverse_size = torch.where(size > 0, 1 / size, 0.0)

@@ -11,8 +11,8 @@ from torch import Tensor
 def product(a: Tensor, b: Tensor) -> Tensor:
     """`A B`, for matrices or stacks of them.
 
-    MKL, which torch asks for products in float32, gives AVX-512 to processors of its own maker only; oneDNN, which torch
-    has as well, gives it to all, and takes half the time. It works in float32 throughout, like MKL.
+    MKL, which torch asks for products in float32, does not use all of processors that are not Intel's; oneDNN, which
+    torch has as well, takes half the time on AMD's with AVX-512. It works in float32 throughout, like MKL.
     """
     if torch.compiler.is_compiling() or not _suits(a, b):
         return torch.matmul(a, b)
@@ -29,7 +29,7 @@ def _suits(a: Tensor, b: Tensor) -> bool:
 @functools.lru_cache(maxsize=1)
 def onednn_is_faster() -> bool:
     """Known by the processor and not measured, so that a run and its continuation take the same bits."""
-    known = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
+    known = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch._C._has_mkldnn
     return known and torch.backends.cpu.get_cpu_capability() == "AVX512" and _maker() == "AuthenticAMD"
 
 
