@@ -77,6 +77,17 @@ LRO_HD void adam(T& m, T& v, T& r, const AdamNumbers<T>& k) {
   r = m * k.gain / (root(v) * k.inverse_root + k.eps);
 }
 
+// -- Bases -----------------------------------------------------------------------------------------------------------
+
+LRO_HD float magnitude(float x) { return fabsf(x); }
+LRO_HD double magnitude(double x) { return fabs(x); }
+
+// The one of larger magnitude, the first of equal ones.
+template <class T>
+LRO_HD T larger(T first, T second) {
+  return magnitude(second) > magnitude(first) ? second : first;
+}
+
 // -- Philox4x32-10 (Salmon et al., SC 2011) ---------------------------------------------------------------------------
 
 struct Stream {

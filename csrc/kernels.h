@@ -84,6 +84,18 @@ void projected_adam(Queue queue, const PlainMoments<T>* items, int64_t count, Ad
 void projected_adam(Queue queue, const HalfMoments* items, int64_t count, AdamRule rule, Streams streams);
 void projected_adam(Queue queue, const CodedMoments* items, int64_t count, AdamRule rule, Levels m, Levels v);
 
+// A matrix that may be the transpose of what is in memory.
+struct Thin {
+  int64_t rows, columns, row_stride, column_stride;
+};
+
+// Y^T Y of each of `matrices`, in double, every sum in the order of rows. The CPU's alone: GPUs have tensor cores for it.
+void gram(Queue queue, double* out, const float* y, int64_t matrices, Thin shape);
+
+// The largest entry of each column becomes positive, in matrices (rows, columns).
+template <class T>
+void fix_signs(Queue queue, T* basis, int64_t matrices, int64_t rows, int64_t columns);
+
 enum class Kind { bits16, noise16, uniform, normal };
 LRO_HD int lanes(Kind kind) { return kind == Kind::uniform || kind == Kind::normal ? 4 : 8; }  // numbers per counter
 

@@ -20,6 +20,10 @@
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
+#if defined(LRO_CUDA) || defined(LRO_EMULATED)
+#define LRO_ONLY_SHARED  // not the operators that no CUDA source has a kernel for
+#endif
+
 #ifdef LRO_EMULATED
 #define LRO_NAMESPACE lowrank_optim_emulated
 #else
@@ -386,6 +390,39 @@ void projected_adam_int8_list_(Tensors exp_avg, Tensors peak, Tensors exp_avg_sq
   projected_adam(on.queue, items.data(), static_cast<int64_t>(items.size()), rule, m, v);
 }
 
+#ifndef LRO_ONLY_SHARED
+void gram_(Tensor out, Tensor y, bool across) {
+  check_type(y, "y", ScalarType::Float, "float32");
+  check_type(out, "out", ScalarType::Double, "float64");
+  check_contiguous(y, "y");
+  check_contiguous(out, "out");
+  check_device(out, "out", y, "y");
+  STD_TORCH_CHECK(y.dim() >= 2, "y must have two dimensions or more, got ", shape_of(y));
+  const int64_t rows = y.size(y.dim() - (across ? 1 : 2)), columns = y.size(y.dim() - (across ? 2 : 1));
+  bool fits = out.dim() == y.dim();
+  for (int64_t i = 0; fits && i + 2 < y.dim(); ++i) fits = out.size(i) == y.size(i);
+  for (int64_t i = 1; fits && i <= 2; ++i) fits = out.size(out.dim() - i) == columns;
+  STD_TORCH_CHECK(fits, "out must have one number per two columns of y ", shape_of(y), ", got ", shape_of(out));
+  if (!out.numel()) return;
+  const On on(y);
+  const Thin shape{rows, columns, across ? 1 : columns, across ? rows : 1};
+  gram(on.queue, write<double>(out), read<float>(y), out.numel() / (columns * columns), shape);
+}
+#endif
+
+void fix_signs_(Tensor basis) {
+  STD_TORCH_CHECK(is(basis, ScalarType::Float) || is(basis, ScalarType::Double),
+                  "basis must be float32 or float64, got ", type_of(basis));
+  check_contiguous(basis, "basis");
+  STD_TORCH_CHECK(basis.dim() >= 2, "basis must have two dimensions or more, got ", shape_of(basis));
+  if (!basis.numel()) return;
+  const On on(basis);
+  const int64_t rows = basis.size(basis.dim() - 2), columns = basis.size(basis.dim() - 1);
+  const int64_t matrices = basis.numel() / (rows * columns);
+  if (is(basis, ScalarType::Float)) fix_signs(on.queue, write<float>(basis), matrices, rows, columns);
+  else fix_signs(on.queue, write<double>(basis), matrices, rows, columns);
+}
+
 Draw draw_of(const Tensor& out, int64_t key, int64_t purpose, int64_t time, const OptionalTensor& at, int64_t start) {
   const auto bits = static_cast<uint64_t>(key);
   const Stream stream{static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32), static_cast<uint32_t>(purpose),
@@ -532,6 +569,10 @@ STABLE_TORCH_LIBRARY_IMPL(LRO_NAMESPACE, LRO_KEY, m) {
   m.impl("projected_adam_list_", TORCH_BOX(&lro::projected_adam_list_));
   m.impl("projected_adam_bfloat16_list_", TORCH_BOX(&lro::projected_adam_bfloat16_list_));
   m.impl("projected_adam_int8_list_", TORCH_BOX(&lro::projected_adam_int8_list_));
+#ifndef LRO_ONLY_SHARED
+  m.impl("gram_", TORCH_BOX(&lro::gram_));
+#endif
+  m.impl("fix_signs_", TORCH_BOX(&lro::fix_signs_));
   m.impl("philox_bits16_", TORCH_BOX(&lro::philox_<lro::Kind::bits16>));
   m.impl("philox_noise16_", TORCH_BOX(&lro::philox_<lro::Kind::noise16>));
   m.impl("philox_uniform_", TORCH_BOX(&lro::philox_<lro::Kind::uniform>));

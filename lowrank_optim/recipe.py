@@ -73,6 +73,7 @@ class Basis(abc.ABC):
     indexed: ClassVar[bool] = False  # a selection of fixed vectors: each coordinate has an age of its own
     orthonormal: bool = True  # R then has the part of the energy of G that the subspace captures
     derives: bool = False  # `derive` gives something
+    stacks: ClassVar[bool] = False  # `fit` takes stacks of matrices, and does not ask for the time
     seeded: bool = False  # which subspace follows from the random stream alone, and is kept nowhere
 
     def uncut(self) -> Mapping[int, str]:

@@ -12,14 +12,13 @@ from torch import Tensor
 from . import ops
 from .chunk import Chunk
 from .distributed.algebra import WHOLE, Algebra
+from .fitting import Due, fits
 from .kept import Store
 from .parts import fused
 from .plan import Plan
 from .recipe import AGE, Clock, Draw, Recipe, State, Time, Update
 from .turns import Turn
 
-# A plan, its state, the number of a matrix within its parameter and within its chunk, the counters of its schedule.
-Due = tuple[Plan, dict[str, Tensor], int, int, dict[str, Tensor]]
 Note = Callable[[Tensor, Tensor], None]  # takes G and R after a refresh
 Move = Callable[..., None]  # has the arguments of `move_`
 
@@ -182,18 +181,26 @@ def _refresh(chunk: Chunk, algebra: Algebra, g: Tensor, st: State) -> bool:
 
 def _refresh_all(chunk: Chunk, algebra: Algebra, due: list[Due], g: Tensor, st: State) -> None:
     refresh = chunk.recipe.refresh
-    for plan, state, inner, outer, counters in due:
+    for (plan, state, inner, outer, counters), fitted in zip(
+        due, fits(chunk, algebra, due, g, st, _draws, _time), strict=True
+    ):
         count, last = state["refreshes"].view(-1), state["refreshed_at"].view(-1)
         matrix = g if g.dim() == 2 else g[outer]
         view = st if g.dim() == 2 else {key: tensor[outer] for key, tensor in st.items()}
-        draw = _draws(algebra, plan, chunk.first + inner, matrix)
-        since = max(0, int(last[inner])) if refresh.restarts else 0
-        at = Time(chunk.step - 1, float(chunk.step - 1 - since))
-        turn = _refit(chunk, algebra, plan, int(count[inner]), at, matrix, view, draw)
+        draw, at = _draws(algebra, plan, chunk.first + inner, matrix), _time(chunk, last, inner)
+        if fitted is None:
+            old = view if count[inner] else None
+            fitted = chunk.recipe.basis.fit(algebra, matrix, old, cast(int, plan.rank), draw(int(count[inner])), at)
+        turn = _refit(chunk, algebra, plan, int(count[inner]), at, matrix, view, draw, fitted)
         if turn is not None:
             refresh.note_(counters, turn)
         count[inner] += 1
         last[inner] = at.step
+
+
+def _time(chunk: Chunk, last: Tensor, inner: int) -> Time:
+    since = max(0, int(last[inner])) if chunk.recipe.refresh.restarts else 0
+    return Time(chunk.step - 1, float(chunk.step - 1 - since))
 
 
 def _due(chunk: Chunk) -> Iterator[Due]:
@@ -221,11 +228,11 @@ def _refit(
     g: Tensor,
     st: State,
     draw: Callable[[int | Tensor], Draw],
+    fitted: dict[str, Tensor],
 ) -> Turn | None:
-    """One matrix: a new basis, and the moments brought along. `st` are views that write through."""
+    """One matrix: its new basis, and the moments brought along. `st` are views that write through."""
     recipe, basis, rank = chunk.recipe, chunk.recipe.basis, cast(int, plan.rank)
     keys = basis.spec(plan.matrix, rank)
-    fitted = basis.fit(algebra, g, st if count else None, rank, draw(count), at)
     new = {key: cast(Store, chunk.spec[key].store).rounded(x, chunk.working) for key, x in fitted.items()}
     turn, whole = None, {**new, **basis.derive(algebra, g, new, rank, draw(count))}
     if count:

@@ -202,7 +202,7 @@ def test_only_thin_collectives(results):
     assert sizes["left"][1] == [norms, 4 * 96], "R, where the projected side is cut"
     for side in ("right", "left"):
         for step in (0, 2):
-            width = 4 + 8
+            width = 4 + 16
             assert max(sizes[side][step]) <= width * 96, "the longest sketch"
             assert sum(sizes[side][step]) < 256 * 96 / 3, "far less than one gradient"
 

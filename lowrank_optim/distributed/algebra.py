@@ -25,15 +25,15 @@ class Algebra:
 
     def project(self, basis: Tensor, g: Tensor) -> Tensor:
         """`P^T G`: (m, k), (m, n) -> (k, n)."""
-        return torch.matmul(basis.mT, g)
+        return ops.product(basis.mT, g)
 
     def sketch(self, g: Tensor, thin: Tensor) -> Tensor:
         """`G Q`: (m, n), (n, k) -> (m, k)."""
-        return g @ thin
+        return ops.product(g, thin)
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         """`X Y` over the long side: (r, n), (n, k) -> (r, k)."""
-        return x @ y
+        return ops.product(x, y)
 
     def shape(self, g: Tensor) -> tuple[int, int]:
         """(m, n) of the whole matrix. Sides of a matrix that is cut are `Side`, for `draw` and `Spec`."""
@@ -50,6 +50,15 @@ class Algebra:
     def orthonormal(self, y: Tensor, side: int) -> Tensor:
         """An orthonormal basis of the columns of y, whose rows are those (-2) or the columns (-1) of G."""
         return ops.orthonormalize(y)
+
+    def whitened(self, y: Tensor, side: int) -> Tensor:
+        """The same, nearly, for what is only iterated on."""
+        return ops.whitened(y)
+
+    def principal(self, y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """The leading left singular vectors of a thin matrix with the rows of G, (m, k) -> (m, rank), and whether there
+        are any."""
+        return ops.principal(y, rank)
 
     def signed(self, basis: Tensor) -> Tensor:
         """(m, r), with the largest entry of each column made positive."""

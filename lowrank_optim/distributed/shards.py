@@ -47,13 +47,13 @@ class Shards(Algebra):
     # -- products ------------------------------------------------------------------------------------------------------
 
     def project(self, basis: Tensor, g: Tensor) -> Tensor:
-        return self._completed(torch.matmul(basis.mT, g), self.cut == -2)
+        return self._completed(super().project(basis, g), self.cut == -2)
 
     def sketch(self, g: Tensor, thin: Tensor) -> Tensor:
-        return self._completed(g @ thin, self.cut == -1)
+        return self._completed(super().sketch(g, thin), self.cut == -1)
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
-        return self._completed(x @ y, self.cut == -1)
+        return self._completed(super().inner(x, y), self.cut == -1)
 
     # -- sums ----------------------------------------------------------------------------------------------------------
 
@@ -97,10 +97,13 @@ class Shards(Algebra):
     # -- bases ---------------------------------------------------------------------------------------------------------
 
     def orthonormal(self, y: Tensor, side: int) -> Tensor:
-        if side != self.cut:
-            return ops.orthonormalize(y)
-        q = ops.cholesky_qr2(y, lambda gram: self._completed(gram, True))
-        return self._rows(ops.householder(self._joined(y))) if q is None else q
+        return ops.orthonormalize(y, self._total, self.start) if side == self.cut else ops.orthonormalize(y)
+
+    def whitened(self, y: Tensor, side: int) -> Tensor:
+        return ops.whitened(y, self._total) if side == self.cut else ops.whitened(y)
+
+    def principal(self, y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        return ops.principal(y, rank, self._total, self.start) if self.cut == -2 else ops.principal(y, rank)
 
     def signed(self, basis: Tensor) -> Tensor:
         if self.cut != -2:
@@ -149,6 +152,9 @@ class Shards(Algebra):
         """The sum over ranks, of a tensor that nobody else has."""
         return self._sent(x.contiguous(), dist.ReduceOp.SUM) if partial else x
 
+    def _total(self, x: Tensor) -> Tensor:
+        return self._completed(x, True)
+
     def _sent(self, x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         self._note(x)
         dist.all_reduce(x, op, group=self.group)
@@ -160,16 +166,6 @@ class Shards(Algebra):
         everyone = x.new_empty(x.shape[0] * self.group.size(), *x.shape[1:])
         dist.all_gather(list(everyone.chunk(self.group.size())), x.contiguous(), group=self.group)
         return everyone
-
-    def _joined(self, y: Tensor) -> Tensor:
-        """All rows of a thin matrix, on every rank. Only the last ranks with rows have fewer than the others."""
-        most = -(-self.whole // self.group.size())
-        padded = y.new_zeros(most, y.shape[-1])
-        padded[: self.length] = y
-        return self._gathered(padded)[: self.whole]
-
-    def _rows(self, y: Tensor) -> Tensor:
-        return y[self.start : self.start + self.length].contiguous()
 
     def _note(self, x: Tensor) -> None:
         for meter in self.meters:

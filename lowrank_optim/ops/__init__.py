@@ -1,18 +1,19 @@
 """The numeric kernels. `reference.py` has those with a native version; `schema.py` makes operators of them."""
 
 from . import reference, schema
-from .linalg import cholesky_qr2, fix_signs, householder, leading_left_vectors, orthonormalize, subspace_iteration
+from .linalg import fix_signs, leading_left_vectors, orthonormalize, principal, subspace_iteration, whitened
 from .philox import key_of, normal, random_bits16, sample, stream_of, uniform
+from .products import product
 from .rounding import round_to_bfloat16
 
 __all__ = [
-    "cholesky_qr2",
     "fix_signs",
-    "householder",
     "key_of",
     "leading_left_vectors",
     "normal",
     "orthonormalize",
+    "principal",
+    "product",
     "random_bits16",
     "reference",
     "round_to_bfloat16",
@@ -21,4 +22,5 @@ __all__ = [
     "stream_of",
     "subspace_iteration",
     "uniform",
+    "whitened",
 ]

@@ -1,4 +1,8 @@
-"""Orthonormal bases of gradients: exact, randomized, and what to do when a factorisation fails."""
+"""Orthonormal bases of gradients: exact and randomized, for one matrix or a stack of them.
+
+Nothing here waits for an accelerator but the eigenvectors of a small matrix, whose error flag torch reads: what
+depends on the values of a tensor is a `torch.where`. On a CPU, where looking costs nothing, needless work is left out.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .philox import normal, stream_of
+from .products import product
+from .schema import kernel
+
 if TYPE_CHECKING:
     from ..distributed.algebra import Algebra
+
+Total = Callable[[Tensor], Tensor]  # completes a sum over rows, of which this process may have some only
+
+_FADE = 1e-10  # squared, relative to its neighbours: directions below it are rounding in float32
+_STEEP = 8.0  # growth of rounding errors that is not worth a second pass
+_NOISE = 2.0**-20  # per column of a matrix that lacks rank
+
+
+def _alone(x: Tensor) -> Tensor:
+    return x
 
 
 def fix_signs(basis: Tensor) -> Tensor:
@@ -18,42 +36,116 @@ def fix_signs(basis: Tensor) -> Tensor:
     Singular vectors have free signs, and moments outlive a refresh: without a convention the trajectory would depend on
     the backend, on transposition and on batching.
     """
-    pivot = basis.gather(-2, basis.abs().argmax(dim=-2, keepdim=True))
-    return basis * torch.where(pivot < 0, -1.0, 1.0).to(basis.dtype)
+    fixed = basis.clone(memory_format=torch.contiguous_format)
+    kernel("fix_signs_")(fixed)
+    return fixed
 
 
-def orthonormalize(y: Tensor) -> Tensor:
-    """An orthonormal basis `(m, k)` of the columns of `y (m, k)`, m >= k, completed where y is rank-deficient.
+def orthonormalize(y: Tensor, total: Total = _alone, first: int = 0) -> Tensor:
+    """An orthonormal basis `(m, k)` of the columns of `y (m, k)`, m >= k, completed at random where y lacks rank.
 
     CholeskyQR2: two passes of `Y <- Y L^-T` with `L L^T = Y^T Y`. It is made of products, so it batches and shards,
-    with only the k x k Gram matrix reduced, where Householder QR does neither; which is faster depends on the machine.
-    The Gram matrix is accumulated and factored in float64; in float32 it already fails on a spectrum of 1/k. Where
-    Cholesky meets a zero pivot all the same, Householder QR takes over.
+    with only the k x k Gram matrix reduced, where Householder QR does neither. The Gram matrix is accumulated and
+    factored in float64; in float32 it already fails on a spectrum of 1/k. Where Cholesky meets a zero pivot all the
+    same, y is factored again with noise below its rounding.
+
+    Args:
+        total: completes sums over rows, where this process has some of them only.
+        first: the number of the first row that is here.
     """
-    q = cholesky_qr2(y, lambda gram: gram)
-    return householder(y) if q is None or not bool(torch.isfinite(q).all()) else q
+    q, fits = _pass(y, total)
+    q, again = _pass(q, total)
+    fits = fits & again
+    if y.device.type == "cpu" and bool(fits.all()):
+        return q
+    return torch.where(fits[..., None, None], q, _completed(y, total, first))
 
 
-def cholesky_qr2(y: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """`orthonormalize` without its fallback: None at a zero pivot. `total` completes the Gram matrix of some rows."""
-    q = y
-    for _ in range(2):
-        wide = q.double()
-        factor, info = torch.linalg.cholesky_ex(total(wide.mT @ wide))
-        if bool(info.any()):
-            return None
-        eye = torch.eye(y.shape[-1], dtype=torch.float64, device=y.device)
-        inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
-        if not bool(torch.isfinite(inverse).all()):
-            return None
-        q = (wide @ inverse.mT).to(y.dtype)
+def whitened(y: Tensor, total: Total = _alone) -> Tensor:
+    """Nearly orthonormal columns `(m, k)` that span those of `y (m, k)`: what an iteration needs in between.
+
+    One pass. Directions that are 1e-5 of their neighbours fade out instead of being blown up, so that a y that lacks
+    rank, or is zero, needs no exception.
+    """
+    return _pass(y, total, _FADE)[0]
+
+
+def principal(y: Tensor, rank: int, total: Total = _alone, first: int = 0) -> tuple[Tensor, Tensor]:
+    """The `rank` leading left singular vectors `(m, rank)` of a thin `y (m, k)`, and whether there are any: `()`.
+
+    From the eigenvectors of the k x k Gram matrix in float64, which holds all digits that a product in float32 has.
+    Where y lacks rank they are completed at random; a y that is zero or not finite has none.
+    """
+    squares = total(gram(y))
+    finite = torch.isfinite(squares).all(-1, keepdim=True).all(-2, keepdim=True)
+    squares = torch.where(finite, squares, 0.0)
+    values, vectors = torch.linalg.eigh(squares)
+    values, vectors = values[..., -rank:].flip(-1), vectors[..., -rank:].flip(-1)
+    largest = values[..., :1].clamp(min=0)
+    least = max(32 * torch.finfo(y.dtype).eps, 1e-7) ** 2
+    there = (values > least * largest) & (values > 0)
+    gain = torch.where(there, (largest / values).sqrt(), 0.0).unsqueeze(-2)
+    size = torch.where(largest > 0, largest.sqrt(), 1.0).unsqueeze(-1).to(y.dtype)
+    q = _times(y, (vectors * gain).to(y.dtype)) / size
+    found = finite & (largest > 0).unsqueeze(-1)
+    # Column i is a sum of columns of y that cancel: its rounding error has grown by the length of the summands.
+    lengths = squares.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) @ vectors.square()
+    steep = lengths * gain.square() > _STEEP**2 * largest.unsqueeze(-1)
+    if y.device.type == "cpu" and y.dtype == torch.float32 and bool(there.all()) and not bool(steep.any()):
+        return q, found
+    q = torch.where(there.unsqueeze(-2) & finite, q, noise(q, total, first))
+    return orthonormalize(q, total, first), found
+
+
+def gram(y: Tensor) -> Tensor:
+    """`Y^T Y` in float64: `(m, k)` -> `(k, k)`."""
+    if y.dtype != torch.float32:
+        wide = y.double()
+        return wide.mT @ wide
+    across = y.mT.is_contiguous() and not y.is_contiguous()
+    squares = y.new_empty(*y.shape[:-2], y.shape[-1], y.shape[-1], dtype=torch.float64)
+    kernel("gram_")(squares, y.mT if across else y.contiguous(), across)
+    return squares
+
+
+def noise(like: Tensor, total: Total, first: int) -> Tensor:
+    """Random columns of length 1 on average, of the shape `(m, k)` of `like`; the same for all matrices of a stack."""
+    rows, columns = like.shape[-2:]
+    here = torch.full((), float(rows), dtype=torch.float64, device=like.device)
+    drawn = normal((rows, columns), 0, stream_of("completion", 0), like.device, first * columns)
+    return (drawn * total(here).rsqrt()).to(like.dtype)
+
+
+def _pass(y: Tensor, total: Total, shift: float = 0.0) -> tuple[Tensor, Tensor]:
+    """`Y L^-T` with `L L^T = Y^T Y`, and whether there is such an L: `()`. `shift` is added to the squares of columns
+    of length 1."""
+    squares = total(gram(y))
+    size = squares.diagonal(dim1=-2, dim2=-1).sqrt()
+    inverse_size = torch.where(size > 0, 1 / size, 0.0)
+    unit = squares * inverse_size.unsqueeze(-1) * inverse_size.unsqueeze(-2)
+    eye = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
+    factor, info = torch.linalg.cholesky_ex(unit + shift * eye)
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+    # The inverse may be beyond float32 where y is small; what it is divided by is not.
+    largest = torch.where(size > 0, size, 1.0).amax(-1)[..., None, None]
+    mix = inverse.mT * (inverse_size.unsqueeze(-1) * largest)
+    q = _times(y, mix.to(y.dtype)) / largest.to(y.dtype)
+    return q, (info == 0) & torch.isfinite(size).all(-1)
+
+
+def _times(y: Tensor, mix: Tensor) -> Tensor:
+    """`Y M`, in the memory layout of y."""
+    return product(mix.mT, y.mT).mT if y.mT.is_contiguous() else product(y, mix)
+
+
+def _completed(y: Tensor, total: Total, first: int) -> Tensor:
+    """`orthonormalize` of a y that may lack rank: noise makes up for it, and a shift for noise that is nearly in y."""
+    y = torch.where(torch.isfinite(y), y, 0.0)
+    size = total(y.double().square().sum(-2, keepdim=True)).sqrt()
+    q = (y / torch.where(size > 0, size, 1.0)).to(y.dtype) + _NOISE * noise(y, total, first)
+    for shift in (1e-13, 1e-13, 0.0, 0.0):
+        q = _pass(q, total, shift)[0]
     return q
-
-
-def householder(y: Tensor) -> Tensor:
-    """The same by reflections, which complete a basis where y lacks rank."""
-    q: Tensor = torch.linalg.qr(y)[0]
-    return q.contiguous()  # LAPACK's result is column-major, which collectives would misread
 
 
 def leading_left_vectors(g: Tensor, rank: int) -> Tensor:
@@ -65,27 +157,29 @@ def leading_left_vectors(g: Tensor, rank: int) -> Tensor:
     try:
         vectors = torch.linalg.svd(g, full_matrices=False)[0]
     except torch.linalg.LinAlgError:
-        wide = g.double()
-        vectors = torch.linalg.eigh(wide @ wide.mT)[1].flip(-1).to(g.dtype)
+        vectors = torch.linalg.eigh(gram(g.mT))[1].flip(-1).to(g.dtype)
     return fix_signs(vectors[..., :rank])
 
 
-def subspace_iteration(algebra: Algebra, g: Tensor, start: Tensor, rank: int, rounds: int) -> Tensor:
+def subspace_iteration(
+    algebra: Algebra, g: Tensor, start: Tensor, rank: int, rounds: int, otherwise: Tensor | None = None
+) -> Tensor:
     """Approximate leading left singular vectors `(m, rank)` of `g (m, n)`, ordered, signs fixed.
 
     Args:
-        start: `(m, k)`, k >= rank columns that span a first guess.
-        rounds: each is one product with `g^T` and one with `g`, orthonormalised in between.
+        start: `(m, k)`, k >= rank columns that span a first guess, of lengths around 1.
+        rounds: each is one product with `g^T` and one with `g`, whitened in between.
+        otherwise: the result where g is zero or its products are not finite; random vectors, if that is None.
 
     The last product `Y = G Z` with orthonormal Z already holds the singular vectors of `G Z Z^T` (Rayleigh-Ritz), so
-    ordering and truncating costs one small k x k SVD and no further pass over g.
+    ordering and truncating costs the eigenvectors of one k x k matrix and no further pass over g.
 
     Reference: Halko, Martinsson and Tropp, "Finding structure with randomness", SIAM Review 2011, algorithm 4.4.
     """
     y = start
-    for _ in range(rounds):
-        z = algebra.orthonormal(algebra.project(algebra.orthonormal(y, -2), g).mT, -1)
-        y = algebra.sketch(g, z)
-    q = algebra.orthonormal(y, -2)
-    small = torch.linalg.svd(algebra.project(q, y).double())[0].to(q.dtype)
-    return algebra.signed(q @ small[..., :rank])
+    for i in range(rounds):
+        y = algebra.whitened(y, -2) if i else y
+        y = algebra.sketch(g, algebra.whitened(algebra.project(y, g).mT, -1))
+    basis, found = algebra.principal(y, rank)
+    basis = algebra.signed(basis)
+    return basis if otherwise is None else torch.where(found, basis, otherwise)

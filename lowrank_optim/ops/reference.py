@@ -130,6 +130,22 @@ def _midpoints(code_map: Tensor, lower: Tensor) -> Tensor:
     return beyond.index_select(0, lower.int())
 
 
+# -- Bases -------------------------------------------------------------------------------------------------------------
+
+
+def gram_(out: Tensor, y: Tensor, across: bool = False) -> None:
+    """`Y^T Y` in float64 of y (m, k), or `Y Y^T` if across."""
+    wide = y.double()
+    torch.matmul(wide if across else wide.mT, wide.mT if across else wide, out=out)
+
+
+def fix_signs_(basis: Tensor) -> None:
+    """The largest entry of each column becomes positive, the first of equal ones."""
+    if basis.numel():
+        pivot = basis.gather(-2, basis.abs().argmax(dim=-2, keepdim=True))
+        basis.mul_(torch.where(pivot < 0, -1.0, 1.0).to(basis.dtype))
+
+
 # -- Philox ------------------------------------------------------------------------------------------------------------
 
 _MASK = 0xFFFFFFFF

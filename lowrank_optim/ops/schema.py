@@ -218,6 +218,25 @@ def _check_peaks(peaks: Tensor, name: str, r: Tensor, block: int) -> None:
     _demand(fits, f"{name} must have one number per block of {block} of r {both}")
 
 
+def _check_gram(out: Tensor, y: Tensor, across: bool = False) -> None:
+    _typed(y, "y", torch.float32)
+    _typed(out, "out", torch.float64)
+    _contiguous(y, "y")
+    _contiguous(out, "out")
+    _beside(out, "out", y, "y")
+    _demand(y.dim() >= 2, f"y must have two dimensions or more, got {tuple(y.shape)}")
+    columns = y.shape[-2 if across else -1]
+    both = f"{tuple(y.shape)}, got {tuple(out.shape)}"
+    fits = out.shape == (*y.shape[:-2], columns, columns)
+    _demand(fits, f"out must have one number per two columns of y {both}")
+
+
+def _check_signs(basis: Tensor) -> None:
+    _typed(basis, "basis", torch.float32, torch.float64)
+    _contiguous(basis, "basis")
+    _demand(basis.dim() >= 2, f"basis must have two dimensions or more, got {tuple(basis.shape)}")
+
+
 def _check_numbers(out: Tensor, at: Tensor | None) -> None:
     _contiguous(out, "out")
     _check_time(at, out, "out")
@@ -363,6 +382,8 @@ OPERATORS: dict[str, tuple[str, Check]] = {
         "float beta1, float beta2, float eps, float t, Tensor? step=None",
         _check_adam_int8,
     ),
+    "gram_": ("Tensor(a!) out, Tensor y, bool across=False", _check_gram),
+    "fix_signs_": ("Tensor(a!) basis", _check_signs),
     "philox_bits16_": (f"Tensor(a!) out, {_NUMBERS}", _INTEGERS),
     "philox_noise16_": (f"Tensor(a!) out, {_NUMBERS}", _FLOATS),
     "philox_uniform_": (f"Tensor(a!) out, {_NUMBERS}", _FLOATS),
@@ -392,5 +413,7 @@ OPERATORS: dict[str, tuple[str, Check]] = {
         _check_dequantize_affine,
     ),
 }
+
+CPU_ONLY = {"gram_"}  # of which no CUDA source has a kernel: libraries of the device are faster
 
 define(NAMESPACE)

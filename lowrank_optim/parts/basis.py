@@ -89,19 +89,21 @@ class SubspaceIteration(OneSided):
     columns, which let directions enter that the old subspace does not see.
     """
 
-    oversample: int = 8
+    stacks: ClassVar[bool] = True
+    oversample: int = 16
     rounds: int = 2
+    warm_rounds: int = 1
 
     def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
         m, n = algebra.shape(g)
         width = self._width(m, n, rank)
         if old is None:
-            start = algebra.sketch(g, draw((n, width)))
-        else:
-            # unit columns on average, like the old basis, so that neither part drowns the other in rounding
-            fresh = draw((m, width - rank)) / m**0.5
-            start = torch.cat([old["basis"], fresh], dim=-1)
-        return {"basis": subspace_iteration(algebra, g, start, rank, self.rounds)}
+            start = algebra.whitened(algebra.sketch(g, draw((n, width))), -2)
+            return {"basis": subspace_iteration(algebra, g, start, rank, self.rounds)}
+        # unit columns on average, like the old basis, so that neither part drowns the other in rounding
+        fresh = draw((m, width - rank)) / m**0.5
+        start = torch.cat([old["basis"], fresh], dim=-1)
+        return {"basis": subspace_iteration(algebra, g, start, rank, self.warm_rounds, otherwise=old["basis"])}
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         width = self._width(m, n, rank)
