@@ -220,14 +220,15 @@ void projected_adam_(Tensor exp_avg, Tensor exp_avg_sq, Tensor r, double beta1, 
                    beta2, eps, number);
 }
 
-Draw draw_of(const Tensor& out, int64_t key, int64_t purpose, int64_t time, const OptionalTensor& at, int64_t start) {
+Draw draw_of(const Tensor& out, int64_t key, int64_t purpose, int64_t time, const OptionalTensor& at, int64_t start,
+             const char* name = "out") {
   const auto bits = static_cast<uint64_t>(key);
   const Stream stream{static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32), static_cast<uint32_t>(purpose),
                       static_cast<uint32_t>(time)};
   if (!at) return {stream, nullptr, start};
   check_type(*at, "at", ScalarType::Long, "int64");
   STD_TORCH_CHECK(at->numel() == 1, "at must be one number, got ", shape_of(*at));
-  check_device(*at, "at", out, "out");
+  check_device(*at, "at", out, name);
   return {stream, read<int64_t>(*at), start};
 }
 
@@ -254,6 +255,62 @@ void round_to_bfloat16_(Tensor out, Tensor x, int64_t key, int64_t purpose, int6
   if (!out.numel()) return;
   const On on(out);
   round_to_bfloat16(on.queue, write<bfloat16>(out), read<float>(x), out.numel(), numbers);
+}
+
+void check_weight(const Tensor& w, const char* name) {
+  check_type(w, name, ScalarType::BFloat16, "bfloat16");
+  check_contiguous(w, name);
+}
+
+Columns columns_of(const Tensor& w, const Tensor& x, int64_t first) {
+  check_weight(w, "w");
+  check_type(x, "x", ScalarType::Float, "float32");
+  check_contiguous(x, "x");
+  check_device(x, "x", w, "w");
+  STD_TORCH_CHECK(w.dim() == 2, "w must have two dimensions, got ", shape_of(w));
+  const bool fits = x.dim() == 2 && x.size(0) == w.size(0) && first >= 0 && first + x.size(1) <= w.size(1);
+  STD_TORCH_CHECK(fits, "x must have the rows of w ", shape_of(w), " and fit into its columns from ", first, " on, got ",
+                  shape_of(x));
+  return {w.size(0), x.size(1), w.size(1), first};
+}
+
+Step keep_of(const Tensor& w, double keep, const OptionalTensor& factor) {
+  if (!factor) return {keep, nullptr, nullptr};
+  const bool single = is(*factor, ScalarType::Float);
+  STD_TORCH_CHECK(single || is(*factor, ScalarType::Double), "factor must be float32 or float64, got ",
+                  type_of(*factor));
+  STD_TORCH_CHECK(factor->numel() == 1, "factor must be one number, got ", shape_of(*factor));
+  check_device(*factor, "factor", w, "w");
+  return {keep, single ? read<float>(*factor) : nullptr, single ? nullptr : read<double>(*factor)};
+}
+
+void add_nearest_(Tensor w, Tensor x, double keep, OptionalTensor factor, int64_t first) {
+  const Columns columns = columns_of(w, x, first);
+  const Step step = keep_of(w, keep, factor);
+  if (!x.numel()) return;
+  const On on(w);
+  add_nearest(on.queue, write<bfloat16>(w), read<float>(x), columns, step);
+}
+
+void add_kahan_(Tensor w, Tensor owed, Tensor x, double keep, OptionalTensor factor, int64_t first) {
+  const Columns columns = columns_of(w, x, first);
+  const Step step = keep_of(w, keep, factor);
+  check_weight(owed, "owed");
+  check_shape(owed, "owed", w, "w");
+  check_device(owed, "owed", w, "w");
+  if (!x.numel()) return;
+  const On on(w);
+  add_kahan(on.queue, write<bfloat16>(w), write<bfloat16>(owed), read<float>(x), columns, step);
+}
+
+void add_stochastic_(Tensor w, Tensor x, double keep, int64_t key, int64_t purpose, int64_t time, OptionalTensor at,
+                     int64_t start, int64_t pitch, OptionalTensor factor, int64_t first) {
+  const Columns columns = columns_of(w, x, first);
+  const Step step = keep_of(w, keep, factor);
+  const Draw numbers = draw_of(w, key, purpose, time, at, start, "w");
+  if (!x.numel()) return;
+  const On on(w);
+  add_stochastic(on.queue, write<bfloat16>(w), read<float>(x), columns, step, numbers, pitch);
 }
 
 void check_table(const Tensor& table, const char* name, ScalarType type, const char* type_name, const Tensor& codes) {
@@ -387,6 +444,9 @@ STABLE_TORCH_LIBRARY_IMPL(LRO_NAMESPACE, LRO_KEY, m) {
   m.impl("philox_uniform_", TORCH_BOX(&lro::philox_<lro::Kind::uniform>));
   m.impl("philox_normal_", TORCH_BOX(&lro::philox_<lro::Kind::normal>));
   m.impl("round_to_bfloat16_", TORCH_BOX(&lro::round_to_bfloat16_));
+  m.impl("add_nearest_", TORCH_BOX(&lro::add_nearest_));
+  m.impl("add_kahan_", TORCH_BOX(&lro::add_kahan_));
+  m.impl("add_stochastic_", TORCH_BOX(&lro::add_stochastic_));
   m.impl("quantize_blockwise_", TORCH_BOX(&lro::quantize_blockwise_));
   m.impl("quantize_affine_", TORCH_BOX(&lro::quantize_affine_));
   m.impl("quantize_sixteenths_", TORCH_BOX(&lro::quantize_sixteenths_));
