@@ -57,8 +57,10 @@ LRO_HD void add_nearest(bfloat16& w, float x, float keep) { assign(w, moved(to_f
 // `owed` is what rounding has kept from w so far, rounded itself.
 LRO_HD void add_kahan(bfloat16& w, bfloat16& owed, float x, float keep) {
   const float y = moved(to_float(w) + to_float(owed), x, keep);
-  assign(w, y);
-  assign(owed, y - to_float(w));
+  bfloat16 kept;
+  assign(kept, y);
+  assign(owed, y - to_float(kept));
+  w = kept;
 }
 
 LRO_HD void add_stochastic(bfloat16& w, float x, float keep, uint32_t noise16) {

@@ -15,9 +15,9 @@ LRO_CLONES void kahan(bfloat16* LRO_RESTRICT w, bfloat16* LRO_RESTRICT owed, con
                       float keep) {
   for (int64_t i = 0; i < n; ++i) add_kahan(w[i], owed[i], x[i], keep);
 }
-LRO_CLONES void stochastic(bfloat16* LRO_RESTRICT w, const float* LRO_RESTRICT x, const uint32_t* LRO_RESTRICT words,
-                           int64_t from, int64_t n, float keep) {
-  for (int64_t i = 0; i < n; ++i) add_stochastic(w[i], x[i], keep, bits16(words, from + i));
+LRO_CLONES void stochastic(bfloat16* LRO_RESTRICT w, const float* LRO_RESTRICT x, const Half* LRO_RESTRICT noise,
+                           int64_t n, float keep) {
+  for (int64_t i = 0; i < n; ++i) add_stochastic(w[i], x[i], keep, noise[i]);
 }
 
 int64_t skipped(int64_t number) { return (number % 8 + 8) % 8; }  // numbers of its counter that come before it
@@ -62,7 +62,7 @@ void add_stochastic(Queue, bfloat16* w, const float* x, Columns columns, Step ke
     const int64_t number = draw.start + row * pitch + column, from = skipped(number);
     uint32_t drawn[4 * kCounters];
     words(static_cast<uint64_t>((number - from) / 8), static_cast<int>((from + n + 7) / 8), draw.stream, drawn);
-    stochastic(w + columns.place(row, column), x + row * columns.run + column, drawn, from, n, factor);
+    stochastic(w + columns.place(row, column), x + row * columns.run + column, halves(drawn) + from, n, factor);
   });
 }
 

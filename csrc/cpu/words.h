@@ -8,19 +8,26 @@ namespace lro {
 namespace {
 
 constexpr int kCounters = 64;  // drawn at once: their words stay in the nearest cache
+constexpr int kTogether = 16;  // in one round of the vectorised loop
 
 // Four words per counter, in order.
 LRO_CLONES void words(uint64_t first, int n, const Stream stream, uint32_t* LRO_RESTRICT out) {
   uint32_t w[4][kCounters];
-  for (int i = 0; i < kCounters; ++i) {  // always all of them: a loop of fixed length needs no tail
-    const Words four = philox(first + i, stream);
-    w[0][i] = four.w[0], w[1][i] = four.w[1], w[2][i] = four.w[2], w[3][i] = four.w[3];
-  }
+  for (int from = 0; from < n; from += kTogether)
+    for (int i = from; i < from + kTogether; ++i) {  // always so many: a loop of fixed length needs no tail
+      const Words four = philox(first + i, stream);
+      w[0][i] = four.w[0], w[1][i] = four.w[1], w[2][i] = four.w[2], w[3][i] = four.w[3];
+    }
   for (int i = 0; i < n; ++i)
     for (int j = 0; j < 4; ++j) out[4 * i + j] = w[j][i];
 }
 
-LRO_HD uint32_t bits16(const uint32_t* w, int64_t i) { return w[i / 2] >> (i % 2 * 16) & 0xFFFFu; }
+// Halves of words as they lie in memory, the lower one first: a loop over them needs no shifts.
+using Half = uint16_t __attribute__((may_alias));
+LRO_HD const Half* halves(const uint32_t* w) {
+  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "words are halved in memory");
+  return reinterpret_cast<const Half*>(w);
+}
 
 }  // namespace
 }  // namespace lro
