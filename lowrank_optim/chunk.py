@@ -82,9 +82,9 @@ class Chunk:
         """The same for random streams."""
         return self.step if self.numbers is None else self.numbers.time
 
-    def gradient(self) -> Tensor:
-        """G as `(m, n)` or `(b, m, n)`, to be read only: it may be the memory of `p.grad`."""
-        return self._open(self.grads, self._oriented)
+    def gradient(self, as_kept: bool = False) -> Tensor:
+        """G as `(m, n)` or `(b, m, n)`, to be read only: it may be the memory of `p.grad`. `as_kept`: in its dtype."""
+        return self._open(self.grads, self._oriented, as_kept)
 
     def coordinates(self) -> Tensor:
         """R as `(r, n)` or `(b, r, n)`, where the gradients are that."""
@@ -119,8 +119,28 @@ class Chunk:
         suffixes = cast(Store, self.spec[key].store).suffixes
         return {suffix: self._batched(self.plans[i], self.states[i][key + suffix]) for suffix in suffixes}
 
-    def weights(self) -> Tensor:
-        """W as `(m, n)` or `(b, m, n)`, in the working dtype, with what Kahan's compensation still owes."""
+    @property
+    def narrow(self) -> bool:
+        """W is kept in 16 bits where a block of it can be written, so no step needs all of it in 32."""
+        if self.partial and isinstance(self._number(WEIGHT, 1), Places):
+            return False
+        kept = [*self.params, *(state[COMPENSATION] for state in self.states if COMPENSATION in state)]
+        return all(x.dtype != self.working and x.is_contiguous() and not is_packed(x) for x in kept)
+
+    def blank(self) -> Tensor:
+        """Something with the shape of W, the dtype of arithmetic, and next to no memory."""
+        one, batched = self._oriented(self.plans[0], self.params[0]), self.plans[0].batch and not self.partial
+        stacked = () if len(self.params) == 1 else (len(self.params) * self.plans[0].count,)
+        shape = (*stacked, *one.shape[1:]) if batched and stacked else (*stacked, *one.shape)
+        return one.new_empty((), dtype=self.working).expand(shape)
+
+    def weights(self, as_kept: bool = False) -> Tensor:
+        """W as `(m, n)` or `(b, m, n)`, in the working dtype, with what Kahan's compensation still owes.
+
+        `as_kept`: in its dtype, without that, to be read only.
+        """
+        if as_kept:
+            return self._open(self.params, self._oriented, as_kept)
         w = self._open([unpacked(p, self.working) for p in self.params], self._oriented)
         if COMPENSATION in self.states[0]:
             w.add_(self._open([state[COMPENSATION] for state in self.states], self._oriented))
@@ -237,8 +257,9 @@ class Chunk:
             for inner in range(plan.count):
                 yield plan, state, inner, index * plan.count + inner
 
-    def _open(self, tensors: list[Tensor], view: Callable[[Plan, Tensor], Tensor]) -> Tensor:
-        return self._stacked([view(plan, x).to(self.working) for plan, x in zip(self.plans, tensors, strict=True)])
+    def _open(self, tensors: list[Tensor], view: Callable[[Plan, Tensor], Tensor], as_kept: bool = False) -> Tensor:
+        views = [view(plan, x) for plan, x in zip(self.plans, tensors, strict=True)]
+        return self._stacked(views if as_kept else [x.to(self.working) for x in views])
 
     def _stacked(self, views: list[Tensor]) -> Tensor:
         if len(views) == 1:

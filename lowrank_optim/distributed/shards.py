@@ -47,7 +47,7 @@ class Shards(Algebra):
     # -- products ------------------------------------------------------------------------------------------------------
 
     def project(self, basis: Tensor, g: Tensor) -> Tensor:
-        return self._completed(torch.matmul(basis.mT, g), self.cut == -2)
+        return self._completed(super().project(basis, g), self.cut == -2)
 
     def sketch(self, g: Tensor, thin: Tensor) -> Tensor:
         return self._completed(g @ thin, self.cut == -1)
@@ -72,7 +72,7 @@ class Shards(Algebra):
         norm = super().norm(x, dim)
         if self.cut not in _dims(dim):
             return norm
-        return self._completed(norm.double().square(), True).sqrt().to(x.dtype)  # whose squares may not fit
+        return self._completed(norm.double().square(), True).sqrt().to(norm.dtype)  # whose squares may not fit
 
     def mean(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         if self.cut not in _dims(dim):

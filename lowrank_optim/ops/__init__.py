@@ -1,11 +1,13 @@
 """The numeric kernels. `reference.py` has those with a native version; `schema.py` makes operators of them."""
 
 from . import reference, schema
+from .apply import add_rounded_
 from .linalg import cholesky_qr2, fix_signs, householder, leading_left_vectors, orthonormalize, subspace_iteration
 from .philox import key_of, normal, random_bits16, sample, stream_of, uniform
 from .rounding import round_to_bfloat16
 
 __all__ = [
+    "add_rounded_",
     "cholesky_qr2",
     "fix_signs",
     "householder",

@@ -136,14 +136,12 @@ def round_to_bfloat16_(
 
 
 def add_nearest_(w: Tensor, x: Tensor, keep: float, factor: Tensor | None = None, first: int = 0) -> None:
-    """`W <- nearest(keep W + x)` in the columns of w from `first` on. `factor` stands in for keep, read on the device."""
+    """`W <- nearest(keep W + x)` in the columns from `first` on. `factor` stands in for keep, read on the device."""
     for target, y in _row_pieces(w[:, first : first + x.shape[1]], x):
         target.copy_(_moved(target.float(), y, keep, factor))
 
 
-def add_kahan_(
-    w: Tensor, owed: Tensor, x: Tensor, keep: float, factor: Tensor | None = None, first: int = 0
-) -> None:
+def add_kahan_(w: Tensor, owed: Tensor, x: Tensor, keep: float, factor: Tensor | None = None, first: int = 0) -> None:
     """The same of `W + owed`, and then owed is what rounding has kept from W."""
     some = slice(first, first + x.shape[1])
     for target, rest, y in _row_pieces(w[:, some], owed[:, some], x):

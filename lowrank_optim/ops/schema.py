@@ -137,7 +137,7 @@ def _check_added(w: Tensor, x: Tensor, factor: Tensor | None, first: int) -> Non
     _contiguous(x, "x")
     _beside(x, "x", w, "w")
     _demand(w.dim() == 2, f"w must have two dimensions, got {tuple(w.shape)}")
-    fits = x.dim() == 2 and x.shape[0] == w.shape[0] and 0 <= first and first + x.shape[1] <= w.shape[1]
+    fits = x.dim() == 2 and x.shape[0] == w.shape[0] and first >= 0 and first + x.shape[1] <= w.shape[1]
     both = f"{tuple(w.shape)} and fit into its columns from {first} on, got {tuple(x.shape)}"
     _demand(fits, f"x must have the rows of w {both}")
     if factor is not None:
