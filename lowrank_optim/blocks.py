@@ -33,6 +33,11 @@ def blocks(shape: torch.Size | tuple[int, ...]) -> Iterator[Columns]:
         yield Columns(first, min(first + size, n), n)
 
 
+def largest_block(shape: torch.Size | tuple[int, ...]) -> int:
+    """Elements of the largest of them."""
+    return math.prod(shape[:-1]) * max((columns.stop - columns.first for columns in blocks(shape)), default=0)
+
+
 def widened(x: Tensor) -> Tensor:
     """In the dtype of arithmetic: float32 where x has fewer bits."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

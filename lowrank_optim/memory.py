@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checks
+from .blocks import largest_block
 from .chunk import CHUNK_BYTES, SLICE, is_packed, working_dtype
 from .gradient_memory import most_gradients
 from .groups import param_groups
@@ -219,11 +220,17 @@ def _step_bytes(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) ->
     specs = [spec for spec in recipe.spec(plan.matrix, rank, plan.small).values() if spec.store and spec.store.narrow]
     # opened, and for what changes at each step rounded
     elements += plan.count * sum(math.prod(spec.shape) * (1 if spec.steady else 2) for spec in specs)
-    elements += 4 * size if p.dtype != working else 0
+    block = 0
+    if is_packed(p):
+        elements += 4 * size
+    elif p.dtype != working:  # all of G, or a block of it and then one of W
+        elements += 0 if recipe.thin else size
+        some = (math.ceil(share * size),) if recipe.elementwise else (math.ceil(share * plan.count), *plan.matrix)
+        block = largest_block(some)
     rounds = any(not spec.steady for spec in specs) or (
         group["bf16_update"] == "stochastic" and p.dtype == torch.bfloat16
     )
-    return int(share * elements * working.itemsize) + (WORKSPACE if rounds else 0)
+    return int((share * elements + block) * working.itemsize) + (WORKSPACE if rounds else 0)
 
 
 def _working_elements(plan: Plan, recipe: Recipe, rank: int) -> int:

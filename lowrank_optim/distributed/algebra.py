@@ -8,14 +8,13 @@ ranks, and then every part works on it unchanged.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..blocks import blocks
+from ..blocks import blocks, widened
 
 
 class Algebra:
@@ -83,7 +82,7 @@ class Algebra:
 
     def norm(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         """Norms of whole columns (-2), rows (-1) or matrices, dimensions kept. Of matrices also in 16 bits."""
-        norms = [torch.linalg.vector_norm(part, dim=dim, keepdim=True) for part in _wide_parts(x)]
+        norms = [torch.linalg.vector_norm(widened(part), dim=dim, keepdim=True) for part in _parts(x)]
         norm: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
         return norm
 
@@ -92,13 +91,10 @@ class Algebra:
         return x.mean(dim=dim, keepdim=True)
 
 
-def _wide_parts(x: Tensor) -> Iterator[Tensor]:
-    """x itself; or blocks of columns that have 32 bits, where x has fewer."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if x.dtype == wide or not x.numel():
-        yield x.to(wide)
-    else:
-        yield from (columns.of(x).to(wide) for columns in blocks(x.shape))
+def _parts(x: Tensor) -> list[Tensor]:
+    """x, in blocks of columns where it has to be widened."""
+    whole = x.dtype.itemsize >= torch.float32.itemsize or not x.numel()
+    return [x] if whole else [columns.of(x) for columns in blocks(x.shape)]
 
 
 WHOLE = Algebra()
