@@ -180,7 +180,12 @@ def expected(optimizer: LowRankOptimizer, weights: int, gradients: int) -> Memor
         if plan.projected:
             m, n = plan.matrix
             shared |= {key: count * working.itemsize for key, count in recipe.basis.shared(plan.matrix).items()}
-            refresh = max(refresh, recipe.basis.fit_workspace(m, n, plan.rank or 0) * working.itemsize)
+            fit = recipe.basis.fit_workspace(m, n, plan.rank or 0)
+            if recipe.thin and p.dtype != working and not is_packed(p):
+                fit += math.ceil(
+                    _share(p, plan, recipe) * p.numel()
+                )  # all of G, for once
+            refresh = max(refresh, fit * working.itemsize)
     bases = kept.pop(BASES, 0)
     return MemoryEstimate(weights, gradients, kept.total(), bases, sum(shared.values()), step, refresh)
 
@@ -211,11 +216,7 @@ def state_kinds(recipe: Recipe, plan: Plan) -> dict[str, str]:
 def _step_bytes(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) -> int:
     """R and the scratch of its size, and whatever is kept in 16 bits and worked on in 32: G, W, noise, state."""
     size, working, rank = p.numel(), working_dtype(p), plan.rank or 0
-    share = 1.0  # of the parameter that is worked on at once
-    if recipe.elementwise:
-        share = min(1.0, SLICE / max(1, size))
-    elif plan.batch:
-        share = min(1.0, max(1 / plan.count, CHUNK_BYTES / max(1, size * working.itemsize)))
+    share = _share(p, plan, recipe)
     elements = plan.count * _working_elements(plan, recipe, rank)
     specs = [spec for spec in recipe.spec(plan.matrix, rank, plan.small).values() if spec.store and spec.store.narrow]
     # opened, and for what changes at each step rounded
@@ -231,6 +232,15 @@ def _step_bytes(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) ->
         group["bf16_update"] == "stochastic" and p.dtype == torch.bfloat16
     )
     return int((share * elements + block) * working.itemsize) + (WORKSPACE if rounds else 0)
+
+
+def _share(p: Tensor, plan: Plan, recipe: Recipe) -> float:
+    """What of a parameter is worked on at once."""
+    if recipe.elementwise:
+        return min(1.0, SLICE / max(1, p.numel()))
+    if plan.batch:
+        return min(1.0, max(1 / plan.count, CHUNK_BYTES / max(1, p.numel() * working_dtype(p).itemsize)))
+    return 1.0
 
 
 def _working_elements(plan: Plan, recipe: Recipe, rank: int) -> int:

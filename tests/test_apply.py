@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import every_case
@@ -10,7 +13,7 @@ from torch import nn
 import lowrank_optim
 from lowrank_optim import GaLoreAdamW, blocks, estimate_memory, ops
 from lowrank_optim.blocks import Columns
-from lowrank_optim.chunk import CHUNK_BYTES
+from lowrank_optim.chunk import CHUNK_BYTES, Member, gradient_norms
 from lowrank_optim.distributed.algebra import WHOLE
 from lowrank_optim.ops.apply import add_rounded_
 from lowrank_optim.peak import Peak
@@ -173,3 +176,25 @@ def test_only_methods_that_read_all_of_a_gradient_copy_it():
     for make in (GaLoreAdamW, lowrank_optim.FiraAdamW):
         sizes[make] = estimate_memory([shape], make, dtype=torch.bfloat16, rank=8).step_workspace
     assert sizes[GaLoreAdamW] < 2048 * 1024 * 4 < sizes[lowrank_optim.FiraAdamW]
+
+
+def test_plain_parameters_in_16_bits_are_cut_on_accelerators_too(monkeypatch):
+    monkeypatch.setattr("lowrank_optim.chunk.CHUNK_BYTES", 16 * 300)
+    for dtype, count in ((torch.bfloat16, 4), (torch.float32, 1)):
+        p = nn.Parameter(torch.randn(1000, dtype=dtype))
+        p.grad = torch.randn_like(p)
+        optimizer = GaLoreAdamW([p, nn.Parameter(torch.randn(9, 9))], rank=3)
+        chunk = next(optimizer._chunks([Member(p, optimizer.param_groups[0], p.grad)], {}))
+        there = replace(chunk, params=[p.detach().to("meta")], grads=[p.grad.to("meta")])
+        assert [len(piece.params[0]) for piece in there.pieces()] == ([300, 300, 300, 100] if count == 4 else [1000])
+
+
+def test_norms_of_gradients_in_16_bits_are_taken_in_slices(monkeypatch):
+    monkeypatch.setattr("lowrank_optim.chunk.SLICE", 100)
+    grads = [torch.randn(30, 17).bfloat16(), torch.randn(8).bfloat16(), torch.randn(90, 4), torch.zeros(0).bfloat16()]
+    grads.append(torch.randn(40, 20).bfloat16()[:, ::2])
+    for norm, grad in zip(gradient_norms(grads), grads, strict=True):
+        assert norm == pytest.approx(float(grad.double().norm()), rel=1e-6)
+    grads[0][29, 3], grads[1][0] = float("nan"), float("inf")
+    assert not any(map(math.isfinite, gradient_norms(grads[:2])))
+    assert gradient_norms([torch.full((300,), 3e38, dtype=torch.bfloat16)]) == [math.inf]
