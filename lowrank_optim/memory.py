@@ -44,9 +44,10 @@ class MemoryEstimate:
         states: moments and counters; exact.
         bases: exact.
         shared: dictionaries, one per width of matrix, which come with the first step and are in no checkpoint.
-        step_workspace: the most that a step without a refresh holds for one matrix. Where equal matrices are stacked
-            (on accelerators, or with `foreach=True`), the stack takes up to 64 MiB per operand instead. Gradients with
-            strides of their own are copied, which is not counted.
+        step_workspace: the most that a step without a refresh holds for one matrix: its coordinates, and where weights
+            are in 16 bits a block of a few MiB; all of G in float32 as well if the method reads all of it. Where equal
+            matrices are stacked (on accelerators, or with `foreach=True`), the stack takes up to 64 MiB per operand
+            instead. Weights and gradients with strides of their own are copied, which is not counted.
         refresh_workspace: the most that refitting one basis, or restarting one layer, holds (LAPACK's own buffers not
             counted).
     """
@@ -182,9 +183,7 @@ def expected(optimizer: LowRankOptimizer, weights: int, gradients: int) -> Memor
             shared |= {key: count * working.itemsize for key, count in recipe.basis.shared(plan.matrix).items()}
             fit = recipe.basis.fit_workspace(m, n, plan.rank or 0)
             if recipe.thin and p.dtype != working and not is_packed(p):
-                fit += math.ceil(
-                    _share(p, plan, recipe) * p.numel()
-                )  # all of G, for once
+                fit += math.ceil(_share(p, plan, recipe) * p.numel())  # all of G, for once
             refresh = max(refresh, fit * working.itemsize)
     bases = kept.pop(BASES, 0)
     return MemoryEstimate(weights, gradients, kept.total(), bases, sum(shared.values()), step, refresh)
@@ -214,7 +213,7 @@ def state_kinds(recipe: Recipe, plan: Plan) -> dict[str, str]:
 
 
 def _step_bytes(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) -> int:
-    """R and the scratch of its size, and whatever is kept in 16 bits and worked on in 32: G, W, noise, state."""
+    """R and the scratch of its size, and whatever is kept in 16 bits and worked on in 32: G, blocks of W, state."""
     size, working, rank = p.numel(), working_dtype(p), plan.rank or 0
     share = _share(p, plan, recipe)
     elements = plan.count * _working_elements(plan, recipe, rank)
