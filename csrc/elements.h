@@ -47,6 +47,26 @@ LRO_HD bfloat16 round_stochastic(float x, uint32_t noise16) {
   return bfloat16{static_cast<uint16_t>((bits_as<uint32_t>(x) + noise16) >> 16)};
 }
 
+// -- weights in bfloat16 ----------------------------------------------------------------------------------------------
+
+// A weight after its step, before its one rounding. keep: what decay leaves of it; x: all else.
+LRO_HD float moved(float w, float x, float keep) { return w * keep + x; }
+
+LRO_HD void add_nearest(bfloat16& w, float x, float keep) { assign(w, moved(to_float(w), x, keep)); }
+
+// `owed` is what rounding has kept from w so far, rounded itself.
+LRO_HD void add_kahan(bfloat16& w, bfloat16& owed, float x, float keep) {
+  const float y = moved(to_float(w) + to_float(owed), x, keep);
+  bfloat16 kept;
+  assign(kept, y);
+  assign(owed, y - to_float(kept));
+  w = kept;
+}
+
+LRO_HD void add_stochastic(bfloat16& w, float x, float keep, uint32_t noise16) {
+  w = round_stochastic(moved(to_float(w), x, keep), noise16);
+}
+
 // -- Adam -------------------------------------------------------------------------------------------------------------
 
 // What all elements share; betas and corrections are computed in double and rounded once. Powers: beta^t.

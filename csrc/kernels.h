@@ -102,6 +102,18 @@ LRO_HD int lanes(Kind kind) { return kind == Kind::uniform || kind == Kind::norm
 void draw(Queue queue, Kind kind, void* out, int64_t n, Draw draw);  // int32 for bits16, else float
 void round_to_bfloat16(Queue queue, bfloat16* out, const float* x, int64_t n, Draw draw);
 
+// Columns `first` to `first + run` of a matrix w (rows, width), and a matrix x (rows, run) that is added to them.
+struct Columns {
+  int64_t rows, run, width, first;
+
+  LRO_HD int64_t place(int64_t row, int64_t column) const { return row * width + first + column; }  // in w
+};
+
+// W <- round(keep W + x). Noise: row i begins with number `draw.start + i pitch` of its stream.
+void add_nearest(Queue queue, bfloat16* w, const float* x, Columns columns, Step keep);
+void add_kahan(Queue queue, bfloat16* w, bfloat16* owed, const float* x, Columns columns, Step keep);
+void add_stochastic(Queue queue, bfloat16* w, const float* x, Columns columns, Step keep, Draw draw, int64_t pitch);
+
 template <class In>
 void quantize_blockwise(Queue queue, uint8_t* codes, float* absmax, const In* x, CodeMap map, Blocks blocks,
                         bool signed_peak, const float* noise);

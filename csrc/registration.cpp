@@ -214,13 +214,14 @@ void check_moment(const Tensor& x, const char* name, const Tensor& r) {
   check_contiguous(x, name);
 }
 
-Step step_of(double t, const OptionalTensor& step, const Tensor& r) {
-  if (!step) return {t, nullptr, nullptr};
-  const bool single = is(*step, ScalarType::Float);
-  STD_TORCH_CHECK(single || is(*step, ScalarType::Double), "step must be float32 or float64, got ", type_of(*step));
-  STD_TORCH_CHECK(step->numel() == 1, "step must be one number, got ", shape_of(*step));
-  check_device(*step, "step", r, "r");
-  return {t, single ? read<float>(*step) : nullptr, single ? nullptr : read<double>(*step)};
+// A number that is known, or a tensor of one, on the device of `like`.
+Step step_of(double known, const OptionalTensor& x, const Tensor& like, const char* name, const char* like_name) {
+  if (!x) return {known, nullptr, nullptr};
+  const bool single = is(*x, ScalarType::Float);
+  STD_TORCH_CHECK(single || is(*x, ScalarType::Double), name, " must be float32 or float64, got ", type_of(*x));
+  STD_TORCH_CHECK(x->numel() == 1, name, " must be one number, got ", shape_of(*x));
+  check_device(*x, name, like, like_name);
+  return {known, single ? read<float>(*x) : nullptr, single ? nullptr : read<double>(*x)};
 }
 
 ScalarType check_plain(const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& r) {
@@ -246,7 +247,7 @@ PlainMoments<T> plain_moments(const Tensor& exp_avg, const Tensor& exp_avg_sq, c
 void projected_adam_(Tensor exp_avg, Tensor exp_avg_sq, Tensor r, double beta1, double beta2, double eps, double t,
                      OptionalTensor step) {
   check_plain(exp_avg, exp_avg_sq, r);
-  const AdamRule rule{beta1, beta2, eps, step_of(t, step, r)};
+  const AdamRule rule{beta1, beta2, eps, step_of(t, step, r, "step", "r")};
   if (!r.numel()) return;
   const On on(r);
   const auto update = [&](const auto& item) { projected_adam(on.queue, &item, 1, rule); };
@@ -295,7 +296,7 @@ void projected_adam_list_(Tensors exp_avg, Tensors exp_avg_sq, Tensors r, double
                     type_of(r[i]));
     check_device(r[i], "r", r[0], "its first tensor");
   }
-  const AdamRule rule{beta1, beta2, eps, step_of(t, step, r[0])};
+  const AdamRule rule{beta1, beta2, eps, step_of(t, step, r[0], "step", "r")};
   if (first == ScalarType::Float) update_plain<float>(exp_avg, exp_avg_sq, r, rule);
   else update_plain<double>(exp_avg, exp_avg_sq, r, rule);
 }
@@ -329,7 +330,7 @@ void projected_adam_bfloat16_list_(Tensors exp_avg, Tensors exp_avg_sq, Tensors 
       items.push_back({write<bfloat16>(exp_avg[i]), write<bfloat16>(exp_avg_sq[i]), write<float>(r[i]), r[i].numel(),
                        static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32), start[i]});
   }
-  const AdamRule rule{beta1, beta2, eps, step_of(t, step, r[0])};
+  const AdamRule rule{beta1, beta2, eps, step_of(t, step, r[0], "step", "r")};
   const Streams streams{static_cast<uint32_t>(purpose), static_cast<uint32_t>(purpose_sq), static_cast<uint32_t>(time),
                         time_of(at, r[0], "r")};
   if (items.empty()) return;
@@ -384,7 +385,7 @@ void projected_adam_int8_list_(Tensors exp_avg, Tensors peak, Tensors exp_avg_sq
   }
   const Levels m = levels_of(code_map, "code_map", lower, "lower", r[0]);
   const Levels v = levels_of(code_map_sq, "code_map_sq", lower_sq, "lower_sq", r[0]);
-  const AdamRule rule{beta1, beta2, eps, step_of(t, step, r[0])};
+  const AdamRule rule{beta1, beta2, eps, step_of(t, step, r[0], "step", "r")};
   if (items.empty()) return;
   const On on(r[0]);
   projected_adam(on.queue, items.data(), static_cast<int64_t>(items.size()), rule, m, v);
@@ -423,11 +424,12 @@ void fix_signs_(Tensor basis) {
   else fix_signs(on.queue, write<double>(basis), matrices, rows, columns);
 }
 
-Draw draw_of(const Tensor& out, int64_t key, int64_t purpose, int64_t time, const OptionalTensor& at, int64_t start) {
+Draw draw_of(const Tensor& out, int64_t key, int64_t purpose, int64_t time, const OptionalTensor& at, int64_t start,
+             const char* name = "out") {
   const auto bits = static_cast<uint64_t>(key);
   const Stream stream{static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32), static_cast<uint32_t>(purpose),
                       static_cast<uint32_t>(time)};
-  return {stream, time_of(at, out, "out"), start};
+  return {stream, time_of(at, out, name), start};
 }
 
 template <Kind kind>
@@ -453,6 +455,52 @@ void round_to_bfloat16_(Tensor out, Tensor x, int64_t key, int64_t purpose, int6
   if (!out.numel()) return;
   const On on(out);
   round_to_bfloat16(on.queue, write<bfloat16>(out), read<float>(x), out.numel(), numbers);
+}
+
+void check_weight(const Tensor& w, const char* name) {
+  check_type(w, name, ScalarType::BFloat16, "bfloat16");
+  check_contiguous(w, name);
+}
+
+Columns columns_of(const Tensor& w, const Tensor& x, int64_t first) {
+  check_weight(w, "w");
+  check_type(x, "x", ScalarType::Float, "float32");
+  check_contiguous(x, "x");
+  check_device(x, "x", w, "w");
+  STD_TORCH_CHECK(w.dim() == 2, "w must have two dimensions, got ", shape_of(w));
+  const bool fits = x.dim() == 2 && x.size(0) == w.size(0) && first >= 0 && first + x.size(1) <= w.size(1);
+  STD_TORCH_CHECK(fits, "x must have the rows of w ", shape_of(w), " and fit into its columns from ", first, " on, got ",
+                  shape_of(x));
+  return {w.size(0), x.size(1), w.size(1), first};
+}
+
+void add_nearest_(Tensor w, Tensor x, double keep, OptionalTensor factor, int64_t first) {
+  const Columns columns = columns_of(w, x, first);
+  const Step step = step_of(keep, factor, w, "factor", "w");
+  if (!x.numel()) return;
+  const On on(w);
+  add_nearest(on.queue, write<bfloat16>(w), read<float>(x), columns, step);
+}
+
+void add_kahan_(Tensor w, Tensor owed, Tensor x, double keep, OptionalTensor factor, int64_t first) {
+  const Columns columns = columns_of(w, x, first);
+  const Step step = step_of(keep, factor, w, "factor", "w");
+  check_weight(owed, "owed");
+  check_shape(owed, "owed", w, "w");
+  check_device(owed, "owed", w, "w");
+  if (!x.numel()) return;
+  const On on(w);
+  add_kahan(on.queue, write<bfloat16>(w), write<bfloat16>(owed), read<float>(x), columns, step);
+}
+
+void add_stochastic_(Tensor w, Tensor x, double keep, int64_t key, int64_t purpose, int64_t time, OptionalTensor at,
+                     int64_t start, int64_t pitch, OptionalTensor factor, int64_t first) {
+  const Columns columns = columns_of(w, x, first);
+  const Step step = step_of(keep, factor, w, "factor", "w");
+  const Draw numbers = draw_of(w, key, purpose, time, at, start, "w");
+  if (!x.numel()) return;
+  const On on(w);
+  add_stochastic(on.queue, write<bfloat16>(w), read<float>(x), columns, step, numbers, pitch);
 }
 
 void quantize_blockwise_(Tensor codes, Tensor absmax, Tensor x, Tensor code_map, Tensor lower, Tensor midpoint,
@@ -578,6 +626,9 @@ STABLE_TORCH_LIBRARY_IMPL(LRO_NAMESPACE, LRO_KEY, m) {
   m.impl("philox_uniform_", TORCH_BOX(&lro::philox_<lro::Kind::uniform>));
   m.impl("philox_normal_", TORCH_BOX(&lro::philox_<lro::Kind::normal>));
   m.impl("round_to_bfloat16_", TORCH_BOX(&lro::round_to_bfloat16_));
+  m.impl("add_nearest_", TORCH_BOX(&lro::add_nearest_));
+  m.impl("add_kahan_", TORCH_BOX(&lro::add_kahan_));
+  m.impl("add_stochastic_", TORCH_BOX(&lro::add_stochastic_));
   m.impl("quantize_blockwise_", TORCH_BOX(&lro::quantize_blockwise_));
   m.impl("quantize_affine_", TORCH_BOX(&lro::quantize_affine_));
   m.impl("quantize_sixteenths_", TORCH_BOX(&lro::quantize_sixteenths_));

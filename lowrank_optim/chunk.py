@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
@@ -84,9 +84,9 @@ class Chunk:
         """The same for random streams."""
         return self.step if self.numbers is None else self.numbers.time
 
-    def gradient(self) -> Tensor:
-        """G as `(m, n)` or `(b, m, n)`, to be read only: it may be the memory of `p.grad`."""
-        return self._open(self.grads, self._oriented)
+    def gradient(self, as_kept: bool = False) -> Tensor:
+        """G as `(m, n)` or `(b, m, n)`, to be read only: it may be the memory of `p.grad`. `as_kept`: in its dtype."""
+        return self._open(self.grads, self._oriented, as_kept)
 
     def coordinates(self) -> Tensor:
         """R as `(r, n)` or `(b, r, n)`, where the gradients are that."""
@@ -139,8 +139,28 @@ class Chunk:
             return {suffix: state[key + suffix] for suffix in suffixes}
         return {suffix: self._batched(self.plans[i], state[key + suffix]) for suffix in suffixes}
 
-    def weights(self) -> Tensor:
-        """W as `(m, n)` or `(b, m, n)`, in the working dtype, with what Kahan's compensation still owes."""
+    @property
+    def narrow(self) -> bool:
+        """W is kept in 16 bits where a block of it can be written, so no step needs all of it in 32."""
+        if self.partial and isinstance(self._number(WEIGHT, 1), Places):
+            return False
+        kept = [*self.params, *(state[COMPENSATION] for state in self.states if COMPENSATION in state)]
+        return all(x.dtype != self.working and x.is_contiguous() and not is_packed(x) for x in kept)
+
+    def blank(self) -> Tensor:
+        """Something with the shape of W, the dtype of arithmetic, and next to no memory."""
+        one, batched = self._oriented(self.plans[0], self.params[0]), self.plans[0].batch and not self.partial
+        stacked = () if len(self.params) == 1 else (len(self.params) * self.plans[0].count,)
+        shape = (*stacked, *one.shape[1:]) if batched and stacked else (*stacked, *one.shape)
+        return one.new_empty((), dtype=self.working).expand(shape)
+
+    def weights(self, as_kept: bool = False) -> Tensor:
+        """W as `(m, n)` or `(b, m, n)`, in the working dtype, with what Kahan's compensation still owes.
+
+        `as_kept`: in its dtype, without that, to be read only.
+        """
+        if as_kept:
+            return self._open(self.params, self._oriented, as_kept)
         w = self._open([unpacked(p, self.working) for p in self.params], self._oriented)
         if COMPENSATION in self.states[0]:
             w.add_(self._open([state[COMPENSATION] for state in self.states], self._oriented))
@@ -203,9 +223,10 @@ class Chunk:
         """This chunk, cut if it is one large parameter: a plain one on CPU into slices, a stack into some experts."""
         p, g = self.params[0], self.grads[0]
         if len(self.params) == 1 and p.is_contiguous() and g.is_contiguous():
-            sliced = self.recipe.elementwise and p.device.type == "cpu" and not is_packed(p)
+            copied = p.device.type == "cpu" or p.dtype != self.working
+            sliced = self.recipe.elementwise and copied and not is_packed(p)
             whole_blocks = not self.plans[0].batch or math.prod(self.plans[0].matrix) % self._block == 0
-            if sliced and whole_blocks and not self.plans[0].projected and p.numel() > SLICE:
+            if sliced and whole_blocks and not self.plans[0].projected and p.numel() > self._slice:
                 return self._slices(p, g)
             if self.plans[0].batch and p.numel() * self.working.itemsize > CHUNK_BYTES and not is_packed(p):
                 return self._experts(p, g)
@@ -216,11 +237,16 @@ class Chunk:
         """Elements that nothing may cut between, of all state tensors."""
         return max([1, *(cast(Store, spec.store).block for spec in self.spec.values())])
 
+    @property
+    def _slice(self) -> int:
+        """Elements of a plain parameter updated at once: G, D and W of them are a chunk where launches cost time."""
+        return SLICE if self.params[0].device.type == "cpu" else CHUNK_BYTES // (4 * self.working.itemsize)
+
     def _slices(self, p: Tensor, g: Tensor) -> Iterator[Chunk]:
         """Along the row-major order, nowhere within a block of elements that are coded together."""
         stores = {key: cast(Store, spec.store) for key, spec in self.spec.items()}
         before = self.first * math.prod(self.plans[0].matrix)
-        size, whole = max(1, SLICE // self._block) * self._block, Kept((), p.dtype)
+        size, whole = max(1, self._slice // self._block) * self._block, Kept((), p.dtype)
         parts = {COMPENSATION: whole} if COMPENSATION in self.states[0] else {}
         for key, store in stores.items():
             layout = store.layout(self.spec[key].shape, self.working)
@@ -257,8 +283,9 @@ class Chunk:
             for inner in range(plan.count):
                 yield plan, state, inner, index * plan.count + inner
 
-    def _open(self, tensors: list[Tensor], view: Callable[[Plan, Tensor], Tensor]) -> Tensor:
-        return self._stacked([view(plan, x).to(self.working) for plan, x in zip(self.plans, tensors, strict=True)])
+    def _open(self, tensors: list[Tensor], view: Callable[[Plan, Tensor], Tensor], as_kept: bool = False) -> Tensor:
+        views = [view(plan, x) for plan, x in zip(self.plans, tensors, strict=True)]
+        return self._stacked(views if as_kept else [x.to(self.working) for x in views])
 
     def _stacked(self, views: list[Tensor]) -> Tensor:
         if len(views) == 1:
@@ -376,10 +403,18 @@ def gradient_norms(grads: list[Tensor]) -> list[float]:
     for same in kinds.values():
         working = working_dtype(grads[same[0]])
         limit = torch.finfo(working).max ** 0.5
-        values = torch.stack(torch._foreach_norm([grads[i] for i in same], 2, dtype=working)).tolist()
-        for i, norm in zip(same, values, strict=True):
+        parts = [part for i in same for part in _norm_parts(grads[i])]
+        values = iter(torch.stack(torch._foreach_norm(parts, 2, dtype=working)).tolist())
+        for i in same:
+            norm = math.hypot(*(next(values) for _ in _norm_parts(grads[i])))
             norms[i] = norm if norm < limit else math.inf
     return norms
+
+
+def _norm_parts(grad: Tensor) -> Sequence[Tensor]:
+    """On CPU a norm widens all that it is given, so what is kept in 16 bits is given in slices."""
+    copied = grad.device.type == "cpu" and grad.dtype.itemsize < 4 and grad.is_contiguous()
+    return torch.split(grad.view(-1), SLICE) if copied else (grad,)
 
 
 def working_dtype(p: Tensor) -> torch.dtype:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .distributed.algebra import Algebra
-from .recipe import Clock, Recipe, State
+from .recipe import Clock, Recipe, State, Update
 from .update import Note, move_
 
-Graph = Callable[..., None]
+Graph = Callable[..., "Update | None"]
 
 
 class CompiledMove:
@@ -36,21 +36,22 @@ class CompiledMove:
         t: Clock,
         step: Clock,
         note: Note | None,
-    ) -> None:
+        narrow: bool,
+    ) -> Update | None:
         if note is not None and g is not None:
             note(g, recipe.basis.down(algebra, g, st))  # not in the graph, which a refresh must not change
         lr, t, step = _tensors(w, lr, t, step)
         tensors = [w, g, r, t, *(st[key] for key in sorted(st))]
-        key = recipe, decay, ascend, tuple(sorted(st)), tuple(_layout(x) for x in tensors)
+        key = recipe, decay, ascend, narrow, tuple(sorted(st)), tuple(_layout(x) for x in tensors)
         if key not in self.graphs:
-            self.graphs[key] = self._compile(recipe, algebra, decay, ascend)
-        self.graphs[key](w, g, r, dict(st), lr, t, step)
+            self.graphs[key] = self._compile(recipe, algebra, decay, ascend, narrow)
+        return self.graphs[key](w, g, r, dict(st), lr, t, step)
 
-    def _compile(self, recipe: Recipe, algebra: Algebra, decay: float, ascend: bool) -> Graph:
+    def _compile(self, recipe: Recipe, algebra: Algebra, decay: float, ascend: bool, narrow: bool) -> Graph:
         def graph(
             w: Tensor, g: Tensor | None, r: Tensor | None, st: State, lr: Tensor, t: Tensor, step: Tensor
-        ) -> None:
-            move_(recipe, algebra, w, g, r, st, lr, decay, ascend, t, step, None)
+        ) -> Update | None:
+            return move_(recipe, algebra, w, g, r, st, lr, decay, ascend, t, step, None, narrow)
 
         # torch counts graphs per code object, and gives up after a few; each of ours has one of its own
         graph.__code__ = graph.__code__.replace(co_name=f"update_{len(self.graphs)}")

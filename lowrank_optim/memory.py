@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checks
+from .blocks import largest_block
 from .chunk import CHUNK_BYTES, SLICE, is_packed, working_dtype
 from .gradient_memory import most_gradients
 from .groups import param_groups
@@ -45,9 +46,10 @@ class MemoryEstimate:
         states: moments and counters; exact.
         bases: exact.
         shared: dictionaries, one per width of matrix, which come with the first step and are in no checkpoint.
-        step_workspace: the most that a step without a refresh holds for one matrix. Where equal matrices are stacked
-            (on accelerators, or with `foreach=True`), the stack takes up to 64 MiB per operand instead. Gradients with
-            strides of their own are copied, which is not counted.
+        step_workspace: the most that a step without a refresh holds for one matrix: its coordinates, and where weights
+            are in 16 bits a block of a few MiB; all of G in float32 as well if the method reads all of it. Where equal
+            matrices are stacked (on accelerators, or with `foreach=True`), the stack takes up to 64 MiB per operand
+            instead. Weights and gradients with strides of their own are copied, which is not counted.
         refresh_workspace: the most that refitting one basis, or restarting one layer, holds (LAPACK's own buffers not
             counted), with moments in few bits that it turns or resets.
     """
@@ -180,7 +182,7 @@ def expected(optimizer: LowRankOptimizer, weights: int, gradients: int) -> Memor
         step = max(step, _step_bytes(p, plan, recipe, group))
         if plan.projected:
             shared |= {key: count * working.itemsize for key, count in recipe.basis.shared(plan.matrix).items()}
-            refresh = max(refresh, _refresh_bytes(plan, recipe, plan.rank or 0, working))
+            refresh = max(refresh, _refresh_bytes(p, plan, recipe))
     bases = kept.pop(BASES, 0)
     return MemoryEstimate(weights, gradients, kept.total(), bases, sum(shared.values()), step, refresh)
 
@@ -209,13 +211,9 @@ def state_kinds(recipe: Recipe, plan: Plan) -> dict[str, str]:
 
 
 def _step_bytes(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) -> int:
-    """R and the scratch of its size, and whatever is kept in 16 bits and worked on in 32: G, W, noise, state."""
+    """R and the scratch of its size, and whatever is kept in 16 bits and worked on in 32: G, blocks of W, state."""
     size, working, rank = p.numel(), working_dtype(p), plan.rank or 0
-    share = 1.0  # of the parameter that is worked on at once
-    if recipe.elementwise:
-        share = min(1.0, SLICE / max(1, size))
-    elif plan.batch:
-        share = min(1.0, max(1 / plan.count, CHUNK_BYTES / max(1, size * working.itemsize)))
+    share = _share(p, plan, recipe)
     elements = plan.count * _working_elements(plan, recipe, rank)
     spec, closed = _narrow(plan, recipe, rank, working)
     specs = spec.values()
@@ -223,11 +221,26 @@ def _step_bytes(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) ->
     for key, one in spec.items():
         count = plan.count * math.prod(one.shape)
         elements += min(count, PIECE) if key in closed else count * (1 if one.steady else 2)
-    elements += 4 * size if p.dtype != working else 0
+    block = 0
+    if is_packed(p):
+        elements += 4 * size
+    elif p.dtype != working:  # all of G, or a block of it and then one of W
+        elements += 0 if recipe.thin else size
+        some = (math.ceil(share * size),) if recipe.elementwise else (math.ceil(share * plan.count), *plan.matrix)
+        block = largest_block(some)
     rounds = any(not spec.steady for spec in specs) or (
         group["bf16_update"] == "stochastic" and p.dtype == torch.bfloat16
     )
-    return int(share * elements * working.itemsize) + (WORKSPACE if rounds else 0)
+    return int((share * elements + block) * working.itemsize) + (WORKSPACE if rounds else 0)
+
+
+def _share(p: Tensor, plan: Plan, recipe: Recipe) -> float:
+    """What of a parameter is worked on at once."""
+    if recipe.elementwise:
+        return min(1.0, SLICE / max(1, p.numel()))
+    if plan.batch:
+        return min(1.0, max(1 / plan.count, CHUNK_BYTES / max(1, p.numel() * working_dtype(p).itemsize)))
+    return 1.0
 
 
 def _narrow(plan: Plan, recipe: Recipe, rank: int, working: torch.dtype) -> tuple[dict[str, Spec], set[str]]:
@@ -237,12 +250,16 @@ def _narrow(plan: Plan, recipe: Recipe, rank: int, working: torch.dtype) -> tupl
     return narrow, fused.stays_closed(recipe, spec, working) & narrow.keys()
 
 
-def _refresh_bytes(plan: Plan, recipe: Recipe, rank: int, working: torch.dtype) -> int:
-    """What fitting one basis takes, and the moments that are opened for it."""
-    (m, n), (narrow, closed) = plan.matrix, _narrow(plan, recipe, rank, working)
-    opened = plan.count * sum(2 * math.prod(narrow[key].shape) for key in closed)
-    carried = plan.batch or recipe.refresh.turns or recipe.refresh.restarts
-    return (recipe.basis.fit_workspace(m, n, rank) + (opened if carried else 0)) * working.itemsize
+def _refresh_bytes(p: Tensor, plan: Plan, recipe: Recipe) -> int:
+    """What fitting one basis takes, with the moments that are opened for it, and all of a gradient in 16 bits."""
+    (m, n), rank, working = plan.matrix, plan.rank or 0, working_dtype(p)
+    narrow, closed = _narrow(plan, recipe, rank, working)
+    elements = recipe.basis.fit_workspace(m, n, rank)
+    if plan.batch or recipe.refresh.turns or recipe.refresh.restarts:
+        elements += plan.count * sum(2 * math.prod(narrow[key].shape) for key in closed)
+    if recipe.thin and p.dtype != working and not is_packed(p):
+        elements += math.ceil(_share(p, plan, recipe) * p.numel())
+    return elements * working.itemsize
 
 
 def _working_elements(plan: Plan, recipe: Recipe, rank: int) -> int:

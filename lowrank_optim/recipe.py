@@ -42,6 +42,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
+from .blocks import Columns
 from .distributed.algebra import Algebra
 from .kept import Exact, Shape, Spec, Store
 from .turns import Turn
@@ -109,11 +110,16 @@ class Basis(abc.ABC):
 
     @abc.abstractmethod
     def down(self, algebra: Algebra, g: Tensor, st: State) -> Tensor:
-        """R."""
+        """R, in float32 also where G is in 16 bits, which it is only between refreshes of `thin` recipes."""
 
     @abc.abstractmethod
-    def add_up_(self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float) -> None:
-        """`W <- beta W + alpha up(D)` in one pass over `w (m, n)`, without a second (m, n) tensor."""
+    def add_up_(
+        self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float, columns: Columns | None = None
+    ) -> None:
+        """`W <- beta W + alpha up(D)` in one pass over `w (m, n)`, without a second (m, n) tensor.
+
+        Where beta is 0, w is not read. `columns`: w has only these, and d is whole.
+        """
 
     def step_workspace(self, shape: Shape, rank: int) -> int:
         """Elements that `down` and `add_up_` hold beyond R and W; for `estimate_memory`, like the next ones."""
@@ -239,6 +245,14 @@ class Update(NamedTuple):
     rest_gain: Clock = 1.0
     entries: tuple[Tensor, Tensor] | None = None
 
+    def times(self, length: Clock) -> Update:
+        """Multiplied, without an (m, n) tensor: numbers stay outside of d, for kernels that multiply in passing."""
+        d, gain = self.d, self.gain * length
+        if d is not None and isinstance(gain, Tensor):
+            d, gain = d * gain, 1.0
+        entries = None if self.entries is None else (self.entries[0], self.entries[1] * length)
+        return Update(d, gain, self.rest, self.rest_gain * length, entries)
+
     def whole(self, recipe: Recipe, st: State, like: Tensor) -> Tensor:
         """It all as one new tensor `like` G (m, n); for rules that need its norm, or a second moment in full space."""
         if self.d is None:
@@ -289,6 +303,10 @@ class Residual(abc.ABC):
 
 class StepSize(Protocol):
     """How does lr become the length of the step?"""
+
+    @property
+    def reads_weights(self) -> bool:
+        """False: w is looked at for its shape and device alone."""
 
     def __call__(self, algebra: Algebra, lr: Clock, w: Tensor, step: Clock) -> Clock:
         """The length at step `step` (1, 2, ...), one number or one per matrix of the batch `w`."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .apply import apply_, apply_narrow_
 from .chunk import Chunk
 from .distributed.algebra import WHOLE, Algebra
 from .fitting import Due, fits
@@ -20,7 +21,7 @@ from .recipe import AGE, Clock, Draw, Recipe, State, Time, Update
 from .turns import Turn
 
 Note = Callable[[Tensor, Tensor], None]  # takes G and R after a refresh
-Move = Callable[..., None]  # has the arguments of `move_`
+Move = Callable[..., "Update | None"]  # has the arguments of `move_`
 
 
 def update_(chunk: Chunk, algebra: Algebra = WHOLE, move: Move | None = None) -> None:
@@ -28,20 +29,25 @@ def update_(chunk: Chunk, algebra: Algebra = WHOLE, move: Move | None = None) ->
 
     `move` stands in for `move_`. A chunk that has numbers was refreshed before.
     """
-    recipe, group = chunk.recipe, chunk.group
+    recipe, group, narrow = chunk.recipe, chunk.group, chunk.narrow
     st = chunk.open()
     refreshed, g, r = False, None, None
     if chunk.projected:
         r = chunk.coordinates()
     else:
-        g = recipe.residual.before(chunk.gradient(), st)
+        as_kept = narrow and recipe.thin and not (chunk.numbers is None and refresh_due(chunk))
+        g = recipe.residual.before(chunk.gradient(as_kept), st)
         refreshed = chunk.numbers is None and _refresh(chunk, algebra, g, st)
-    t, w = chunk.clock(st), chunk.weights()
-    _derive(chunk, algebra, w, st)
+    t = chunk.clock(st)
+    w = chunk.blank() if narrow and not recipe.step_size.reads_weights else chunk.weights(as_kept=narrow)
+    _derive(chunk, algebra, chunk.blank(), st)
     note = functools.partial(_note_captured, chunk, algebra) if refreshed and recipe.basis.orthonormal else None
     lr, decay, ascend = chunk.lr, group["weight_decay"], group["maximize"]
-    (move or move_)(recipe, algebra, w, g, r, st, lr, decay, ascend, t, chunk.now, note)
-    chunk.write_weights(w)
+    change = (move or move_)(recipe, algebra, w, g, r, st, lr, decay, ascend, t, chunk.now, note, narrow)
+    if change is None:
+        chunk.write_weights(w)
+    else:
+        apply_narrow_(recipe, chunk, st, change, 1 - lr * decay if decay else 1.0)
     chunk.close(st, refreshed)
 
 
@@ -58,24 +64,31 @@ def move_(
     t: Clock,
     step: Clock,
     note: Note | None,
-) -> None:
+    narrow: bool = False,
+) -> Update | None:
     """The arithmetic of one step: nothing here depends on the values of tensors, so it compiles to one graph.
 
     Moments have seen t steps, those in full space `step`. Numbers are floats, or tensors on the device. To ascend is to
     turn the sign of the step: every rule is odd in G.
+
+    Returns:
+        None, w having been moved; or where it is `narrow` what remains to be taken from it.
     """
-    if g is not None and not ascend and fused.step_(recipe, w, g, st, lr, decay, t):
-        return
+    if g is not None and not narrow and not ascend and fused.step_(recipe, w, g, st, lr, decay, t):
+        return None
     change = _change(recipe, algebra, g, r, st, t, step, note)
     length = recipe.step_size(algebra, lr, w, step) * (-recipe.scale if ascend else recipe.scale)
-    _apply_(recipe, w, st, change, length, 1 - lr * decay if decay else 1.0)
+    if narrow:
+        return change.times(length)
+    apply_(recipe, w, st, change.times(length), 1 - lr * decay if decay else 1.0)
+    return None
 
 
 def project(chunk: Chunk, algebra: Algebra = WHOLE) -> Tensor:
     """R of the gradients in the bases that there are, in memory of its own; nothing is changed."""
-    plan, g = chunk.plans[0], chunk.gradient()
+    plan, g = chunk.plans[0], chunk.gradient(as_kept=True)
     st = chunk.open(chunk.recipe.basis.spec(plan.matrix, cast(int, plan.rank)))
-    _derive(chunk, algebra, g, st)
+    _derive(chunk, algebra, chunk.blank(), st)
     return chunk.recipe.basis.down(algebra, g, st)
 
 
@@ -140,30 +153,6 @@ def _change(
         g = cast(Tensor, g)
         change = Update(None, rest=scaling(algebra, st, change.whole(recipe, st, g), g, step))
     return change
-
-
-def _apply_(recipe: Recipe, w: Tensor, st: State, change: Update, length: Clock, keep: Clock) -> None:
-    """`W <- keep W - length change`."""
-    if change.d is None or isinstance(keep, Tensor):
-        w.mul_(keep)
-        keep = 1.0
-    if change.d is not None:
-        d, alpha = _times(change.d, length * change.gain)
-        recipe.basis.add_up_(w, d, st, alpha=-alpha, beta=keep)
-    if change.rest is not None:
-        rest, alpha = _times(change.rest, length * change.rest_gain)
-        w.add_(rest, alpha=-alpha)
-    if change.entries is not None:
-        place, values = change.entries[0].long(), change.entries[1] * -length
-        where = [place // w.shape[-1], place % w.shape[-1]]
-        if w.dim() > 2:
-            where.insert(0, torch.arange(len(w), device=w.device).unsqueeze(-1).expand_as(place))
-        w.index_put_(tuple(where), values, accumulate=True)
-
-
-def _times(x: Tensor, factor: Clock) -> tuple[Tensor, float]:
-    """A number stays outside, for kernels that multiply in passing; a tensor is multiplied in."""
-    return (x * factor, 1.0) if isinstance(factor, Tensor) else (x, factor)
 
 
 def _refresh(chunk: Chunk, algebra: Algebra, g: Tensor, st: State) -> bool:

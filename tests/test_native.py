@@ -112,6 +112,33 @@ def rounding(shape, variant):
     return [out, torch.randn(shape) * 10.0 ** (variant - 2), *NUMBERS, (0, 3, 8, 1001)[variant]]
 
 
+def _added(shape, variant):
+    """x and a w that is wider than it, but in variant 0; keep, its factor on the device, the first column."""
+    rows, run = (shape[0] if len(shape) > 1 else 1) * (shape[1] if len(shape) > 2 else 1), shape[-1]
+    before, after = [(0, 0), (3, 0), (8, 5), (0, 1)][variant]
+    w = _magnitudes((rows, before + run + after), torch.bfloat16)
+    dtype = [torch.float32, torch.float64][variant % 2]
+    factor = torch.tensor([0.875], dtype=dtype).mul(1 - 2**-12) if variant >= 2 else None
+    return w, torch.randn(rows, run) * 0.01, factor, before
+
+
+def nearest(shape, variant):
+    w, x, factor, first = _added(shape, variant)
+    return [w, x, 0.99, factor, first]
+
+
+def kahan(shape, variant):
+    w, x, factor, first = _added(shape, variant)
+    return [w, torch.randn(w.shape).mul(w / 512).bfloat16(), x, 0.99, factor, first]
+
+
+def stochastic(shape, variant):
+    w, x, factor, first = _added(shape, variant)
+    at = torch.tensor(9 + (variant << 33)) if variant % 2 else None
+    start, pitch = (0, 5, -8, 123_456_789_012)[variant], w.shape[1] + (0, 0, 3, 1000)[variant]
+    return [w, x, 0.99, *NUMBERS[:3], at, start + first, pitch, factor, first]
+
+
 def _coded(shape, block, numbers, dtype=torch.uint8):
     per_block = (*shape[:-1], -(-shape[-1] // block))
     return [torch.zeros(shape, dtype=dtype), *[torch.zeros(per_block) for _ in range(numbers)]]
@@ -181,6 +208,9 @@ CALLS = {
     "philox_uniform_": _draw(torch.float32),
     "philox_normal_": _draw(torch.float32),
     "round_to_bfloat16_": rounding,
+    "add_nearest_": nearest,
+    "add_kahan_": kahan,
+    "add_stochastic_": stochastic,
     "quantize_blockwise_": levels,
     "quantize_affine_": grid,
     "quantize_sixteenths_": sixteenths,

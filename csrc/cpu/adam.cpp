@@ -19,15 +19,13 @@ LRO_CLONES void run(double* m, double* v, double* r, int64_t n, const AdamNumber
   loop(m, v, r, n, numbers);
 }
 
-LRO_CLONES void run_half(const uint32_t* LRO_RESTRICT m_words, const uint32_t* LRO_RESTRICT v_words, int64_t from,
-                         bfloat16* LRO_RESTRICT m, bfloat16* LRO_RESTRICT v, float* LRO_RESTRICT r, int64_t n,
-                         const AdamNumbers<float> numbers) {
-  const Halves m_noise{m_words}, v_noise{v_words};
+LRO_CLONES void run_half(const Half* LRO_RESTRICT m_noise, const Half* LRO_RESTRICT v_noise, bfloat16* LRO_RESTRICT m,
+                         bfloat16* LRO_RESTRICT v, float* LRO_RESTRICT r, int64_t n, const AdamNumbers<float> numbers) {
   for (int64_t i = 0; i < n; ++i) {
     float first = to_float(m[i]), second = to_float(v[i]);
     adam(first, second, r[i], numbers);
-    m[i] = round_stochastic(first, m_noise[from + i]);
-    v[i] = round_stochastic(second, v_noise[from + i]);
+    m[i] = round_stochastic(first, m_noise[i]);
+    v[i] = round_stochastic(second, v_noise[i]);
   }
 }
 
@@ -109,7 +107,7 @@ void projected_adam(Queue, const HalfMoments* items, int64_t count, AdamRule rul
       uint32_t m_words[4 * kCounters], v_words[4 * kCounters];
       words(counter, some, m, m_words);
       words(counter, some, v, v_words);
-      run_half(m_words, v_words, from, item->m + at, item->v + at, item->r + at, n, numbers);
+      run_half(halves(m_words) + from, halves(v_words) + from, item->m + at, item->v + at, item->r + at, n, numbers);
     });
   }
 }

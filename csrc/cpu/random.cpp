@@ -3,21 +3,18 @@
 namespace lro {
 namespace {
 
-LRO_CLONES void emit_bits16(const uint32_t* w, int64_t from, int64_t n, int32_t* LRO_RESTRICT out) {
-  const Halves halves{w};
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<int32_t>(halves[from + i]);
+LRO_CLONES void emit_bits16(const Half* LRO_RESTRICT w, int64_t n, int32_t* LRO_RESTRICT out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = w[i];
 }
-LRO_CLONES void emit_noise16(const uint32_t* w, int64_t from, int64_t n, float* LRO_RESTRICT out) {
-  const Halves halves{w};
-  for (int64_t i = 0; i < n; ++i) out[i] = noise_of(halves[from + i]);
+LRO_CLONES void emit_noise16(const Half* LRO_RESTRICT w, int64_t n, float* LRO_RESTRICT out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = noise_of(w[i]);
 }
 LRO_CLONES void emit_uniform(const uint32_t* w, int64_t from, int64_t n, float* LRO_RESTRICT out) {
   for (int64_t i = 0; i < n; ++i) out[i] = uniform_of(w[from + i]);
 }
-LRO_CLONES void emit_rounded(const uint32_t* LRO_RESTRICT w, int64_t from, int64_t n, const float* LRO_RESTRICT x,
+LRO_CLONES void emit_rounded(const Half* LRO_RESTRICT w, int64_t n, const float* LRO_RESTRICT x,
                              bfloat16* LRO_RESTRICT out) {
-  const Halves halves{w};
-  for (int64_t i = 0; i < n; ++i) out[i] = round_stochastic(x[i], halves[from + i]);
+  for (int64_t i = 0; i < n; ++i) out[i] = round_stochastic(x[i], w[i]);
 }
 
 void emit_normal(const uint32_t* w, int64_t from, int64_t n, float* out) {
@@ -46,8 +43,8 @@ void draw(Queue, Kind kind, void* out, int64_t n, Draw draw) {
   auto* integers = static_cast<int32_t*>(out);
   auto* floats = static_cast<float*>(out);
   each(n, lanes(kind), draw, [&](const uint32_t* w, int64_t from, int64_t position, int64_t count) {
-    if (kind == Kind::bits16) emit_bits16(w, from, count, integers + position);
-    if (kind == Kind::noise16) emit_noise16(w, from, count, floats + position);
+    if (kind == Kind::bits16) emit_bits16(halves(w) + from, count, integers + position);
+    if (kind == Kind::noise16) emit_noise16(halves(w) + from, count, floats + position);
     if (kind == Kind::uniform) emit_uniform(w, from, count, floats + position);
     if (kind == Kind::normal) emit_normal(w, from, count, floats + position);
   });
@@ -55,7 +52,7 @@ void draw(Queue, Kind kind, void* out, int64_t n, Draw draw) {
 
 void round_to_bfloat16(Queue, bfloat16* out, const float* x, int64_t n, Draw draw) {
   each(n, lanes(Kind::bits16), draw, [&](const uint32_t* w, int64_t from, int64_t position, int64_t count) {
-    emit_rounded(w, from, count, x + position, out + position);
+    emit_rounded(halves(w) + from, count, x + position, out + position);
   });
 }
 

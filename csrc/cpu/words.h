@@ -1,4 +1,4 @@
-// Random words on the CPU, as many at once as fill the vectors and stay in the nearest cache.
+// The words of some counters of Philox, for the loops that use them.
 #pragma once
 
 #include <algorithm>
@@ -9,30 +9,28 @@
 namespace lro {
 namespace {
 
-constexpr int kCounters = 64;  // drawn at once
+constexpr int kCounters = 64;  // drawn at once: their words stay in the nearest cache
+constexpr int kTogether = 16;  // in one round of the vectorised loop
 constexpr int64_t kCounterGrain = 1024;
 
 // Four words per counter, in order.
 LRO_CLONES void words(uint64_t first, int n, const Stream stream, uint32_t* LRO_RESTRICT out) {
   uint32_t w[4][kCounters];
-  for (int i = 0; i < kCounters; ++i) {  // always all of them: a loop of fixed length needs no tail
-    const Words four = philox(first + i, stream);
-    w[0][i] = four.w[0], w[1][i] = four.w[1], w[2][i] = four.w[2], w[3][i] = four.w[3];
-  }
+  for (int from = 0; from < n; from += kTogether)
+    for (int i = from; i < from + kTogether; ++i) {  // always so many: a loop of fixed length needs no tail
+      const Words four = philox(first + i, stream);
+      w[0][i] = four.w[0], w[1][i] = four.w[1], w[2][i] = four.w[2], w[3][i] = four.w[3];
+    }
   for (int i = 0; i < n; ++i)
     for (int j = 0; j < 4; ++j) out[4 * i + j] = w[j][i];
 }
 
-// The numbers of 16 bits in words: their memory, as bytes are ordered in all that torch runs on.
-struct Halves {
-  const uint32_t* words;
-
-  LRO_HD uint32_t operator[](int64_t i) const {
-    uint16_t half;
-    memcpy(&half, reinterpret_cast<const char*>(words) + 2 * i, 2);
-    return half;
-  }
-};
+// Halves of words as they lie in memory, the lower one first: a loop over them needs no shifts.
+using Half = uint16_t __attribute__((may_alias));
+LRO_HD const Half* halves(const uint32_t* w) {
+  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "words are halved in memory");
+  return reinterpret_cast<const Half*>(w);
+}
 
 // Calls `work(counter, count, from, position, n)` for n numbers from element `position` on: those from number `from` on
 // of `count` counters, the first of which is `counter`.

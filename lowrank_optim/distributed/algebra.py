@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..blocks import blocks, widened
 
 
 class Algebra:
@@ -24,8 +25,13 @@ class Algebra:
         return nullcontext()
 
     def project(self, basis: Tensor, g: Tensor) -> Tensor:
-        """`P^T G`: (m, k), (m, n) -> (k, n)."""
-        return ops.product(basis.mT, g)
+        """`P^T G`: (m, k), (m, n) -> (k, n). G in fewer bits than P is brought to its dtype block by block."""
+        if g.dtype == basis.dtype:
+            return ops.product(basis.mT, g)
+        r = basis.new_empty(*g.shape[:-2], basis.shape[-1], g.shape[-1])
+        for columns in blocks(g.shape):
+            columns.of(r).copy_(ops.product(basis.mT, columns.of(g).to(basis.dtype)))
+        return r
 
     def sketch(self, g: Tensor, thin: Tensor) -> Tensor:
         """`G Q`: (m, n), (n, k) -> (m, k)."""
@@ -74,24 +80,30 @@ class Algebra:
         return largest
 
     def size(self, x: Tensor) -> Tensor:
-        """The root mean square of each matrix (of the vector, if x is one), dimensions kept."""
+        """The root mean square of each matrix (of the vector, if x is one), dimensions kept; x may be in 16 bits."""
         matrix = (-2, -1) if x.dim() > 1 else (-1,)
         count = math.prod([x.shape[dim] for dim in matrix])
-        norm: Tensor = torch.linalg.vector_norm(x, dim=matrix, keepdim=True)
-        return norm / math.sqrt(count)
+        return self.norm(x, matrix) / math.sqrt(count)
 
     def energy(self, x: Tensor, dim: int, power: int = 2) -> Tensor:
         """Sums of `|x|^power` over whole rows (-1) or columns (-2), the dimension dropped."""
         return (x.abs() if power == 1 else x.square()).sum(dim)
 
     def norm(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-        """Norms of whole columns (-2), rows (-1) or matrices, dimensions kept."""
-        norm: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+        """Norms of whole columns (-2), rows (-1) or matrices, dimensions kept. Of matrices also in 16 bits."""
+        norms = [torch.linalg.vector_norm(widened(part), dim=dim, keepdim=True) for part in _parts(x)]
+        norm: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
         return norm
 
     def mean(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         """The mean over whole rows, columns or both of a matrix in coordinate space, dimensions kept."""
         return x.mean(dim=dim, keepdim=True)
+
+
+def _parts(x: Tensor) -> list[Tensor]:
+    """x, in blocks of columns where it has to be widened."""
+    whole = x.dtype.itemsize >= torch.float32.itemsize or not x.numel()
+    return [x] if whole else [columns.of(x) for columns in blocks(x.shape)]
 
 
 WHOLE = Algebra()

@@ -72,7 +72,7 @@ class Shards(Algebra):
         norm = super().norm(x, dim)
         if self.cut not in _dims(dim):
             return norm
-        return self._completed(norm.double().square(), True).sqrt().to(x.dtype)  # whose squares may not fit
+        return self._completed(norm.double().square(), True).sqrt().to(norm.dtype)  # whose squares may not fit
 
     def mean(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         if self.cut not in _dims(dim):

@@ -1,12 +1,14 @@
 """The numeric kernels. `reference.py` has those with a native version; `schema.py` makes operators of them."""
 
 from . import reference, schema
+from .apply import add_rounded_
 from .linalg import fix_signs, leading_left_vectors, orthonormalize, principal, subspace_iteration, whitened
 from .philox import key_of, normal, random_bits16, sample, stream_of, uniform
 from .products import product
 from .rounding import round_to_bfloat16
 
 __all__ = [
+    "add_rounded_",
     "fix_signs",
     "key_of",
     "leading_left_vectors",

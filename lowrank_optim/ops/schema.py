@@ -267,6 +267,56 @@ def _check_round(
     _check_numbers(out, at)
 
 
+def _check_added(w: Tensor, x: Tensor, factor: Tensor | None, first: int) -> None:
+    _typed(w, "w", torch.bfloat16)
+    _contiguous(w, "w")
+    _typed(x, "x", torch.float32)
+    _contiguous(x, "x")
+    _beside(x, "x", w, "w")
+    _demand(w.dim() == 2, f"w must have two dimensions, got {tuple(w.shape)}")
+    fits = x.dim() == 2 and x.shape[0] == w.shape[0] and first >= 0 and first + x.shape[1] <= w.shape[1]
+    both = f"{tuple(w.shape)} and fit into its columns from {first} on, got {tuple(x.shape)}"
+    _demand(fits, f"x must have the rows of w {both}")
+    if factor is not None:
+        _typed(factor, "factor", torch.float32, torch.float64)
+        _one_number(factor, "factor")
+        _beside(factor, "factor", w, "w")
+
+
+def _check_add_nearest(w: Tensor, x: Tensor, keep: float, factor: Tensor | None = None, first: int = 0) -> None:
+    _check_added(w, x, factor, first)
+
+
+def _check_add_kahan(
+    w: Tensor, owed: Tensor, x: Tensor, keep: float, factor: Tensor | None = None, first: int = 0
+) -> None:
+    _check_added(w, x, factor, first)
+    _typed(owed, "owed", torch.bfloat16)
+    _contiguous(owed, "owed")
+    _shaped(owed, "owed", w, "w")
+    _beside(owed, "owed", w, "w")
+
+
+def _check_add_stochastic(
+    w: Tensor,
+    x: Tensor,
+    keep: float,
+    key: int,
+    purpose: int,
+    time: int,
+    at: Tensor | None = None,
+    start: int = 0,
+    pitch: int = 0,
+    factor: Tensor | None = None,
+    first: int = 0,
+) -> None:
+    _check_added(w, x, factor, first)
+    if at is not None:
+        _typed(at, "at", torch.int64)
+        _one_number(at, "at")
+        _beside(at, "at", w, "w")
+
+
 def _check_codes(codes: Tensor, x: Tensor, block: int, numbers: dict[str, Tensor], noise: Tensor | None = None) -> None:
     _typed(codes, "codes", torch.uint8)
     _typed(x, "x", torch.float32, torch.bfloat16)
@@ -389,6 +439,15 @@ OPERATORS: dict[str, tuple[str, Check]] = {
     "philox_uniform_": (f"Tensor(a!) out, {_NUMBERS}", _FLOATS),
     "philox_normal_": (f"Tensor(a!) out, {_NUMBERS}", _FLOATS),
     "round_to_bfloat16_": (f"Tensor(a!) out, Tensor x, {_NUMBERS}", _check_round),
+    "add_nearest_": ("Tensor(a!) w, Tensor x, float keep, Tensor? factor=None, int first=0", _check_add_nearest),
+    "add_kahan_": (
+        "Tensor(a!) w, Tensor(b!) owed, Tensor x, float keep, Tensor? factor=None, int first=0",
+        _check_add_kahan,
+    ),
+    "add_stochastic_": (
+        f"Tensor(a!) w, Tensor x, float keep, {_NUMBERS}, int pitch=0, Tensor? factor=None, int first=0",
+        _check_add_stochastic,
+    ),
     "quantize_blockwise_": (
         "Tensor(a!) codes, Tensor(b!) absmax, Tensor x, Tensor code_map, Tensor lower, Tensor midpoint, int block, "
         "bool signed_peak=False, Tensor? noise=None",

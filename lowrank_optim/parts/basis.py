@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..blocks import Columns
 from ..distributed.algebra import Algebra
 from ..kept import Shape, Spec
 from ..ops import subspace_iteration
@@ -41,7 +42,13 @@ class Identity(Basis):
     def down(self, algebra: Algebra, g: Tensor, st: State) -> Tensor:
         return g
 
-    def add_up_(self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float) -> None:
+    def add_up_(
+        self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float, columns: Columns | None = None
+    ) -> None:
+        d = d if columns is None else columns.of(d)
+        if beta == 0:
+            torch.mul(d, alpha, out=w)
+            return
         if beta != 1:
             w.mul_(beta)
         w.add_(d, alpha=alpha)
@@ -62,8 +69,10 @@ class OneSided(Basis):
     def down(self, algebra: Algebra, g: Tensor, st: State) -> Tensor:
         return algebra.project(st["basis"], g)
 
-    def add_up_(self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float) -> None:
-        _add_matmul_(w, st["basis"], d, alpha, beta)
+    def add_up_(
+        self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float, columns: Columns | None = None
+    ) -> None:
+        _add_matmul_(w, st["basis"], d if columns is None else columns.of(d), alpha, beta)
 
 
 @dataclass(frozen=True)
@@ -175,8 +184,11 @@ class TwoSided(Basis):
     def down(self, algebra: Algebra, g: Tensor, st: State) -> Tensor:
         return algebra.project(st["basis"], g) @ st["basis_right"]
 
-    def add_up_(self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float) -> None:
-        _add_matmul_(w, st["basis"], d @ st["basis_right"].mT, alpha, beta)
+    def add_up_(
+        self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float, columns: Columns | None = None
+    ) -> None:
+        right = st["basis_right"].mT
+        _add_matmul_(w, st["basis"], d @ (right if columns is None else columns.of(right)), alpha, beta)
 
     def step_workspace(self, shape: Shape, rank: int) -> int:
         return rank * shape[1]

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..blocks import Columns, widened
 from ..distributed.algebra import Algebra
 from ..kept import Exact, Shape, Spec
 from ..ops.philox import BLOCK
@@ -92,10 +93,16 @@ class Rows(Basis):
 
     def down(self, algebra: Algebra, g: Tensor, st: State) -> Tensor:
         index = st["index"].long()
-        return g[index] if g.dim() == 2 else g.gather(-2, index.unsqueeze(-1).expand(*index.shape, g.shape[-1]))
+        rows = g[index] if g.dim() == 2 else g.gather(-2, index.unsqueeze(-1).expand(*index.shape, g.shape[-1]))
+        return widened(rows)
 
-    def add_up_(self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float) -> None:
-        if beta != 1:
+    def add_up_(
+        self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float, columns: Columns | None = None
+    ) -> None:
+        d = d if columns is None else columns.of(d)
+        if beta == 0:
+            w.zero_()
+        elif beta != 1:
             w.mul_(beta)
         index = st["index"].long()
         if w.dim() == 2:

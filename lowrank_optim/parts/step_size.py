@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from ..recipe import Clock
 @dataclass(frozen=True)
 class Constant:
     """lr itself."""
+
+    reads_weights: ClassVar[bool] = False
 
     def __call__(self, algebra: Algebra, lr: Clock, w: Tensor, step: Clock) -> Clock:
         return lr
@@ -30,6 +33,10 @@ class Relative:
 
     floor: float | None
     decay: bool
+
+    @property
+    def reads_weights(self) -> bool:
+        return self.floor is not None
 
     def __call__(self, algebra: Algebra, lr: Clock, w: Tensor, step: Clock) -> Clock:
         length = _least(lr, step**-0.5) if self.decay else lr

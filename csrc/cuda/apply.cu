@@ -1,0 +1,60 @@
+#include "../kernels.h"
+#include "launch.h"
+
+namespace lro {
+namespace {
+
+__global__ void __launch_bounds__(kThreads) nearest_kernel(bfloat16* w, const float* x, Columns columns, Step keep) {
+  const auto factor = static_cast<float>(number_of(keep));
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x, n = columns.rows * columns.run;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += stride)
+    add_nearest(w[columns.place(i / columns.run, i % columns.run)], x[i], factor);
+}
+
+__global__ void __launch_bounds__(kThreads) kahan_kernel(bfloat16* w, bfloat16* owed, const float* x, Columns columns,
+                                                         Step keep) {
+  const auto factor = static_cast<float>(number_of(keep));
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x, n = columns.rows * columns.run;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += stride) {
+    const int64_t place = columns.place(i / columns.run, i % columns.run);
+    add_kahan(w[place], owed[place], x[i], factor);
+  }
+}
+
+// One thread per counter, whose eight numbers are for neighbours; a line may begin and end within a counter.
+__global__ void __launch_bounds__(kThreads) stochastic_kernel(bfloat16* w, const float* x, Columns columns, Step keep,
+                                                              Draw draw, int64_t pitch) {
+  if (draw.time) draw.stream.time = static_cast<uint32_t>(*draw.time);
+  const auto factor = static_cast<float>(number_of(keep));
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  const int64_t per_row = (columns.run + 7 + 7) / 8, all = columns.rows * per_row;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < all; i += stride) {
+    const int64_t row = i / per_row, start = draw.start + row * pitch, skip = (start % 8 + 8) % 8;
+    const int64_t begin = i % per_row * 8 - skip;
+    if (begin >= columns.run) continue;
+    const Words words = philox(static_cast<uint64_t>((start - skip) / 8 + i % per_row), draw.stream);
+    for (int lane = 0; lane < 8; ++lane) {
+      const int64_t column = begin + lane;
+      if (column < 0 || column >= columns.run) continue;
+      const uint32_t bits = words.w[lane / 2] >> (lane % 2 * 16) & 0xFFFFu;
+      add_stochastic(w[columns.place(row, column)], x[row * columns.run + column], factor, bits);
+    }
+  }
+}
+
+}  // namespace
+
+void add_nearest(Queue queue, bfloat16* w, const float* x, Columns columns, Step keep) {
+  LRO_LAUNCH(nearest_kernel, grid_for(columns.rows * columns.run), kThreads, queue, w, x, columns, keep);
+}
+
+void add_kahan(Queue queue, bfloat16* w, bfloat16* owed, const float* x, Columns columns, Step keep) {
+  LRO_LAUNCH(kahan_kernel, grid_for(columns.rows * columns.run), kThreads, queue, w, owed, x, columns, keep);
+}
+
+void add_stochastic(Queue queue, bfloat16* w, const float* x, Columns columns, Step keep, Draw draw, int64_t pitch) {
+  LRO_LAUNCH(stochastic_kernel, grid_for(columns.rows * ((columns.run + 14) / 8)), kThreads, queue, w, x, columns, keep,
+             draw, pitch);
+}
+
+}  // namespace lro

@@ -1,0 +1,43 @@
+"""Matrices some columns at a time, where what is kept in 16 bits is worked on in 32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 1 << 20  # elements worked on at once: 4 MiB in float32, which stay in cache, and 1/16 of a chunk
+_UNIT = 64  # columns that matrix products and random numbers like to come in
+
+
+class Columns(NamedTuple):
+    """Columns `first` to `stop` of `whole`, of all matrices of a batch."""
+
+    first: int
+    stop: int
+    whole: int
+
+    def of(self, x: Tensor) -> Tensor:
+        return x[..., self.first : self.stop]
+
+
+def blocks(shape: torch.Size | tuple[int, ...]) -> Iterator[Columns]:
+    """Cuts matrices `(..., n)` between columns, into blocks of at most `BLOCK` elements; of at least some columns."""
+    rows, n = math.prod(shape[:-1]), shape[-1]
+    size = max(1, BLOCK // max(1, rows))
+    size = max(_UNIT, size // _UNIT * _UNIT) if len(shape) > 1 else size
+    for first in range(0, n, size):
+        yield Columns(first, min(first + size, n), n)
+
+
+def largest_block(shape: torch.Size | tuple[int, ...]) -> int:
+    """Elements of the largest of them."""
+    return math.prod(shape[:-1]) * max((columns.stop - columns.first for columns in blocks(shape)), default=0)
+
+
+def widened(x: Tensor) -> Tensor:
+    """In the dtype of arithmetic: float32 where x has fewer bits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
