@@ -33,8 +33,8 @@ class DCTAdamW(LowRankOptimizer):
         dictionary: "dct2" or "dct3" (cosines), "hadamard" (Sylvester's for the power of two in m, times a small DCT),
             "random" (orthogonal), "identity" (rows of the gradient themselves).
         norm: "l2", which minimises the projection error, or "l1", as published.
-        fft: find the coefficients by FFT and compute the chosen vectors, without a dictionary; cosines only. None: where
-            it is faster, from width 512 on. The same numbers to rounding.
+        fft: find the coefficients by FFT and compute the chosen vectors, without a dictionary; cosines only. The same
+            numbers to rounding. None: where it is faster, from width 512 on.
         moments: "rotate": a vector that stays keeps its moments and its age, a new one begins with its own; "keep"
             leaves moments in their slots, whose vectors change; "reset" empties them.
         error_feedback: "none", or how E is kept: "float32", "bfloat16", "int8", "int4".

@@ -14,8 +14,8 @@ from .philox import key_of, normal, stream_of
 KINDS = ("dct2", "dct3", "hadamard", "random")
 
 
-PIECE = 1 << 22  # most elements that go through one FFT, of which there are some copies
-_IN_CACHE = 1 << 18  # and on CPU
+PIECE = 1 << 22  # most elements that go through one FFT
+_IN_CACHE = 1 << 18  # the same on CPU
 COSINES = ("dct2", "dct3")
 
 
@@ -82,10 +82,10 @@ def _dct2_scores(g: Tensor, power: int) -> Tensor:
     """Makhoul's N-point algorithm (1980): even places ascending, odd ones descending, one real FFT, a rotation."""
     n = g.shape[0]
     count, order = n // 2 + 1, _evens_first(n, g.device)
-    rotation, sums = _rotation(g, -1), 0.0
+    rotation, sums = _rotation(g, -1), g.new_zeros(2 * count)
     for columns in _pieces(g):
         half = torch.fft.rfft(_columns(columns, order), dim=-1).mul_(rotation)
-        sums = sums + _sums(torch.view_as_real(half).flatten(1), power, 0)
+        sums += _sums(torch.view_as_real(half).flatten(1), power, 0)
     # Re(V_k w_k) is the coefficient k, and -Im(V_k w_k) that of n - k, which the real FFT leaves out.
     real, imaginary = sums.view(count, 2).unbind(-1)
     sums = torch.cat([real, imaginary[1 : n - count + 1].flip(-1)]).mul_((2 / n) ** (power / 2))
@@ -97,21 +97,21 @@ def _dct3_scores(g: Tensor, power: int) -> Tensor:
     """The inverse of Makhoul's algorithm, step by step."""
     n = g.shape[0]
     count, order = n // 2 + 1, torch.arange(n, device=g.device)
-    rotation, sums = _rotation(g, 1), 0.0
+    rotation, sums = _rotation(g, 1), g.new_zeros(n)
     for columns in _pieces(g):
         x = _columns(columns, order)
         x[:, 0].mul_(math.sqrt(2))
         mirrored = torch.nn.functional.pad(x[:, n - count + 1 :].flip(-1), (1, 0))
         half = torch.complex(x[:, :count], mirrored.neg_()).mul_(rotation)
-        sums = sums + _sums(torch.fft.irfft(half, n=n, dim=-1), power, 0)
+        sums += _sums(torch.fft.irfft(half, n=n, dim=-1), power, 0)
     result = torch.empty_like(sums)
     result[_evens_first(n, g.device)] = sums
     return result.mul_((n / 2) ** (power / 2))
 
 
 def _pieces(g: Tensor) -> tuple[Tensor, ...]:
-    """Some columns at a time."""
-    most = _IN_CACHE if g.device.type == "cpu" else PIECE
+    """Some columns at a time, of which there may be four copies before they are as many elements as g."""
+    most = min(g.numel() // 4, _IN_CACHE if g.device.type == "cpu" else PIECE)
     return torch.split(g, max(1, most // g.shape[0]), dim=-1)
 
 
@@ -137,4 +137,3 @@ def _rotation(g: Tensor, sign: int) -> Tensor:
 def _sums(x: Tensor, power: int, dim: int) -> Tensor:
     """Sums of `|x|^power`; x is overwritten."""
     return (x.abs_() if power == 1 else x.square_()).sum(dim)
-

@@ -61,7 +61,7 @@ class Dictionary(OneSided):
         return 3 * shape[0] * rank + (32 * shape[0] if self._by_fft(shape[0]) else 0)  # indices, and a table in 64 bits
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
-        return 4 * max(m, min(m * n, PIECE)) + 16 * m if self._by_fft(m) else m * n + 8 * m
+        return (min(m * n, 4 * PIECE) if self._by_fft(m) else m * n) + 20 * m
 
     def shared(self, shape: Shape) -> dict[str, int]:
         return {} if self._by_fft(shape[0]) else {f"{self.kind} {shape[0]}": shape[0] ** 2}
