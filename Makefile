@@ -53,7 +53,7 @@ sanitize: $(STAMP)
 	LOWRANK_OPTIM_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -DLRO_NO_CLONES -g" \
 	LOWRANK_OPTIM_NATIVE=require ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	$(BIN)/python -m pytest -s tests/test_native.py -k "native_is or emulated or known or zeros or errors"
+	$(BIN)/python -m pytest -s tests/test_native.py -k "native_is or emulated or known or zeros or errors or selections or positions or entries"
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.step_time --model 60m

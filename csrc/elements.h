@@ -66,6 +66,10 @@ LRO_HD void add_kahan(bfloat16& w, bfloat16& owed, float x, float keep) {
 LRO_HD void add_stochastic(bfloat16& w, float x, float keep, uint32_t noise16) {
   w = round_stochastic(moved(to_float(w), x, keep), noise16);
 }
+// Rounded once.
+LRO_HD void add(float& out, float x) { out += x; }
+LRO_HD void add(double& out, double x) { out += x; }
+LRO_HD void add(bfloat16& out, bfloat16 x) { assign(out, to_float(out) + to_float(x)); }
 
 // -- Adam -------------------------------------------------------------------------------------------------------------
 
@@ -252,5 +256,25 @@ LRO_HD uint8_t sixteenth_code(float x, float divisor, float noise) {
   const int32_t place = rounded_up(x / divisor * 16.0f, noise);
   return static_cast<uint8_t>((place < 1 ? 1 : place > 16 ? 16 : place) - 1);
 }
+
+// -- Selections -------------------------------------------------------------------------------------------------------
+
+// Integers in the order of the numbers. Both zeros are equal, and what is not a number is the largest.
+LRO_HD uint32_t rank_key(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x + 0.0f), sign = 1u << 31;
+  return x != x ? static_cast<uint32_t>(-1) : bits & sign ? ~bits : bits | sign;
+}
+LRO_HD uint64_t rank_key(double x) {
+  const uint64_t bits = bits_as<uint64_t>(x + 0.0), sign = 1ull << 63;
+  return x != x ? static_cast<uint64_t>(-1) : bits & sign ? ~bits : bits | sign;
+}
+template <class Key>
+LRO_HD constexpr Key highest_bit() {
+  return static_cast<Key>(1) << (8 * sizeof(Key) - 1);
+}
+
+// -- Sampled products: so many partial sums, which are added in halves ------------------------------------------------
+
+constexpr int kLanes = 16;
 
 }  // namespace lro

@@ -132,7 +132,23 @@ void dequantize_affine(Queue queue, Out* x, const uint8_t* codes, const float* s
 void pack4(Queue queue, uint8_t* packed, const uint8_t* codes, int64_t rows, int64_t k);
 void unpack4(Queue queue, uint8_t* codes, const uint8_t* packed, int64_t rows, int64_t k);
 
+// Of each of `rows` lines of n numbers the positions of the r largest, ascending; of equal ones the first.
+template <class T>
+void select_top(Queue queue, int32_t* index, const T* scores, int64_t rows, int64_t n, int64_t r);
+
+// Elements number `positions` of a flat tensor of which `dense` begins with number `start` and has n. Positions ascend and
+// none is there twice, so that threads share no element.
+template <class T, class Index>
+void add_at(Queue queue, T* dense, int64_t n, const Index* positions, const T* values, int64_t count, int64_t start);
+template <class T, class Index>
+void gather_at(Queue queue, T* out, const T* dense, int64_t n, const Index* positions, int64_t count, int64_t start);
+
 #ifndef LRO_CUDA
+// Adds to out elements number `positions` of left (m, k) times right (n, k) transposed. GPUs take all of it for less.
+template <class T, class Index>
+void add_sampled_product(T* out, const T* left, const T* right, const Index* positions, int64_t count, int64_t n,
+                         int64_t k);
+
 // libtorch's own threads, from registration.cpp: `work(begin, end)` on pieces of [0, n), each at least `grain` long.
 void parallel(int64_t n, int64_t grain, void (*work)(int64_t, int64_t, const void*), const void* context);
 

@@ -233,7 +233,7 @@ _CHECKS: dict[str, Check] = {
     "store_projection": _flag,
     "scale_front": _flag,
     "orthonormal": _flag,
-    "fft": _flag,
+    "fft": _flag_or_none,
     "moments": _one_of("keep", "rotate", "reset"),
     "stagger": _flag,
     "state_dtype": _one_of("float32", "bfloat16", "int8", "int4"),

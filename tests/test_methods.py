@@ -15,8 +15,10 @@ from torch import nn
 import lowrank_optim
 from lowrank_optim import ops
 from lowrank_optim.distributed.algebra import WHOLE
-from lowrank_optim.ops.dictionary import KINDS, atoms, coefficients, dictionary
+from lowrank_optim.ops import dictionary as dictionaries
+from lowrank_optim.ops.dictionary import KINDS, atoms, dictionary, scores
 from lowrank_optim.parts import Affine, Dictionary, PowerIteration, Random, Rows
+from lowrank_optim.peak import Peak
 from lowrank_optim.plan import resolve_side
 
 
@@ -46,15 +48,63 @@ def test_a_wide_dictionary_in_float32_is_orthonormal_too():
     assert (d.mT @ d - torch.eye(100)).abs().max() < 2e-6
 
 
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", WIDTHS)
+def test_scores_are_those_of_the_coefficients(kind, n, power, turned, monkeypatch):
+    """Of one column they are the coefficients; the FFT takes three columns of seven at a time."""
+    monkeypatch.setattr(dictionaries, "_IN_CACHE", 3 * n)
+    for k in (1, 7):
+        g = torch.randn(k, n, dtype=torch.float64).mT if turned else torch.randn(n, k, dtype=torch.float64)
+        before, exact = g.clone(), dictionary(kind, n, torch.float64, g.device).mT @ g
+        for fast in (True, False):
+            got = scores(kind, g, power, fast)
+            torch.testing.assert_close(got, exact.abs().pow(power).sum(-1), atol=1e-12 * n, rtol=1e-12)
+            assert torch.equal(g, before), "it may be the memory of p.grad"
+
+
 @pytest.mark.parametrize("kind", ["dct2", "dct3"])
 @pytest.mark.parametrize("n", WIDTHS)
-def test_fft_equals_the_dense_product(kind, n):
-    g = torch.randn(n, 7, dtype=torch.float64)
-    assert (coefficients(kind, g, fast=True) - coefficients(kind, g, fast=False)).abs().max() < 1e-12 * n
-    index = torch.randperm(n)[: max(1, n // 3)]
-    whole = dictionary(kind, n, torch.float64, g.device)[:, index]
-    for fast in (True, False):
-        assert torch.equal(atoms(kind, n, index, torch.float64, fast), whole)
+def test_atoms_are_computed_as_the_dictionary_is(kind, n):
+    index = torch.stack([torch.randperm(n)[: max(1, n // 3)] for _ in range(2)])
+    for dtype in (torch.float64, torch.float32):
+        whole = dictionary(kind, n, dtype, index.device)
+        for fast in (True, False):
+            assert torch.equal(atoms(kind, n, index[0], dtype, fast), whole[:, index[0]])
+            assert torch.equal(atoms(kind, n, index, dtype, fast), torch.stack([whole[:, one] for one in index]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("n", "fft", "elements"), [(64, None, 64**2), (512, None, 0), (512, False, 512**2), (64, True, 0)]
+)
+def test_wide_cosines_need_no_dictionary(kind, n, fft, elements):
+    shared = Dictionary(kind, fast=fft).shared((n, 4 * n))
+    assert sum(shared.values()) == (elements if kind in ("dct2", "dct3") else n**2)
+
+
+@pytest.mark.parametrize("fft", [True, False])
+@pytest.mark.parametrize("shape", [(640, 2000), (2000, 640), (640, 640)])
+def test_a_selection_makes_at_most_one_tensor_of_the_gradients_size(shape, fft):
+    """By FFT a few columns at a time; with a dictionary the product."""
+    w = nn.Parameter(torch.randn(shape))
+    optimizer = lowrank_optim.DCTAdamW([w], rank=8, fft=fft)
+    steps(optimizer, w, [torch.randn(shape)])
+    w.grad = torch.randn(shape)
+    with Peak() as peak:
+        optimizer.step()
+    assert peak.most < (1.0 if fft else 1.1) * w.nbytes
+
+
+def test_the_first_of_equal_vectors_are_chosen():
+    """All coefficients of one entry in Hadamard's dictionary are equal."""
+    p = nn.Parameter(torch.zeros(16, 40))
+    optimizer = lowrank_optim.DCTAdamW([p], rank=5, dictionary="hadamard")
+    g = torch.zeros(16, 40)
+    g[3, 7] = 2.0
+    steps(optimizer, p, [g])
+    assert optimizer.state[p]["index"].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_dct2_is_the_textbook_one_and_dct3_its_transpose():

@@ -196,6 +196,45 @@ def unpacking(shape, variant):
     return [torch.zeros_like(codes), packed.random_(0, 256)]
 
 
+def selecting(shape, variant):
+    """With ties, infinities and both zeros."""
+    scores = torch.randn(shape, dtype=[torch.float32, torch.float64][variant % 2])
+    if variant < 2:
+        scores = scores.mul_(2).round_().abs_().sub_(1)
+    if variant == 3:
+        flat = scores.view(-1)
+        flat[::5], flat[1::7], flat[2::11], flat[3::13] = 0.0, -0.0, torch.inf, -torch.inf
+    rank = (shape[-1] // 3, shape[-1], min(1, shape[-1]), 2 * shape[-1] // 3)[variant]
+    return [torch.zeros(*shape[:-1], rank, dtype=torch.int32), scores]
+
+
+def _positions(count, variant, start=0):
+    chosen = torch.arange(count)[torch.rand(count) < (0.1, 0.5, 1.0, 0.01)[variant]] + start
+    return chosen.to([torch.int32, torch.int64][variant % 2])
+
+
+def adding_at(shape, variant):
+    dtype, start = (torch.float32, torch.bfloat16, torch.float64, torch.bfloat16)[variant], (0, 7, 0, 1 << 33)[variant]
+    dense = torch.randn(shape).to(dtype)
+    positions = _positions(dense.numel(), variant, start)
+    return [dense, positions, torch.randn(positions.shape).to(dtype), start]
+
+
+def gathering_at(shape, variant):
+    dense, positions, values, start = adding_at(shape, variant)
+    return [values, dense, positions, start]
+
+
+def sampling(shape, variant):
+    """Lines shorter than the partial sums, as long, longer, and none."""
+    numel = torch.Size(shape).numel()
+    m, n, k = numel % 61, shape[-1] % 89, (5, 256, 16, 37)[variant]
+    dtype = [torch.float32, torch.float64][variant // 2]
+    left, right = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype)
+    positions = _positions(m * n, variant)
+    return [torch.randn(positions.shape, dtype=dtype), left, right, positions]
+
+
 CALLS = {
     "projected_adam_": adam,
     "projected_adam_list_": adam_list,
@@ -218,6 +257,10 @@ CALLS = {
     "dequantize_affine_": from_grid,
     "pack4_": packing,
     "unpack4_": unpacking,
+    "select_top_": selecting,
+    "add_at_": adding_at,
+    "gather_at_": gathering_at,
+    "add_sampled_product_": sampling,
 }
 every_operator = pytest.mark.parametrize("name", CALLS)
 
@@ -356,6 +399,63 @@ def test_blocks_of_zeros_and_of_the_least_numbers():
         assert_same(name, ours, theirs)
 
 
+def test_selections_are_the_first_of_equal_scores():
+    for dtype in (torch.float32, torch.float64):
+        scores = torch.tensor([1.0, torch.nan, 0.0, -torch.inf, -0.0, 2.0, 0.0, torch.inf, 1.0], dtype=dtype)
+        scores = torch.stack([scores, scores.flip(0)])
+        for rank, first, second in (
+            (1, [1], [7]),
+            (2, [1, 7], [1, 7]),
+            (4, [0, 1, 5, 7], [0, 1, 3, 7]),
+            (6, [0, 1, 2, 5, 7, 8], [0, 1, 2, 3, 7, 8]),
+            (7, [0, 1, 2, 4, 5, 7, 8], [0, 1, 2, 3, 4, 7, 8]),
+            (9, list(range(9)), list(range(9))),
+        ):
+            for run in (torch.ops.lowrank_optim.select_top_.default, reference.select_top_):
+                index = torch.zeros(2, rank, dtype=torch.int32)
+                run(index, scores)
+                assert index.tolist() == [first, second]
+
+
+ENTRIES = ("add_at_", "gather_at_", "add_sampled_product_")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("positions", [[5, 6, 6], [7, 6], [4, 12], [9, 17], [-1], [5, 30, 6]], ids=str)
+@pytest.mark.parametrize("name", ENTRIES)
+def test_positions_that_do_not_ascend_or_are_outside(name, positions, dtype):
+    """Of 3 x 4 entries; where they begin at 5, 4 is outside and 12 is not."""
+    positions, out, start = torch.tensor(positions, dtype=dtype), torch.ones(len(positions)), 0
+    if name == "add_sampled_product_":
+        arguments = [out, torch.ones(3, 2), torch.ones(4, 2), positions]
+    else:
+        out, dense, start = (torch.ones(3, 4), out, 5) if name == "add_at_" else (out, torch.ones(3, 4), 5)
+        arguments = [out, positions, dense, start] if name == "add_at_" else [out, dense, positions, start]
+    for run in (getattr(torch.ops.lowrank_optim, name).default, getattr(reference, name)):
+        message = f"positions must ascend from at least {start} to below {start + 12}, none of them twice"
+        with pytest.raises(RuntimeError, match=message):
+            run(*arguments)
+        assert bool((out == 1).all()), "nothing is written"
+
+
+def test_a_sampled_product_is_the_product():
+    left, right = torch.randn(600, 13, dtype=torch.float64), torch.randn(600, 9, dtype=torch.float64)
+    positions = _positions(13 * 9, 1)
+    expected = (left.mT @ right).flatten()[positions]
+    torch.testing.assert_close(ops.sampled_product(left, right, positions), expected, atol=1e-12, rtol=0)
+    assert ops.sampled_product(left[:0], right[:0], positions).eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_entries_of_all_dtypes(dtype):
+    dense, positions = torch.randn(40, 3).to(dtype), _positions(120, 0, 50)
+    values = torch.randn(positions.shape).to(dtype)
+    before = dense.flatten()[positions - 50]
+    assert torch.equal(ops.gather_at(dense, positions, 50), before)
+    ops.add_at_(dense, positions, values, 50)
+    assert torch.equal(dense.flatten()[positions - 50], before + values)
+
+
 # -- the dispatcher ----------------------------------------------------------------------------------------------------
 
 
@@ -458,11 +558,9 @@ def emulated():
 
 @needs_native
 @needs_compiler
-@every_operator
+@pytest.mark.parametrize("name", sorted(CALLS.keys() - schema.CPU_ONLY))
 @pytest.mark.parametrize("shape", [(1,), (0, 5), (3, 167), (1, 2, 1000)])
 def test_emulated_cuda_is_the_cpu(emulated, name, shape):
-    if name in schema.CPU_ONLY:
-        pytest.skip("no CUDA source has it")
     for variant in range(4):
         arguments = CALLS[name](shape, variant)
         ours, theirs = copied(arguments, misalign=variant == 1), copied(arguments)

@@ -30,6 +30,12 @@ def layer(m=37, n=53, rank=6, dtype=torch.float32, bias=True, **options) -> Spar
     return made
 
 
+def gathered_in_pieces(monkeypatch, piece, sampled=False):
+    """Pieces of the dense gradient, of so many elements; or computed at the entries, at any density."""
+    monkeypatch.setattr(sparse, "_PIECE", piece)
+    monkeypatch.setattr(sparse, "_SPARSE", 1.0 if sampled else 0.0)
+
+
 def model(m=37, n=53, bias=False, dtype=torch.float32) -> nn.Sequential:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(n, m, bias=bias, dtype=dtype), nn.Tanh(), nn.Linear(m, n, bias=bias, dtype=dtype))
@@ -129,9 +135,10 @@ def test_spectral_is_the_best_product_and_exact_at_the_support(m, n):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("lead", [(), (5,), (2, 3), (0,), (2, 0)])
-def test_it_is_linear_in_the_dense_weight(monkeypatch, dtype, lead):
-    monkeypatch.setattr(sparse, "_PIECE", 7 * 53)
+@pytest.mark.parametrize("lead", [(), (5,), (2, 3), (0,), (2, 0), (300,)])
+@pytest.mark.parametrize("sampled", [True, False])
+def test_it_is_linear_in_the_dense_weight(monkeypatch, dtype, lead, sampled):
+    gathered_in_pieces(monkeypatch, 7 * 53, sampled)
     made, x = layer(dtype=dtype), torch.randn(*lead, 53).to(dtype).requires_grad_()
     wide = x.detach().double().requires_grad_()
     exact = copy.deepcopy(made).double()
@@ -148,9 +155,9 @@ def test_it_is_linear_in_the_dense_weight(monkeypatch, dtype, lead):
         torch.testing.assert_close(p.grad.double(), q.grad, atol=40 * eps * (1 + size), rtol=0)
 
 
-@pytest.mark.parametrize("piece", [1, 100, 1 << 22])
+@pytest.mark.parametrize("piece", [None, 1, 100, 1 << 22])
 def test_gradcheck(monkeypatch, piece):
-    monkeypatch.setattr(sparse, "_PIECE", piece)
+    gathered_in_pieces(monkeypatch, piece or 1, piece is None)
     made = layer(7, 11, 3, torch.float64)
     names = ["B", "A", "values", "bias"]
 
@@ -244,9 +251,10 @@ class Large(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("of_x", [True, False])
-def test_the_dense_gradient_never_exists(monkeypatch, of_x):
+@pytest.mark.parametrize("sampled", [True, False])
+def test_the_dense_gradient_never_exists(monkeypatch, of_x, sampled):
     m, n = 64, 80
-    monkeypatch.setattr(sparse, "_PIECE", 10 * n)
+    gathered_in_pieces(monkeypatch, 10 * n, sampled)
     made, x = layer(m, n), torch.randn(6, n, requires_grad=of_x)
     y = made(x).sum()
     with Large(m * n) as watched:
@@ -256,7 +264,7 @@ def test_the_dense_gradient_never_exists(monkeypatch, of_x):
 
 @pytest.mark.parametrize("how", ["loaded", "assigned", "copied", "moved"])
 def test_the_cuts_follow_the_support(monkeypatch, how):
-    monkeypatch.setattr(sparse, "_PIECE", 5 * 53)
+    gathered_in_pieces(monkeypatch, 5 * 53)
     made, other = layer(name="a"), layer(name="b")
     x = torch.randn(4, 53)
 
@@ -273,6 +281,29 @@ def test_the_cuts_follow_the_support(monkeypatch, how):
     if how == "moved":
         made.support = made.support.clone()
     assert torch.equal(gradient(made), gradient(other))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "density", "sampled"),
+    [
+        (torch.float32, 0.12, True),
+        (torch.float32, 0.13, False),
+        (torch.float64, 0.03, True),
+        (torch.bfloat16, 0.03, False),
+    ],
+)
+def test_products_are_sampled_where_that_is_less_work(monkeypatch, dtype, density, sampled):
+    calls, own = [], ops.sampled_product
+    monkeypatch.setattr(ops, "sampled_product", lambda *inputs: calls.append(1) or own(*inputs))
+    layer(dtype=dtype, density=density)(torch.randn(4, 53, dtype=dtype)).sum().backward()
+    assert bool(calls) == sampled
+
+
+def test_a_support_that_is_not_in_order_is_refused():
+    made = layer()
+    made.support.copy_(made.support.flip(0))
+    with pytest.raises(RuntimeError, match="positions must ascend from at least 0 to below 1961, none of them twice"):
+        made(torch.randn(4, 53))
 
 
 def test_meta_makes_no_memory():
@@ -325,7 +356,7 @@ def test_refused():
 )
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_engine_is_the_reference(monkeypatch, m, n, restarts, init, dtype):
-    monkeypatch.setattr(sparse, "_PIECE", 6 * n)
+    gathered_in_pieces(monkeypatch, 6 * n, sampled=dtype == torch.float32)
     net = nn.Sequential(nn.Linear(n, m, bias=False, dtype=dtype))
     with torch.no_grad():  # singular values apart, since the vectors of close ones are a matter of rounding
         u, _, vt = torch.linalg.svd(net[0].weight, full_matrices=False)

@@ -89,6 +89,10 @@ class Algebra:
         """Sums of `|x|^power` over whole rows (-1) or columns (-2), the dimension dropped."""
         return (x.abs() if power == 1 else x.square()).sum(dim)
 
+    def total(self, sums: Tensor, dim: int) -> Tensor:
+        """Sums over rows (-1) or columns (-2) of what of a gradient is here, as such sums over whole ones."""
+        return sums
+
     def norm(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         """Norms of whole columns (-2), rows (-1) or matrices, dimensions kept. Of matrices also in 16 bits."""
         norms = [torch.linalg.vector_norm(widened(part), dim=dim, keepdim=True) for part in _parts(x)]

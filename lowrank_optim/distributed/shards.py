@@ -66,7 +66,10 @@ class Shards(Algebra):
         return self.norm(x, dims) / math.sqrt(self._count(x, dims))
 
     def energy(self, x: Tensor, dim: int, power: int = 2) -> Tensor:
-        return self._completed(super().energy(x, dim, power), dim == self.cut)
+        return self.total(super().energy(x, dim, power), dim)
+
+    def total(self, sums: Tensor, dim: int) -> Tensor:
+        return self._completed(sums, dim == self.cut)
 
     def norm(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         norm = super().norm(x, dim)

@@ -16,7 +16,8 @@ from ..chunk import working_dtype
 from ..hooks import full_precision
 from .linear import ProductLinear
 
-_PIECE = 1 << 22  # elements of the dense gradient that exist at once, from which that of the entries is gathered
+_SPARSE = 1 / 8  # density up to which the gradient of the entries is computed at the entries, on CPU in full precision
+_PIECE = 1 << 22  # else: elements of the dense gradient that exist at once, from which that of the entries is gathered
 
 
 class SparseLowRankLinear(ProductLinear):
@@ -158,15 +159,17 @@ class _Linear(torch.autograd.Function):
 def _composed(b: Tensor, a: Tensor, values: Tensor, support: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """W (m, n), rounded once."""
     flat = torch.zeros(b.shape[0] * a.shape[1], dtype=dtype, device=b.device)
-    flat.index_add_(0, support, values.to(dtype))
+    ops.add_at_(flat, support, values.to(dtype))
     return flat.view(b.shape[0], a.shape[1]).addmm_(b.to(dtype), a.to(dtype), alpha=scale)
 
 
 def _at_support(g: Tensor, x: Tensor, support: Tensor, pieces: Iterator[tuple[int, int, int, int]]) -> Tensor:
     """`g^T x` at the support."""
+    whole = g.dtype in (torch.float32, torch.float64)  # products in 16 bits are faster than any choice of them
+    if g.device.type == "cpu" and whole and len(support) <= _SPARSE * g.shape[-1] * x.shape[-1]:
+        return ops.sampled_product(g, x, support)
     out = g.new_empty(support.shape)
     for top, bottom, start, stop in pieces:
         if start < stop:
-            dense = (g[:, top:bottom].mT @ x).flatten()
-            out[start:stop] = dense.index_select(0, support[start:stop] - top * x.shape[-1])
+            out[start:stop] = ops.gather_at(g[:, top:bottom].mT @ x, support[start:stop], top * x.shape[-1])
     return out

@@ -25,7 +25,7 @@ class DCTAdamW(LowRankOptimizer):
         W <- (1 - lr weight_decay) W - lr scale D_I N
 
     Memory: `2 n r` elements and 2 r int32 per matrix, with error feedback `m n` elements more; and one dictionary,
-    `m m` elements, per width and device, which all matrices share (none with fft and a cosine dictionary).
+    `m m` elements, per width and device, which all matrices share (none where coefficients are found by FFT).
 
     Args:
         params, lr, betas, eps, weight_decay, rank, scale, stagger: see `GaLoreAdamW`.
@@ -33,7 +33,8 @@ class DCTAdamW(LowRankOptimizer):
         dictionary: "dct2" or "dct3" (cosines), "hadamard" (Sylvester's for the power of two in m, times a small DCT),
             "random" (orthogonal), "identity" (rows of the gradient themselves).
         norm: "l2", which minimises the projection error, or "l1", as published.
-        fft: find the coefficients by FFT and compute the chosen vectors, without a dictionary; cosines only.
+        fft: find the coefficients by FFT and compute the chosen vectors, without a dictionary; cosines only. The same
+            numbers to rounding. None: where it is faster, from width 512 on.
         moments: "rotate": a vector that stays keeps its moments and its age, a new one begins with its own; "keep"
             leaves moments in their slots, whose vectors change; "reset" empties them.
         error_feedback: "none", or how E is kept: "float32", "bfloat16", "int8", "int4".
@@ -73,7 +74,7 @@ class DCTAdamW(LowRankOptimizer):
         proj_type: str = "std",
         dictionary: str = "dct2",
         norm: str = "l2",
-        fft: bool = False,
+        fft: bool | None = None,
         error_feedback: str = "none",
         moments: str = "rotate",
         stagger: bool = True,

@@ -6,10 +6,13 @@ from .linalg import fix_signs, leading_left_vectors, orthonormalize, principal, 
 from .philox import key_of, normal, random_bits16, sample, stream_of, uniform
 from .products import product
 from .rounding import round_to_bfloat16
+from .sparse import add_at_, gather_at, sampled_product
 
 __all__ = [
+    "add_at_",
     "add_rounded_",
     "fix_signs",
+    "gather_at",
     "key_of",
     "leading_left_vectors",
     "normal",
@@ -20,6 +23,7 @@ __all__ = [
     "reference",
     "round_to_bfloat16",
     "sample",
+    "sampled_product",
     "schema",
     "stream_of",
     "subspace_iteration",

@@ -407,6 +407,60 @@ def _check_unpack4(codes: Tensor, packed: Tensor) -> None:
     _check_pack4(packed, codes)
 
 
+def _check_select(index: Tensor, scores: Tensor) -> None:
+    _typed(index, "index", torch.int32)
+    _typed(scores, "scores", torch.float32, torch.float64)
+    _contiguous(index, "index")
+    _contiguous(scores, "scores")
+    _beside(index, "index", scores, "scores")
+    fits = index.dim() == scores.dim() >= 1 and index.shape[:-1] == scores.shape[:-1]
+    fits = fits and index.shape[-1] <= scores.shape[-1]
+    both = f"{tuple(scores.shape)}, its last dimension not longer, got {tuple(index.shape)}"
+    _demand(fits, f"index must have the shape of scores {both}")
+    few = scores.shape[-1] < 1 << 30
+    _demand(few, f"scores must have fewer than 2^30 numbers in a line, got {tuple(scores.shape)}")
+
+
+def _check_positions(positions: Tensor, numbers: Tensor, name: str) -> None:
+    """One number per position; their order is looked at by kernels, which have their values."""
+    _typed(positions, "positions", torch.int32, torch.int64)
+    _demand(positions.dim() == 1, f"positions must have one dimension, got {tuple(positions.shape)}")
+    _shaped(numbers, name, positions, "positions")
+    _beside(positions, "positions", numbers, name)
+    _contiguous(positions, "positions")
+    _contiguous(numbers, name)
+
+
+def _check_at(dense: Tensor, positions: Tensor, numbers: Tensor, name: str) -> None:
+    _typed(dense, "dense", torch.float32, torch.float64, torch.bfloat16)
+    _contiguous(dense, "dense")
+    _demand(numbers.dtype == dense.dtype, f"{name} must have the dtype of dense, got {numbers.dtype}")
+    _beside(numbers, name, dense, "dense")
+    _check_positions(positions, numbers, name)
+
+
+def _check_add_at(dense: Tensor, positions: Tensor, values: Tensor, start: int = 0) -> None:
+    _check_at(dense, positions, values, "values")
+
+
+def _check_gather_at(out: Tensor, dense: Tensor, positions: Tensor, start: int = 0) -> None:
+    _check_at(dense, positions, out, "out")
+
+
+def _check_sampled(out: Tensor, left: Tensor, right: Tensor, positions: Tensor) -> None:
+    _typed(left, "left", torch.float32, torch.float64)
+    for name, x in (("right", right), ("out", out)):
+        _demand(x.dtype == left.dtype, f"{name} must have the dtype of left, got {x.dtype}")
+    fits = left.dim() == right.dim() == 2 and left.shape[1] == right.shape[1]
+    both = f"{tuple(left.shape)} and {tuple(right.shape)}"
+    _demand(fits, f"left and right must have lines of one length, got {both}")
+    _contiguous(left, "left")
+    _contiguous(right, "right")
+    _beside(right, "right", left, "left")
+    _beside(out, "out", left, "left")
+    _check_positions(positions, out, "out")
+
+
 _INTEGERS = functools.partial(_check_draw, torch.int32)
 _FLOATS = functools.partial(_check_draw, torch.float32)
 
@@ -471,8 +525,13 @@ OPERATORS: dict[str, tuple[str, Check]] = {
         "Tensor(a!) x, Tensor codes, Tensor scale, Tensor low, int block",
         _check_dequantize_affine,
     ),
+    "select_top_": ("Tensor(a!) index, Tensor scores", _check_select),
+    "add_at_": ("Tensor(a!) dense, Tensor positions, Tensor values, int start=0", _check_add_at),
+    "gather_at_": ("Tensor(a!) out, Tensor dense, Tensor positions, int start=0", _check_gather_at),
+    "add_sampled_product_": ("Tensor(a!) out, Tensor left, Tensor right, Tensor positions", _check_sampled),
 }
 
-CPU_ONLY = {"gram_"}  # of which no CUDA source has a kernel: libraries of the device are faster
+# Of which no CUDA source has a kernel: libraries of the device form these products, or the whole one, in less time.
+CPU_ONLY = {"gram_", "add_sampled_product_"}
 
 define(NAMESPACE)

@@ -13,6 +13,7 @@ from ..blocks import Columns, widened
 from ..distributed.algebra import Algebra
 from ..kept import Exact, Shape, Spec
 from ..ops.philox import BLOCK
+from ..ops.schema import kernel
 from ..recipe import Basis, Draw, State, Time
 from ..turns import Reindex, Turn
 from .basis import OneSided
@@ -115,8 +116,10 @@ class Rows(Basis):
 
 
 def top(scores: Tensor, rank: int) -> Tensor:
-    """The positions of the largest scores, ascending, so that a slot keeps its vector for as long as it can."""
-    return scores.topk(rank).indices.sort().values.int()
+    """The positions of the largest scores, of equal ones the first. They ascend, so that slots keep their vectors."""
+    index = scores.new_empty(*scores.shape[:-1], rank, dtype=torch.int32)
+    kernel("select_top_")(index, scores)
+    return index
 
 
 def reindex(old: Tensor, new: Tensor) -> Reindex:
