@@ -241,7 +241,7 @@ def _refresh_bytes(plan: Plan, recipe: Recipe, rank: int, working: torch.dtype) 
     """What fitting one basis takes, and the moments that are opened for it."""
     (m, n), (narrow, closed) = plan.matrix, _narrow(plan, recipe, rank, working)
     opened = plan.count * sum(2 * math.prod(narrow[key].shape) for key in closed)
-    carried = plan.batch or recipe.refresh.turns or recipe.refresh.restarts
+    carried = recipe.refresh.turns or recipe.refresh.restarts
     return (recipe.basis.fit_workspace(m, n, rank) + (opened if carried else 0)) * working.itemsize
 
 

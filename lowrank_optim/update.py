@@ -13,6 +13,7 @@ from . import ops
 from .chunk import Chunk
 from .distributed.algebra import WHOLE, Algebra
 from .kept import Store
+from .opened import OfMatrix
 from .parts import fused
 from .plan import Plan
 from .recipe import AGE, Clock, Draw, Recipe, State, Time, Update
@@ -185,7 +186,7 @@ def _refresh_all(chunk: Chunk, algebra: Algebra, due: list[Due], g: Tensor, st: 
     for plan, state, inner, outer, counters in due:
         count, last = state["refreshes"].view(-1), state["refreshed_at"].view(-1)
         matrix = g if g.dim() == 2 else g[outer]
-        view = st if g.dim() == 2 else {key: tensor[outer] for key, tensor in st.items()}
+        view = st if g.dim() == 2 else OfMatrix(st, outer)
         draw = _draws(algebra, plan, chunk.first + inner, matrix)
         since = max(0, int(last[inner])) if refresh.restarts else 0
         at = Time(chunk.step - 1, float(chunk.step - 1 - since))
