@@ -234,7 +234,7 @@ def _narrow(plan: Plan, recipe: Recipe, rank: int, working: torch.dtype) -> tupl
     """State that is kept in fewer bits than it is worked on, and the names of what of it a usual step never opens."""
     spec = recipe.spec(plan.matrix, rank, plan.small)
     narrow = {key: one for key, one in spec.items() if one.store and one.store.narrow}
-    return narrow, fused.stays_closed(recipe, spec, working) & narrow.keys()
+    return narrow, fused.stays_closed(recipe, spec, working, bool(plan.batch)) & narrow.keys()
 
 
 def _refresh_bytes(plan: Plan, recipe: Recipe, rank: int, working: torch.dtype) -> int:
