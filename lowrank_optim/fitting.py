@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .chunk import CHUNK_BYTES, Chunk
 from .distributed.algebra import Algebra
+from .opened import OfMatrix
 from .plan import Plan
 from .recipe import Draw, State, Time
 
@@ -41,7 +42,7 @@ def fits(
     for run in _runs(due, most):
         _, state, inner, outer, _ = run[0]
         together = slice(outer, outer + len(run))
-        old = {key: tensor[together] for key, tensor in st.items()} if _count(run[0]) else None
+        old = OfMatrix(st, together) if _count(run[0]) else None
         drawn = _stacked([draws(algebra, one[0], chunk.first + one[2], g)(_count(one)) for one in run])
         at = time(chunk, state["refreshed_at"].view(-1), inner)
         fitted = basis.fit(algebra, g[together], old, rank, drawn, at)

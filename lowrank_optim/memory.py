@@ -247,7 +247,7 @@ def _narrow(plan: Plan, recipe: Recipe, rank: int, working: torch.dtype) -> tupl
     """State that is kept in fewer bits than it is worked on, and the names of what of it a usual step never opens."""
     spec = recipe.spec(plan.matrix, rank, plan.small)
     narrow = {key: one for key, one in spec.items() if one.store and one.store.narrow}
-    return narrow, fused.stays_closed(recipe, spec, working) & narrow.keys()
+    return narrow, fused.stays_closed(recipe, spec, working, bool(plan.batch)) & narrow.keys()
 
 
 def _refresh_bytes(p: Tensor, plan: Plan, recipe: Recipe) -> int:
@@ -255,7 +255,7 @@ def _refresh_bytes(p: Tensor, plan: Plan, recipe: Recipe) -> int:
     (m, n), rank, working = plan.matrix, plan.rank or 0, working_dtype(p)
     narrow, closed = _narrow(plan, recipe, rank, working)
     elements = recipe.basis.fit_workspace(m, n, rank)
-    if plan.batch or recipe.refresh.turns or recipe.refresh.restarts:
+    if recipe.refresh.turns or recipe.refresh.restarts:
         elements += plan.count * sum(2 * math.prod(narrow[key].shape) for key in closed)
     if recipe.thin and p.dtype != working and not is_packed(p):
         elements += math.ceil(_share(p, plan, recipe) * p.numel())

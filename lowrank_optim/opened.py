@@ -67,3 +67,28 @@ class Opened(MutableMapping[str, Tensor]):
         if any(map(self.is_open, keys)):
             return None
         return list(zip(*map(self._find, keys), strict=True))
+
+
+class OfMatrix(MutableMapping[str, Tensor]):
+    """What of a state belongs to matrix `index` of the batch, or to a slice: views, opened when somebody asks."""
+
+    def __init__(self, st: MutableMapping[str, Tensor], index: int | slice) -> None:
+        self._st, self._index = st, index
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._st[key][self._index]
+
+    def __setitem__(self, key: str, x: Tensor) -> None:
+        self._st[key][self._index].copy_(x)
+
+    def __delitem__(self, key: str) -> None:
+        raise TypeError(f"{key} belongs to all matrices of the batch")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._st)
+
+    def __len__(self) -> int:
+        return len(self._st)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._st

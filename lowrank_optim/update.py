@@ -15,6 +15,7 @@ from .chunk import Chunk
 from .distributed.algebra import WHOLE, Algebra
 from .fitting import Due, fits
 from .kept import Store
+from .opened import OfMatrix
 from .parts import fused
 from .plan import Plan
 from .recipe import AGE, Clock, Draw, Recipe, State, Time, Update
@@ -175,7 +176,7 @@ def _refresh_all(chunk: Chunk, algebra: Algebra, due: list[Due], g: Tensor, st: 
     ):
         count, last = state["refreshes"].view(-1), state["refreshed_at"].view(-1)
         matrix = g if g.dim() == 2 else g[outer]
-        view = st if g.dim() == 2 else {key: tensor[outer] for key, tensor in st.items()}
+        view = st if g.dim() == 2 else OfMatrix(st, outer)
         draw, at = _draws(algebra, plan, chunk.first + inner, matrix), _time(chunk, last, inner)
         if fitted is None:
             old = view if count[inner] else None

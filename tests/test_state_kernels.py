@@ -27,7 +27,7 @@ def trained(make=lowrank_optim.GaLoreAdamW, dtype=torch.float32, steps=7, **opti
     """Weights, and all state; gradients are the same whatever the optimizer does."""
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
-    options = dict(lr=0.01, betas=(0.83, 0.97), rank=33, update_proj_gap=4, weight_decay=0.1) | options
+    options = dict(lr=0.01, betas=(0.83, 0.97), rank=33, update_proj_gap=4, stagger=False, weight_decay=0.1) | options
     optimizer = make(params, **options)
     for _ in range(steps):
         for p in params:

@@ -116,11 +116,14 @@ def projected_adam_int8_list_(
                 table.index_select(0, code.flatten().int()).view(code.shape).mul_(largest)
                 for (code, largest), (table, _, _) in zip(stored, maps, strict=True)
             )
-            d = place.contiguous()
+            d = place.contiguous()  # of several rows the pieces have gaps
             projected_adam_(wide, wide_sq, d, beta1, beta2, eps, t, step)
             place.copy_(d)
             for (code, largest), opened, (table, low, middle) in zip(stored, (wide, wide_sq), maps, strict=True):
-                quantize_blockwise_(code, largest, opened, table, low, middle, block, True)
+                fresh, peaks = torch.empty_like(opened, dtype=torch.uint8), torch.empty_like(largest)
+                quantize_blockwise_(fresh, peaks, opened, table, low, middle, block, True)  # into memory without gaps
+                code.copy_(fresh)
+                largest.copy_(peaks)
             codes_sq.clamp_(min=1)
 
 

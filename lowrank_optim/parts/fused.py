@@ -17,7 +17,7 @@ from ..kept import Spec
 from ..opened import Opened, Stored
 from ..ops import quantize
 from ..ops.philox import Places, numbers_of
-from ..recipe import Clock, Recipe, State
+from ..recipe import AGE, Clock, Recipe, State
 from .basis import Identity
 from .momentum import EMA
 from .residual import Drop
@@ -46,12 +46,17 @@ def step_(recipe: Recipe, w: Tensor, g: Tensor, st: State, lr: Clock, weight_dec
     return kernel is not None and kernel(recipe, w, g, st, lr, weight_decay, t)
 
 
-def stays_closed(recipe: Recipe, spec: Mapping[str, Spec], working: torch.dtype) -> set[str]:
-    """The tensors that a step without a refresh updates as they are stored; for `estimate_memory`."""
-    parts = type(recipe.momentum), type(recipe.scaling)
-    taken = recipe.momentum_of == "gradient" and recipe.scaling_in == "subspace" and not recipe.basis.elementwise
-    known = parts in _DIRECTIONS and all(type(spec[key].store) in _FROM_STORE for key in _MOMENTS)
-    return set(_MOMENTS) if taken and known and working == torch.float32 else set()
+def stays_closed(recipe: Any, spec: Mapping[str, Spec], working: torch.dtype, stack: bool) -> set[str]:
+    """The tensors that a step without a refresh updates as they are stored; for `estimate_memory`.
+
+    `stack`: of a stack of matrices, which may restart at times of their own.
+    """
+    if (type(recipe.momentum), type(recipe.scaling)) not in _DIRECTIONS or not recipe.momentum.debias:
+        return set()
+    adam = recipe.momentum_of == "gradient" and recipe.scaling_in == "subspace" and not recipe.basis.elementwise
+    one_clock = AGE not in spec and not (stack and recipe.refresh.restarts)
+    known = working == torch.float32 and all(type(spec[key].store) in _FROM_STORE for key in _MOMENTS)
+    return set(_MOMENTS) if adam and one_clock and known else set()
 
 
 def _adam_direction(recipe: Any, st: State, r: Tensor, t: Clock, spare: bool) -> tuple[Tensor, Clock] | None:
