@@ -86,7 +86,7 @@ def principal(y: Tensor, rank: int, total: Total = _alone, first: int = 0) -> tu
     there = (values > least * largest) & (values > 0)
     gain = torch.where(there, (largest / values).sqrt(), 0.0).unsqueeze(-2)
     size = torch.where(largest > 0, largest.sqrt(), 1.0).unsqueeze(-1).to(y.dtype)
-    q = _times(y, (vectors * gain).to(y.dtype)) / size
+    q = _times(y, (vectors * gain).to(y.dtype)).div_(size)
     found = finite & (largest > 0).unsqueeze(-1)
     # Column i is a sum of columns of y that cancel: its rounding error has grown by the length of the summands.
     lengths = squares.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) @ vectors.square()
@@ -129,7 +129,7 @@ def _pass(y: Tensor, total: Total, shift: float = 0.0) -> tuple[Tensor, Tensor]:
     # The inverse may be beyond float32 where y is small; what it is divided by is not.
     largest = torch.where(size > 0, size, 1.0).amax(-1)[..., None, None]
     mix = inverse.mT * (inverse_size.unsqueeze(-1) * largest)
-    q = _times(y, mix.to(y.dtype)) / largest.to(y.dtype)
+    q = _times(y, mix.to(y.dtype)).div_(largest.to(y.dtype))
     return q, (info == 0) & torch.isfinite(size).all(-1)
 
 

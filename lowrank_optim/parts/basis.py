@@ -116,9 +116,12 @@ class SubspaceIteration(OneSided):
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         width = self._width(m, n, rank)
+        long = max(m, n) * width
         drawing = n * width + 16 * min(n * width, 4 * BLOCK)  # words, and their logarithms and cosines in float64
-        sketches, orthonormalizing = 2 * (m + n) * width, 5 * max(m, n) * width + 8 * width**2  # mostly in float64
-        return max(drawing, sketches + orthonormalizing + 2 * m * rank)
+        completing = m * width + 16 * min(m * rank, 4 * BLOCK)
+        # both sketches and one that is whitened, then a copy of one or small matrices in float64
+        fitting = (m + n) * width + long + max(2 * long, 16 * width**2) + 3 * m * rank
+        return max(drawing, completing, fitting)
 
     def _width(self, m: int, n: int, rank: int) -> int:
         return min(rank + self.oversample, m, n)
