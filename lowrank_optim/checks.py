@@ -361,34 +361,41 @@ def whole(name: str, p: Tensor, what: str) -> None:
 
 
 def layout(name: str, placements: Sequence[Any]) -> None:
-    """Refuses DTensors but those that one dimension of the mesh cuts along one of theirs, in plain order."""
-    cuts = [one for one in placements if not one.is_replicate()]
-    if len(cuts) > 1 or type(cuts[0]).__name__ != "Shard":
+    """Refuses DTensors but those that are cut along their dimensions, into pieces that follow each other."""
+    kinds = {type(one).__name__ for one in placements}
+    if not kinds <= {"Replicate", "Shard", "_StridedShard"}:
         raise NotImplementedError(
-            f"{name} is a DTensor with the placements {tuple(placements)}; one Shard is understood, beside any number "
-            "of Replicate: FSDP2 (fully_shard) on one or two mesh dimensions, without tensor parallelism. Use that, or "
-            "DistributedDataParallel"
+            f"{name} is a DTensor with the placements {tuple(placements)}; Shard and Replicate are understood, as "
+            "fully_shard and tensor parallelism make them. Use these, or DistributedDataParallel"
         )
 
 
-def batch(name: str, dimension: int, projected: bool) -> None:
+def cut_stack(name: str, stack: bool, sides: int) -> None:
+    """Refuses stacks of matrices of which both sides are cut."""
+    if stack and sides > 1:
+        raise NotImplementedError(
+            f"{name} is a stack of matrices whose rows and columns are both sharded, which random numbers of single "
+            "elements do not follow. Shard one of them, or the first dimension"
+        )
+
+
+def batch(name: str, dimension: int) -> None:
     """Refuses stacks of matrices that are cut where this version does not follow."""
-    if projected:
-        raise NotImplementedError(
-            f"{name} is a stack of matrices that is sharded over ranks, whose refreshes this version cannot count. Put "
-            'it into a group with as_matrix="flatten" or with rank=None, or use DistributedDataParallel'
-        )
     if dimension:
         raise NotImplementedError(f"{name} is sharded along dimension {dimension}; shard dimension 0 instead")
 
 
-def cut(method: str, plan: Plan, side: int, why: Mapping[int, str], blocks: Iterable[str]) -> None:
+def cut(method: str, plan: Plan, sides: Iterable[int], why: Mapping[int, str], blocks: Iterable[str]) -> None:
     """Refuses a sharded parameter whose rule needs more than thin sums over ranks. `blocks`: state that is quantized
     in blocks, and cut."""
-    direction = "projected side" if side == -2 else "side that is not projected"
-    if side in why:
+    sides = set(sides)
+    for side in sides & why.keys():
+        direction = "projected side" if side == -2 else "side that is not projected"
         other = "left" if plan.side == "right" else "right"
-        turn = f', or project the other side (proj_type="{other}")' if -3 - side not in why and plan.projected else ""
+        turned = {-3 - one for one in sides & {-2, -1}}
+        turn = (
+            f', or project the other side (proj_type="{other}")' if plan.projected and not turned & why.keys() else ""
+        )
         raise NotImplementedError(
             f"{method} cannot update {plan.name} {plan.shape}, which is sharded along its {direction}: {why[side]}. "
             f"Give it to a group with rank=None{turn}, or use DistributedDataParallel"
