@@ -23,7 +23,7 @@ BLOCK = {
     "norm": (24,),
 }  # fmt: skip
 METHODS = {
-    "GaLoreAdamW": {}, "FiraAdamW": {}, "APOLLO": {}, "LDAdamW": {}, "FRUGAL": {}, "GaLoreAdafactor": {}, "Flora": {"update_proj_gap": 30},
+    "GaLoreAdamW": {}, "FiraAdamW": {}, "APOLLO": {}, "LDAdamW": {}, "FRUGAL": {}, "GaLoreAdafactor": {}, "Flora": {"update_proj_gap": 30},  # fmt: skip
     "SNSMAdamW": {},
 }  # fmt: skip
 

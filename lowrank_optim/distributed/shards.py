@@ -111,14 +111,17 @@ class Shards(Algebra):
     # -- shapes --------------------------------------------------------------------------------------------------------
 
     def shape(self, g: Tensor) -> tuple[int, int]:
-        m, n = (Side(self.pieces[d].whole, d) if d in self.pieces else g.shape[d] for d in (-2, -1))
+        m, n = (
+            g.shape[side] if piece is None else Side(piece.whole, side, piece)
+            for side, piece in ((side, self.pieces.get(side)) for side in (-2, -1))
+        )
         return m, n
 
     def own(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
         first, *rest = shape
         if not isinstance(first, Side):
             return shape, 0
-        piece = self.pieces[first.which]
+        piece = first.piece
         return (piece.length, *map(int, rest)), piece.start * math.prod(rest)
 
     def projected(self) -> Algebra:
