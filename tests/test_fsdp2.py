@@ -374,11 +374,11 @@ def test_other_layouts(results):
 
 
 class Small(nn.Module):
-    def __init__(self):
+    def __init__(self, hidden=21):
         super().__init__()
         self.embed = nn.Embedding(11, 12)
-        self.up = nn.Linear(12, 21)
-        self.down = nn.Linear(21, 12, bias=False)
+        self.up = nn.Linear(12, hidden)
+        self.down = nn.Linear(hidden, 12, bias=False)
         self.norm = nn.LayerNorm(12)
         self.lm_head = nn.Linear(12, 11, bias=False)
 
@@ -387,9 +387,9 @@ class Small(nn.Module):
         return self.lm_head(self.norm(x + self.down(torch.tanh(self.up(x)))))
 
 
-def small(mesh=None, **options):
+def small(mesh=None, hidden=21, **options):
     torch.manual_seed(0)
-    model = Small()
+    model = Small(hidden)
     if mesh is not None:
         for layer in (model.up, model.down):
             fully_shard(layer, mesh=mesh)
@@ -446,9 +446,9 @@ def sharded_model(folder):
     return {"end": whole(model), "again": again, "from one": from_one, "rows": list(rows), "text": text, "kept": kept}
 
 
-def whole_from(folder, mesh, rank, world):
+def whole_from(folder, mesh, rank, world, hidden=21):
     """What the rest of the run makes of the checkpoint on these ranks; without a mesh in this process alone."""
-    model, optimizer = small(mesh)
+    model, optimizer = small(mesh, hidden)
     state = saved(model, optimizer)
     dcp.load(state, checkpoint_id=f"{folder}/dcp", no_dist=mesh is None)
     set_model_state_dict(model, state["model"])

@@ -23,8 +23,8 @@ BLOCK = {
     "norm": (24,),
 }  # fmt: skip
 METHODS = {
-    "GaLoreAdamW": {}, "FiraAdamW": {}, "APOLLO": {}, "LDAdamW": {}, "FRUGAL": {}, "GaLoreAdafactor": {}, "Flora": {"update_proj_gap": 30},  # fmt: skip
-    "SNSMAdamW": {},
+    "GaLoreAdamW": {}, "FiraAdamW": {}, "APOLLO": {}, "LDAdamW": {}, "FRUGAL": {}, "GaLoreAdafactor": {},
+    "Flora": {"update_proj_gap": 30}, "SNSMAdamW": {},
 }  # fmt: skip
 
 
