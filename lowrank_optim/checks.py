@@ -627,9 +627,53 @@ def convertible(model: Any) -> None:
                 'let the method quantize them (base="int8" or "nf4", where it has one)'
             )
         if weight is not None and hasattr(weight, "device_mesh"):
-            raise NotImplementedError(f"{name}.weight is a DTensor; convert the bare model first, and shard it then")
+            raise NotImplementedError(
+                f"{name}.weight is a DTensor; convert the bare model first (lowrank_optim.convert), shard it then, and "
+                "make the optimizer last"
+            )
     if isinstance(model, torch.nn.Linear):
         raise ValueError("the model is one nn.Linear, which cannot be replaced in place; put it into a nn.Sequential")
+
+
+def shards_of_rows(layer: str, base: str, exact: bool, cut: Sequence[Any]) -> None:
+    """Refuses sharded layers but those whose factor B and dense base are cut along the same rows."""
+    if base not in ("none", "dense") or exact:
+        raise NotImplementedError(
+            f"{layer} with base={base!r} is sharded, and its codes stand for blocks that a shard divides. Use "
+            'base="dense", or DistributedDataParallel'
+        )
+    placements = {tuple(x.placements) for x in cut if hasattr(x, "device_mesh")}
+    if len(placements) > 1 or any(getattr(one, "dim", 0) for some in placements for one in some):
+        raise NotImplementedError(
+            f"{layer} is sharded as {sorted(map(str, placements))}; shard dimension 0 of all its parameters, as "
+            "fully_shard does by default"
+        )
+
+
+def adopted(method: str, name: str, wanted: type[Any], layer: Any, options: Mapping[str, Any]) -> None:
+    """Refuses a layer that was converted for another method, or otherwise than the optimizer is told."""
+    how = f"convert the bare model with lowrank_optim.convert(model, lowrank_optim.{wanted.__name__}, ...) for it"
+    if not isinstance(layer, wanted):  # fully_shard makes a subclass of it
+        raise ValueError(f"{name} is converted to {type(layer).__name__}, which {method} does not know; {how}")
+    for key, value in layer.made_with().items():
+        if value != options.get(key, value):
+            raise ValueError(f"{name} is converted with {key}={value!r}, and {method} was told {options[key]!r}; {how}")
+
+
+def shards_restarted(method: str, known: bool, patterns: Iterable[str]) -> None:
+    if not known:
+        raise NotImplementedError(
+            f"{method} restarts its layers from whole weights, which a sharded model does not have; ReLoRA and "
+            "LowRankAdamW send thin factors only. Use these, or DistributedDataParallel"
+        )
+    if patterns := list(patterns):
+        raise ValueError(f"the model is converted already, and {patterns} would choose layers; give it to convert()")
+
+
+def whole_restart(method: str, reset: str) -> None:
+    raise NotImplementedError(
+        f'{method} with reset={reset!r} needs all entries of a factor at once, which is sharded. Use reset="drop"'
+    )
 
 
 def bare_linear(name: str, twins: Iterable[torch.nn.Linear]) -> None:

@@ -275,6 +275,26 @@ def local(x: Tensor) -> Tensor:
     return cast(Any, x).to_local() if hasattr(x, "device_mesh") else x
 
 
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor, which should be thin. All ranks call it."""
+    return cast(Any, x).full_tensor() if hasattr(x, "device_mesh") else x
+
+
+def part(x: Tensor, example: Tensor) -> Tensor:
+    """What is here of a whole tensor that is to be laid out as the example is; the same memory."""
+    if not hasattr(example, "device_mesh"):
+        return x
+    dtensor = cast(Any, example)
+    return x[ranges(dtensor.shape, dtensor.device_mesh, dtensor.placements)]
+
+
+def first_row(x: Tensor) -> int:
+    """The number of the first row that is here."""
+    dtensor = cast(Any, x)
+    cut = pieces(dtensor.shape, dtensor.device_mesh, dtensor.placements) if hasattr(x, "device_mesh") else {}
+    return cut[0].start if 0 in cut else 0
+
+
 def like(x: Tensor, example: Tensor) -> Tensor:
     """A whole tensor, or a DTensor of another layout, laid out as the example is; new memory. All ranks call it."""
     from torch.distributed.tensor import DTensor
@@ -290,9 +310,8 @@ def like(x: Tensor, example: Tensor) -> Tensor:
             return _again(x.to(example_here.device, example_here.dtype, copy=True), example)
     if not isinstance(example, DTensor):
         return x.detach().to(x.device if example.is_meta else example.device, example.dtype, copy=True)
-    part = x[ranges(example.shape, example.device_mesh, example.placements)]
     here = local(example)
-    return _again(part.detach().to(here.device, here.dtype, copy=True).contiguous(), example)
+    return _again(part(x, example).detach().to(here.device, here.dtype, copy=True).contiguous(), example)
 
 
 def _again(x: Tensor, example: Any) -> Tensor:

@@ -109,6 +109,22 @@ def make_conversion(
     return Conversion(layers, left, places)
 
 
+def adopt(
+    model: nn.Module, method: str, layer: type[ReparameterizedLinear], rank: int | float, **options: Any
+) -> Conversion:
+    """What `convert` did to a model that was sharded since."""
+    layers: dict[str, ReparameterizedLinear] = {}
+    known: set[nn.Parameter] = set()
+    for name, one in converted(model):
+        own = {**options, "rank": resolve_rank(rank, one.out_features, one.in_features)}
+        checks.adopted(method, name, layer, one, own)
+        one.refuse_shards()
+        if one.leader not in known:
+            known.add(one.leader)
+            layers[name] = one
+    return Conversion(layers, {}, [])
+
+
 def merge(model: nn.Module) -> nn.Module:
     """Every converted layer back to a plain `nn.Linear` of the same function, in place; for inference or saving.
 
