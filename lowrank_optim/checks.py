@@ -663,8 +663,8 @@ def adopted(method: str, name: str, wanted: type[Any], layer: Any, options: Mapp
 def shards_restarted(method: str, known: bool, patterns: Iterable[str]) -> None:
     if not known:
         raise NotImplementedError(
-            f"{method} restarts its layers from whole weights, which a sharded model does not have; ReLoRA and "
-            "LowRankAdamW send thin factors only. Use these, or DistributedDataParallel"
+            f"{method} restarts its layers from whole weights, which a sharded model does not have; ReLoRA, SLTrain "
+            "and LowRankAdamW send thin factors only. Use these, or DistributedDataParallel"
         )
     if patterns := list(patterns):
         raise ValueError(f"the model is converted already, and {patterns} would choose layers; give it to convert()")

@@ -21,6 +21,11 @@ METHODS = {  # the optimizer and its options, and those of the layer
         {"refactor_every": 3, "reset_every": 4, "alpha": 5.0},
         {"alpha": 5.0, "base": "none"},
     ),
+    "sltrain": (
+        lowrank_optim.SLTrain,
+        {"refactor_every": 3, "reset_every": 4, "alpha": 5.0, "density": 0.07},
+        {"alpha": 5.0, "density": 0.07},
+    ),
 }
 USUAL = {"lr": 0.013, "betas": (0.83, 0.97), "rank": 4, "weight_decay": 0.1}
 
@@ -41,7 +46,7 @@ def train(model, optimizer, last=10, rank=0, world=1, first=0):
 
 def sharded(mesh, name, dtype, **more):
     make, options, how = METHODS[name]
-    model = lowrank_optim.convert(net(dtype), lowrank_optim.LowRankLinear, rank=4, **how)
+    model = lowrank_optim.convert(net(dtype), make.layer, rank=4, **how)
     for layer in (model[0], model[2], model):
         fully_shard(layer, mesh=mesh)
     return model, make(model, **{**USUAL, **options, **more})
@@ -103,7 +108,8 @@ def refusals(mesh):
         "reset": message(both, shard, reset="magnitude", reset_ratio=0.9),
         "include": message(both, shard, include=["0.weight"]),
         "none": message(both, shard, {"rank": 4, "base": "none"}),
-        "sparse": message(both, lowrank_optim.SLTrain, sparse, rank=4),
+        "density": message(both, lowrank_optim.SLTrain, sparse, rank=4, density=0.1),
+        "sst": message(both, lowrank_optim.SST, sparse, rank=4),
         "kind": message(both, lowrank_optim.ReLoRA, sparse, rank=4),
     }
 
@@ -150,7 +156,8 @@ def test_merged_weights_are_rounded_as_in_one_process(results):
         ("reset", 'Use reset="drop"'),
         ("include", "give it to convert"),
         ("none", "converted with base='none', and ReLoRA was told 'dense'"),
-        ("sparse", "ReLoRA and LowRankAdamW send thin factors only"),
+        ("density", "converted with density=0.03, and SLTrain was told 0.1"),
+        ("sst", "ReLoRA, SLTrain and LowRankAdamW send thin factors only"),
         ("kind", "which ReLoRA does not know"),
     ],
 )

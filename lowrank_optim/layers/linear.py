@@ -117,9 +117,15 @@ class ProductLinear(ReparameterizedLinear):
     A: nn.Parameter
     scale: float
 
+    def made_with(self) -> dict[str, Any]:
+        return {**super().made_with(), "alpha": round(self.scale * self.rank, 9)}
+
     @torch.no_grad()
     def balance_(self) -> None:
-        """Shares the singular values of the product out evenly between the factors; the function stays."""
+        """Shares the singular values of the product out evenly between the factors; the function stays.
+
+        Of a sharded layer, all ranks call it, and both factors are gathered.
+        """
         working, (b, a) = working_dtype(self.B), (whole(self.B), whole(self.A))
         if bool(a.isfinite().all() and b.isfinite().all()):  # else there is nothing to save
             b, a = balance(b.to(working), a.to(working))
@@ -216,8 +222,7 @@ class LowRankLinear(ProductLinear):
 
     def made_with(self) -> dict[str, Any]:
         base = "none" if self.base is None else kind_of(self.base)
-        own = {"alpha": round(self.scale * self.rank, 9), "base": base, "exact_base": self.exact is not None}
-        return {**super().made_with(), **own}
+        return {**super().made_with(), "base": base, "exact_base": self.exact is not None}
 
     def refuse_shards(self) -> None:
         base = "none" if self.base is None else kind_of(self.base)
