@@ -670,6 +670,14 @@ def shards_restarted(method: str, known: bool, patterns: Iterable[str]) -> None:
         raise ValueError(f"the model is converted already, and {patterns} would choose layers; give it to convert()")
 
 
+def unsharded_layer(p: Any) -> None:
+    if hasattr(p, "device_mesh"):
+        raise NotImplementedError(
+            "merge needs whole layers, and these are sharded. Save the full state dict (StateDictOptions("
+            "full_state_dict=True)), load it into a converted model in one process, and merge that"
+        )
+
+
 def whole_restart(method: str, reset: str) -> None:
     raise NotImplementedError(
         f'{method} with reset={reset!r} needs all entries of a factor at once, which is sharded. Use reset="drop"'

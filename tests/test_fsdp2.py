@@ -298,7 +298,7 @@ def refusals(mesh):
         "compile": q.compile,
         "backward": lambda: lowrank_optim.step_in_backward(model, galore(model.named_parameters(), rank=2)),
         "accumulation": lambda: lowrank_optim.CompressedAccumulation([("w", p)], rank=2),
-        "estimate": lambda: lowrank_optim.estimate_memory(model, galore, rank=2),
+        "estimate": lambda: lowrank_optim.estimate_memory(model, torch.optim.AdamW),
         "memory": lambda: lowrank_optim.memory_report(model, stepping),
         "weight space": lambda: lowrank_optim.ReLoRA(model, rank=2),
     }
@@ -314,7 +314,7 @@ def refusals(mesh):
         ("compile", r"compile\(\) does not work for w"),
         ("backward", "step_in_backward does not work for 0.weight"),
         ("accumulation", "compressed accumulation does not know"),
-        ("estimate", "estimate_memory does not know"),
+        ("estimate", "estimate_memory of AdamW does not know"),
         ("memory", "memory_report does not know"),
         ("weight space", "is a DTensor; convert the bare model first"),
     ],
@@ -443,7 +443,12 @@ def sharded_model(folder):
         for state in optimizer.state.values()
         for x in state.values()
     )
-    return {"end": whole(model), "again": again, "from one": from_one, "rows": list(rows), "text": text, "kept": kept}
+    options = {"rank": 3, "update_proj_gap": 4, "moments": "rotate", "state_dtype": "bfloat16"}
+    groups = [{"params": list(model.named_parameters())}]
+    estimate = lowrank_optim.estimate_memory(groups, lowrank_optim.GaLoreAdamW, **options)
+    here = sum(p.to_local().nbytes for p in model.parameters())
+    found = {"rows": list(rows), "text": text, "kept": kept, "estimate": estimate, "here": here}
+    return {"end": whole(model), "again": again, "from one": from_one, **found}
 
 
 def whole_from(folder, mesh, rank, world, hidden=21):
@@ -487,6 +492,8 @@ def test_the_report_says_what_is_here_and_what_is_sent(results):
     found = results["model"]
     rows = {row.name: row for row in found["rows"]}
     assert sum(row.state_bytes for row in found["rows"]) == found["kept"]
+    assert found["estimate"].optimizer == found["kept"]
+    assert found["estimate"].weights == found["here"]
     up, down, norm = rows["up.weight"], rows["down.weight"], rows["norm.weight"]
     assert (up.layout, up.side, up.sent_per_step) == ("11 of 21 rows", "right", 0)
     assert up.sent_per_refresh > 0

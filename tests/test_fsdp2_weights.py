@@ -110,6 +110,7 @@ def refusals(mesh):
         "none": message(both, shard, {"rank": 4, "base": "none"}),
         "density": message(both, lowrank_optim.SLTrain, sparse, rank=4, density=0.1),
         "sst": message(both, lowrank_optim.SST, sparse, rank=4),
+        "merge": message(both, lowrank_optim.merge, sparse),
         "kind": message(both, lowrank_optim.ReLoRA, sparse, rank=4),
     }
 
@@ -158,6 +159,7 @@ def test_merged_weights_are_rounded_as_in_one_process(results):
         ("none", "converted with base='none', and ReLoRA was told 'dense'"),
         ("density", "converted with density=0.03, and SLTrain was told 0.1"),
         ("sst", "ReLoRA, SLTrain and LowRankAdamW send thin factors only"),
+        ("merge", "Save the full state dict"),
         ("kind", "which ReLoRA does not know"),
     ],
 )

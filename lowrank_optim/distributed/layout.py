@@ -275,6 +275,14 @@ def local(x: Tensor) -> Tensor:
     return cast(Any, x).to_local() if hasattr(x, "device_mesh") else x
 
 
+def meta(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor without memory, laid out as x."""
+    here = torch.empty(local(x).shape, dtype=dtype, device="meta")
+    if not hasattr(x, "device_mesh"):
+        return here
+    return _from_local(here, cast(Any, x).device_mesh, cast(Any, x).placements, tuple(x.shape))
+
+
 def whole(x: Tensor) -> Tensor:
     """All of a tensor, which should be thin. All ranks call it."""
     return cast(Any, x).full_tensor() if hasattr(x, "device_mesh") else x
