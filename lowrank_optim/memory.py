@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from . import checks
 from .chunk import CHUNK_BYTES, SLICE, is_packed, working_dtype
-from .distributed.layout import local, meta
+from .distributed.dtensors import local, meta
 from .gradient_memory import most_gradients
 from .groups import param_groups
 from .kept import Store

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from . import checks
 from .chunk import COMPENSATION, working_dtype
-from .distributed.layout import Cut, local
+from .distributed.dtensors import local
+from .distributed.layout import Cut
 from .layers.convert import Conversion, adopt, converted, make_conversion
 from .layers.linear import ReparameterizedLinear
 from .methods._shared import adamw

@@ -56,7 +56,7 @@ class Algebra:
 
     def columns(self, g: Tensor, spans: Sequence[tuple[int, int]]) -> tuple[Algebra, Tensor]:
         """The columns of G in some spans (first, last + 1), ascending, side by side, and the algebra of that."""
-        return self, torch.cat([g[..., first:last] for first, last in spans], dim=-1)
+        return self, beside([g[..., first:last] for first, last in spans])
 
     def every(self, x: Tensor) -> Tensor:
         """One number per row of G, (..., m): of all rows."""
@@ -110,6 +110,11 @@ class Algebra:
     def mean(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         """The mean over whole rows, columns or both of a matrix in coordinate space, dimensions kept."""
         return x.mean(dim=dim, keepdim=True)
+
+
+def beside(parts: Sequence[Tensor]) -> Tensor:
+    """Matrices side by side; one alone stays where it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
 
 
 WHOLE = Algebra()

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import ops
 from ..kept import Side
 from . import lockstep
-from .algebra import WHOLE, Algebra
+from .algebra import WHOLE, Algebra, beside
 from .lockstep import Peers
 from .pieces import Piece
 
@@ -133,12 +133,11 @@ class Shards(Algebra):
             return self, super().columns(g, spans)[1]
         piece = self.pieces[-1]
         here = [piece.within(*span) for span in spans]
-        whole, before = (
-            sum(min(last, end) - min(first, end) for first, last in spans) for end in (math.inf, piece.start)
-        )
+        whole = sum(last - first for first, last in spans)
+        before = sum(min(last, piece.start) - min(first, piece.start) for first, last in spans)
         length = sum(last - first for first, last in here)
-        some = replace(piece, whole=int(whole), start=int(before), length=length, most=int(whole))
-        return Shards({**self.pieces, -1: some}, self.both, self.traffic), torch.cat([g[..., a:b] for a, b in here], -1)
+        some = {-1: replace(piece, whole=whole, start=before, length=length, most=whole)}
+        return Shards({**self.pieces, **some}, self.both, self.traffic), beside([g[..., a:b] for a, b in here])
 
     # -- lines ---------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from .. import checks, ops
 from ..chunk import unpacked, working_dtype
-from ..distributed.layout import first_row, local, part, whole
+from ..distributed.dtensors import first_row, local, part, whole
 from ..ops.factor import balance, split
 from ..plan import bare_name, resolve_rank
 from .base import add_to_base_, kind_of
