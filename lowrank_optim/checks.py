@@ -361,34 +361,41 @@ def whole(name: str, p: Tensor, what: str) -> None:
 
 
 def layout(name: str, placements: Sequence[Any]) -> None:
-    """Refuses DTensors but those that one dimension of the mesh cuts along one of theirs, in plain order."""
-    cuts = [one for one in placements if not one.is_replicate()]
-    if len(cuts) > 1 or type(cuts[0]).__name__ != "Shard":
+    """Refuses DTensors but those that are cut along their dimensions, into pieces that follow each other."""
+    kinds = {type(one).__name__ for one in placements}
+    if not kinds <= {"Replicate", "Shard", "_StridedShard"}:
         raise NotImplementedError(
-            f"{name} is a DTensor with the placements {tuple(placements)}; one Shard is understood, beside any number "
-            "of Replicate: FSDP2 (fully_shard) on one or two mesh dimensions, without tensor parallelism. Use that, or "
-            "DistributedDataParallel"
+            f"{name} is a DTensor with the placements {tuple(placements)}; Shard and Replicate are understood, as "
+            "fully_shard and tensor parallelism make them. Use these, or DistributedDataParallel"
         )
 
 
-def batch(name: str, dimension: int, projected: bool) -> None:
+def cut_stack(name: str, stack: bool, sides: int) -> None:
+    """Refuses stacks of matrices of which both sides are cut."""
+    if stack and sides > 1:
+        raise NotImplementedError(
+            f"{name} is a stack of matrices whose rows and columns are both sharded, which random numbers of single "
+            "elements do not follow. Shard one of them, or the first dimension"
+        )
+
+
+def batch(name: str, dimension: int) -> None:
     """Refuses stacks of matrices that are cut where this version does not follow."""
-    if projected:
-        raise NotImplementedError(
-            f"{name} is a stack of matrices that is sharded over ranks, whose refreshes this version cannot count. Put "
-            'it into a group with as_matrix="flatten" or with rank=None, or use DistributedDataParallel'
-        )
     if dimension:
         raise NotImplementedError(f"{name} is sharded along dimension {dimension}; shard dimension 0 instead")
 
 
-def cut(method: str, plan: Plan, side: int, why: Mapping[int, str], blocks: Iterable[str]) -> None:
+def cut(method: str, plan: Plan, sides: Iterable[int], why: Mapping[int, str], blocks: Iterable[str]) -> None:
     """Refuses a sharded parameter whose rule needs more than thin sums over ranks. `blocks`: state that is quantized
     in blocks, and cut."""
-    direction = "projected side" if side == -2 else "side that is not projected"
-    if side in why:
+    sides = set(sides)
+    for side in sides & why.keys():
+        direction = "projected side" if side == -2 else "side that is not projected"
         other = "left" if plan.side == "right" else "right"
-        turn = f', or project the other side (proj_type="{other}")' if -3 - side not in why and plan.projected else ""
+        turned = {-3 - one for one in sides & {-2, -1}}
+        turn = (
+            f', or project the other side (proj_type="{other}")' if plan.projected and not turned & why.keys() else ""
+        )
         raise NotImplementedError(
             f"{method} cannot update {plan.name} {plan.shape}, which is sharded along its {direction}: {why[side]}. "
             f"Give it to a group with rank=None{turn}, or use DistributedDataParallel"
@@ -620,9 +627,61 @@ def convertible(model: Any) -> None:
                 'let the method quantize them (base="int8" or "nf4", where it has one)'
             )
         if weight is not None and hasattr(weight, "device_mesh"):
-            raise NotImplementedError(f"{name}.weight is a DTensor; convert the bare model first, and shard it then")
+            raise NotImplementedError(
+                f"{name}.weight is a DTensor; convert the bare model first (lowrank_optim.convert), shard it then, and "
+                "make the optimizer last"
+            )
     if isinstance(model, torch.nn.Linear):
         raise ValueError("the model is one nn.Linear, which cannot be replaced in place; put it into a nn.Sequential")
+
+
+def shards_of_rows(layer: str, base: str, exact: bool, cut: Sequence[Any]) -> None:
+    """Refuses sharded layers but those whose factor B and dense base are cut along the same rows."""
+    if base not in ("none", "dense") or exact:
+        raise NotImplementedError(
+            f"{layer} with base={base!r} is sharded, and its codes stand for blocks that a shard divides. Use "
+            'base="dense", or DistributedDataParallel'
+        )
+    placements = {tuple(x.placements) for x in cut if hasattr(x, "device_mesh")}
+    if len(placements) > 1 or any(getattr(one, "dim", 0) for some in placements for one in some):
+        raise NotImplementedError(
+            f"{layer} is sharded as {sorted(map(str, placements))}; shard dimension 0 of all its parameters, as "
+            "fully_shard does by default"
+        )
+
+
+def adopted(method: str, name: str, wanted: type[Any], layer: Any, options: Mapping[str, Any]) -> None:
+    """Refuses a layer that was converted for another method, or otherwise than the optimizer is told."""
+    how = f"convert the bare model with lowrank_optim.convert(model, lowrank_optim.{wanted.__name__}, ...) for it"
+    if not isinstance(layer, wanted):  # fully_shard makes a subclass of it
+        raise ValueError(f"{name} is converted to {type(layer).__name__}, which {method} does not know; {how}")
+    for key, value in layer.made_with().items():
+        if value != options.get(key, value):
+            raise ValueError(f"{name} is converted with {key}={value!r}, and {method} was told {options[key]!r}; {how}")
+
+
+def shards_restarted(method: str, known: bool, patterns: Iterable[str]) -> None:
+    if not known:
+        raise NotImplementedError(
+            f"{method} restarts its layers from whole weights, which a sharded model does not have; ReLoRA, SLTrain "
+            "and LowRankAdamW send thin factors only. Use these, or DistributedDataParallel"
+        )
+    if patterns := list(patterns):
+        raise ValueError(f"the model is converted already, and {patterns} would choose layers; give it to convert()")
+
+
+def unsharded_layer(p: Any) -> None:
+    if hasattr(p, "device_mesh"):
+        raise NotImplementedError(
+            "merge needs whole layers, and these are sharded. Save the full state dict (StateDictOptions("
+            "full_state_dict=True)), load it into a converted model in one process, and merge that"
+        )
+
+
+def whole_restart(method: str, reset: str) -> None:
+    raise NotImplementedError(
+        f'{method} with reset={reset!r} needs all entries of a factor at once, which is sharded. Use reset="drop"'
+    )
 
 
 def bare_linear(name: str, twins: Iterable[torch.nn.Linear]) -> None:

@@ -49,6 +49,7 @@ class Chunk:
         start: number of the first element, where this is a slice of a plain parameter.
         first: number of the first matrix, where this is a part of a stack of experts.
         layout, algebra: of the matrices; all else here is what this process has of them.
+        most: elements of one parameter, in the process that has the most of it.
     """
 
     recipe: Recipe
@@ -68,6 +69,7 @@ class Chunk:
     partial: bool = False  # a flat slice: there is no matrix to be turned
     layout: Layout = HERE
     algebra: Algebra = WHOLE
+    most: int = 0
     shapes: Mapping[str, Shape] = field(default_factory=dict)  # as before slicing: of each state, and of the weight
 
     @property
@@ -185,7 +187,8 @@ class Chunk:
 
     def _number(self, key: str, size: int) -> int | Places:
         """Of the first element of a state, or of the weight, within the whole parameter; `size` of one matrix."""
-        return self.layout.number(self.shapes.get(key, ()), self.start + self.first * size)
+        several = bool(self.plans[0].batch)
+        return self.layout.number(self.shapes.get(key, ()), self.start + self.first * size, several)
 
     def clock(self, st: State) -> Clock:
         """Steps that the moments have seen, this one included."""
@@ -222,15 +225,22 @@ class Chunk:
     def pieces(self) -> Iterator[Chunk]:
         """This chunk, cut if it is one large parameter: a plain one on CPU into slices, a stack into some experts."""
         p, g = self.params[0], self.grads[0]
+        if not self.plans[0].count:
+            return iter(())  # other processes have all of the experts
         if len(self.params) == 1 and p.is_contiguous() and g.is_contiguous():
             copied = p.device.type == "cpu" or p.dtype != self.working
             sliced = self.recipe.elementwise and copied and not is_packed(p)
             whole_blocks = not self.plans[0].batch or math.prod(self.plans[0].matrix) % self._block == 0
             if sliced and whole_blocks and not self.plans[0].projected and p.numel() > self._slice:
                 return self._slices(p, g)
-            if self.plans[0].batch and p.numel() * self.working.itemsize > CHUNK_BYTES and not is_packed(p):
+            if self.plans[0].batch and self.bytes > CHUNK_BYTES and not is_packed(p):
                 return self._experts(p, g)
         return iter([self])
+
+    @property
+    def bytes(self) -> int:
+        """Of the parameters in the working dtype, or of the largest share of them that a process has."""
+        return len(self.params) * self.most * self.working.itemsize
 
     @property
     def _block(self) -> int:
@@ -264,16 +274,16 @@ class Chunk:
 
     def _experts(self, p: Tensor, g: Tensor) -> Iterator[Chunk]:
         plan, count = self.plans[0], self.plans[0].count
-        size = max(1, CHUNK_BYTES * count // (p.numel() * self.working.itemsize))
+        size = max(1, CHUNK_BYTES * count // self.bytes)
         rows = {key: t.view(count, *t.shape[len(plan.batch) :]) for key, t in self.states[0].items() if t.dim()}
         matrices, gradients = p.view(count, *p.shape[-2:]), g.view(count, *g.shape[-2:])
         for first in range(0, count, size):
             piece = slice(first, first + size)
             w, state = matrices[piece], {key: tensor[piece] for key, tensor in rows.items()}
             part = replace(plan, batch=(len(w),), shape=tuple(w.shape))
-            grads = [gradients[piece]]
+            grads, most = [gradients[piece]], -(-self.most // count) * len(w)
             numbers = None if self.numbers is None else self.numbers.some(piece)
-            own = replace(self, plans=[part], params=[w], grads=grads, states=[state], numbers=numbers)
+            own = replace(self, plans=[part], params=[w], grads=grads, states=[state], numbers=numbers, most=most)
             own.first = self.first + first
             yield own
 
@@ -350,7 +360,8 @@ def form_chunks(
         p, group, _, projected = bucket[0]
         plan, layout = plans[p], layouts[p]
         spec, shapes = asked.spec(kind, plan, layout)
-        limit = max(1, CHUNK_BYTES // (working_dtype(p).itemsize * max(1, p.numel())))
+        most = layout.most(plan)
+        limit = max(1, CHUNK_BYTES // (working_dtype(p).itemsize * max(1, most)))
         for start in range(0, len(bucket), limit):
             some = bucket[start : start + limit]
             yield Chunk(
@@ -365,11 +376,29 @@ def form_chunks(
                 working=working_dtype(p),
                 watch=watch,
                 projected=projected,
-                first=layout.first,
+                first=layout.first(plan),
                 layout=layout,
                 algebra=layout.algebra([layouts[one.p] for one in some]),
+                most=most,
                 shapes=shapes,
             )
+
+
+def waves(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
+    """Chunks whose sums over ranks are sent together; those of whole matrices alone, at once.
+
+    Together they are as large as one may be, and all that a step holds of them at a time."""
+    some: list[Chunk] = []
+    for chunk in chunks:
+        if chunk.algebra is WHOLE:
+            yield [chunk]
+            continue
+        if some and sum(one.bytes for one in [*some, chunk]) > CHUNK_BYTES:
+            yield some
+            some = []
+        some.append(chunk)
+    if some:
+        yield some
 
 
 def one_by_one(members: list[Member]) -> bool:

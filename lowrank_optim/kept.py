@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,10 +24,11 @@ class Side(int):
     """
 
     which: int
+    piece: Any  # what of it is here (`distributed/pieces.py`), for those who draw random numbers
 
-    def __new__(cls, length: int, which: int) -> Side:
+    def __new__(cls, length: int, which: int, piece: Any = None) -> Side:
         side = super().__new__(cls, length)
-        side.which = which
+        side.which, side.piece = which, piece
         return side
 
 

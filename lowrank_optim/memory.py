@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from . import checks
 from .blocks import largest_block
 from .chunk import CHUNK_BYTES, SLICE, is_packed, working_dtype
+from .distributed.dtensors import local, meta
 from .gradient_memory import most_gradients
 from .groups import param_groups
 from .kept import Spec, Store
@@ -37,7 +38,7 @@ Shapes = Mapping[str, tuple[int, ...]] | Iterable[tuple[int, ...]]
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one training process, without activations.
+    """Bytes of one training process, without activations; of a sharded model (DTensor) what this process has of it.
 
     Attributes:
         weights: of the parameters that are trained; with weight-space methods of the whole converted model, frozen
@@ -51,7 +52,8 @@ class MemoryEstimate:
             matrices are stacked (on accelerators, or with `foreach=True`), the stack takes up to 64 MiB per operand
             instead. Weights and gradients with strides of their own are copied, which is not counted.
         refresh_workspace: the most that refitting one basis, or restarting one layer, holds (LAPACK's own buffers not
-            counted), with moments in few bits that it turns or resets.
+            counted), with moments in few bits that it turns or resets. Sharded matrices are refitted together, up to
+            64 MiB of gradients at once.
     """
 
     weights: int
@@ -97,8 +99,8 @@ def estimate_memory(
     accumulate whole, unless `basis_from="micro-batch"`.
 
     Args:
-        source: a model (also on the meta device; grouped by `param_groups`), groups that `param_groups` made, or
-            shapes, by name or bare.
+        source: a model (also on the meta device, or sharded; grouped by `param_groups`), groups that `param_groups`
+            made, or shapes, by name or bare.
         optimizer: a class of this package, or of torch.optim (then workspaces are not known and 0). Some of torch's,
             such as Adafactor, cannot step without memory and raise a ValueError.
         dtype: of weights and gradients; default: the model's own, float32 for shapes.
@@ -126,14 +128,19 @@ def estimate_memory(
         return _of_converted(source, optimizer, dtype, step_in_backward, accumulation_steps, options)
     groups = _meta_groups(source, dtype, low_rank)
     params = [p for group in groups for _, p in group["params"]]
-    weights = sum(getattr(p, "packed_bytes", p.nbytes) for p in params)
+    if not low_rank:
+        for group in groups:
+            for name, p in group["params"]:
+                checks.whole(name, p, f"estimate_memory of {optimizer.__name__}")
+    sizes = [local(p).nbytes for p in params]
+    weights = sum(getattr(p, "packed_bytes", size) for p, size in zip(params, sizes, strict=True))
     instance = optimizer(groups, **options)
     if not isinstance(instance, LowRankOptimizer):
-        gradients = whole_gradients([p.nbytes for p in params], accumulation_steps)
+        gradients = whole_gradients(sizes, accumulation_steps)
         return MemoryEstimate(weights, gradients, _bytes_after_step(instance, params), 0, 0, 0, 0)
     if step_in_backward:
         return expected(instance, weights, most_gradients(instance, accumulation_steps))
-    return expected(instance, weights, whole_gradients([p.nbytes for p in params], accumulation_steps))
+    return expected(instance, weights, whole_gradients(sizes, accumulation_steps))
 
 
 def _of_converted(
@@ -176,10 +183,13 @@ def expected(optimizer: LowRankOptimizer, weights: int, gradients: int) -> Memor
     kept: Counter[str] = Counter()
     shared: dict[str, int] = {}
     for p, group in optimizer._members():
-        plan, working = optimizer._plans[p], working_dtype(p)
+        layout, working = optimizer._layouts[p], working_dtype(p)
+        plan = layout.plan(optimizer._plans[p])
         recipe = optimizer._recipe_of(plan, group)
         kept.update(expected_state(optimizer, p, group))
-        step = max(step, _step_bytes(p, plan, recipe, group))
+        if not plan.count:
+            continue  # other processes have all of a stack
+        step = max(step, _step_bytes(layout.here(p), plan, recipe, group))
         if plan.projected:
             shared |= {key: count * working.itemsize for key, count in recipe.basis.shared(plan.matrix).items()}
             refresh = max(refresh, _refresh_bytes(p, plan, recipe))
@@ -298,12 +308,11 @@ def _empty(shape: Any) -> Tensor:
 
 def _meta(entry: Any, index: int, dtype: torch.dtype | None) -> tuple[str, nn.Parameter]:
     name, p = entry if isinstance(entry, tuple) else (f"{index}", entry)
-    checks.whole(name, p, "estimate_memory")
-    meta = nn.Parameter(torch.empty(p.shape, dtype=dtype or p.dtype, device="meta"))
+    empty = nn.Parameter(meta(p, dtype or p.dtype))
     if is_packed(p):
-        cast(Any, meta).packed_bytes = cast(Any, p).stored_bytes()
-        cast(Any, meta).pack_ = None  # is_packed: it does its own rounding, and Kahan's compensation is not for it
-    return name, meta
+        cast(Any, empty).packed_bytes = cast(Any, p).stored_bytes()
+        cast(Any, empty).pack_ = None  # is_packed: it does its own rounding, and Kahan's compensation is not for it
+    return name, empty
 
 
 def _bytes_after_step(optimizer: Optimizer, params: list[nn.Parameter]) -> int:

@@ -6,6 +6,8 @@ import abc
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -14,9 +16,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import captured, checks
-from .chunk import Asked, Chunk, Member, form_chunks, gradient_norms, in_cache, one_by_one
+from .chunk import Asked, Chunk, Member, form_chunks, gradient_norms, in_cache, one_by_one, waves
 from .distributed.common import Common
 from .distributed.layout import HERE, Cut, Layout, layout_of
+from .distributed.lockstep import together
 from .hooks import full_precision
 from .ops import native
 from .parts import Drop, Identity, Never
@@ -25,7 +28,7 @@ from .recipe import Recipe
 from .report import Report, report
 from .state import follow, fresh, loaded
 from .stats import Watch, stats
-from .update import Move, update_
+from .update import Move, refresh_due, update_
 
 if TYPE_CHECKING:
     from .backward import StepInBackward
@@ -158,7 +161,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             checks.unsharded(plan.name, what)
         recipe = self._recipe_of(plan, group)
         spec = recipe.spec(layout.matrix(plan), plan.rank or 0, plan.small)
-        checks.cut(type(self).__name__, plan, layout.cut, recipe.uncut(), layout.cut_blocks(spec))
+        checks.cut(type(self).__name__, plan, layout.pieces, recipe.uncut(), layout.cut_blocks(spec))
 
     def _fresh_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         plan = self._plans[p]
@@ -300,14 +303,25 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             alone = one_by_one(members) and not self._together().groups
             for batch in in_cache(members) if alone else [members]:
                 finite = self._finite(batch, rescale)
-                for chunk in self._chunks(finite, asked):
-                    for piece in chunk.pieces():
-                        update_(piece, piece.algebra, self._move)
+                told = self._counted_elsewhere(finite, asked)
+                for some in waves(piece for chunk in self._chunks(finite, asked) for piece in chunk.pieces()):
+                    together([partial(update_, piece, piece.algebra, self._move) for piece in some])
+                together([partial(self._layouts[p].tell_all_, self.state[p]) for p in told])
                 if finite:
                     torch._foreach_add_([self.state[one.p]["step"] for one in finite], 1)
 
     def _chunks(self, members: list[Member], asked: Asked) -> Iterator[Chunk]:
         return form_chunks(members, self._plans, self._layouts, self.state, self._recipe_of, asked, self._watch)
+
+    def _counted_elsewhere(self, members: list[Member], asked: Asked) -> list[Tensor]:
+        """Stacks of which this step may refit some matrices, and others have some."""
+        apart = [one for one in members if self._layouts[one.p].counts_apart]
+        chunks = (chunk for one in apart for chunk in self._chunks([one], asked))
+        wholes = (
+            replace(chunk, plans=[self._plans[one.p]], states=[self.state[one.p]], first=0)
+            for one, chunk in zip(apart, chunks, strict=True)
+        )
+        return [one.p for one, whole in zip(apart, wholes, strict=True) if refresh_due(whole)]
 
     def _finite(self, members: list[Member], rescale: Rescale | None) -> list[Member]:
         """The members whose gradients are finite; the others are counted, or refused before anything is updated."""

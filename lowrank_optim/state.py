@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import checks
 from .chunk import COMPENSATION, is_packed, working_dtype
-from .distributed.layout import Layout, like
+from .distributed.dtensors import like
+from .distributed.layout import Layout
 from .kept import Store
 from .plan import Plan
 from .recipe import Recipe

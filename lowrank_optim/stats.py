@@ -26,12 +26,21 @@ class Watch:
 
     refresh_seconds: float = 0.0
     captured: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # by parameter, and by its first matrix
+    _open: int = 0
+    _start: float = 0.0
 
     @contextmanager
     def refreshing(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.refresh_seconds += time.perf_counter() - start
+        """Around the work of a refresh; several may overlap, and are timed as one."""
+        if not self._open:
+            self._start = time.perf_counter()
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
+            if not self._open:
+                self.refresh_seconds += time.perf_counter() - self._start
 
     def note_captured(self, plans: list[Plan], first: int, shares: Tensor) -> None:
         """`shares`: one number per matrix of the chunk."""

@@ -165,27 +165,29 @@ def _refresh(chunk: Chunk, algebra: Algebra, g: Tensor, st: State) -> bool:
         largest = algebra.largest(g).view(-1).tolist()  # finite: the norms were; one synchronisation for all
         due = [one for one in due if largest[one[3]] > 0]
         with chunk.watch.refreshing():
-            _refresh_all(chunk, algebra, due, g, st)
+            fitted = fits(chunk, algebra, due, g, st, _draws, _time)
+            algebra.each(functools.partial(_refresh_one, chunk, algebra, g, st), zip(due, fitted, strict=True))
     return bool(due)
 
 
-def _refresh_all(chunk: Chunk, algebra: Algebra, due: list[Due], g: Tensor, st: State) -> None:
+def _refresh_one(
+    chunk: Chunk, algebra: Algebra, g: Tensor, st: State, due: tuple[Due, dict[str, Tensor] | None]
+) -> None:
+    """One matrix, and its new basis if there is one already."""
     refresh = chunk.recipe.refresh
-    for (plan, state, inner, outer, counters), fitted in zip(
-        due, fits(chunk, algebra, due, g, st, _draws, _time), strict=True
-    ):
-        count, last = state["refreshes"].view(-1), state["refreshed_at"].view(-1)
-        matrix = g if g.dim() == 2 else g[outer]
-        view = st if g.dim() == 2 else OfMatrix(st, outer)
-        draw, at = _draws(algebra, plan, chunk.first + inner, matrix), _time(chunk, last, inner)
-        if fitted is None:
-            old = view if count[inner] else None
-            fitted = chunk.recipe.basis.fit(algebra, matrix, old, cast(int, plan.rank), draw(int(count[inner])), at)
-        turn = _refit(chunk, algebra, plan, int(count[inner]), at, matrix, view, draw, fitted)
-        if turn is not None:
-            refresh.note_(counters, turn)
-        count[inner] += 1
-        last[inner] = at.step
+    (plan, state, inner, outer, counters), fitted = due
+    count, last = state["refreshes"].view(-1), state["refreshed_at"].view(-1)
+    matrix = g if g.dim() == 2 else g[outer]
+    view = st if g.dim() == 2 else OfMatrix(st, outer)
+    draw, at = _draws(algebra, plan, chunk.first + inner, matrix), _time(chunk, last, inner)
+    if fitted is None:
+        old = view if count[inner] else None
+        fitted = chunk.recipe.basis.fit(algebra, matrix, old, cast(int, plan.rank), draw(int(count[inner])), at)
+    turn = _refit(chunk, algebra, plan, int(count[inner]), at, matrix, view, draw, fitted)
+    if turn is not None:
+        refresh.note_(counters, turn)
+    count[inner] += 1
+    last[inner] = at.step
 
 
 def _time(chunk: Chunk, last: Tensor, inner: int) -> Time:
@@ -246,14 +248,19 @@ def _derive(chunk: Chunk, algebra: Algebra, g: Tensor, st: State) -> None:
     basis = chunk.recipe.basis
     if not (basis.derives and chunk.plans[0].projected):
         return
-    parts: list[dict[str, Tensor]] = []
-    for plan, state, inner, outer in chunk.matrices():
+    matrices = list(chunk.matrices())
+    parts: list[dict[str, Tensor]] = [{} for _ in matrices]
+
+    def derive(one: tuple[Plan, dict[str, Tensor], int, int]) -> None:
+        plan, state, inner, outer = one
         matrix = g if g.dim() == 2 else g[outer]
         kept = {key: st[key] if g.dim() == 2 else st[key][outer] for key in basis.spec(plan.matrix, plan.rank or 0)}
         count = state["refreshes"].view(-1)[inner] if chunk.numbers is None else chunk.numbers.counts[outer]
         last = (count - 1).clamp(min=0)
         draw = _draws(algebra, plan, chunk.first + inner, matrix)(last if chunk.numbers else int(last))
-        parts.append(basis.derive(algebra, matrix, kept, cast(int, plan.rank), draw))
+        parts[outer] = basis.derive(algebra, matrix, kept, cast(int, plan.rank), draw)
+
+    algebra.each(derive, matrices)
     for key in parts[0]:
         st[key] = parts[0][key] if g.dim() == 2 else torch.stack([part[key] for part in parts])
 

@@ -18,11 +18,14 @@ from torch import Tensor, nn
 
 from . import checks
 from .chunk import COMPENSATION, working_dtype
-from .layers.convert import Conversion, make_conversion
+from .distributed.dtensors import local
+from .distributed.layout import Cut
+from .layers.convert import Conversion, adopt, converted, make_conversion
 from .layers.linear import ReparameterizedLinear
 from .methods._shared import adamw
 from .optimizer import LowRankOptimizer
 from .parts import Outside
+from .plan import Plan
 from .recipe import Recipe
 from .report import Report, Row, parameter_row
 from .restart import PARTIAL, reset_
@@ -45,7 +48,11 @@ class WeightSpaceOptimizer(LowRankOptimizer):
         defaults = {**options, "rank": None, "factors": False}
         checks.hyperparameters({**defaults, **how, "rest_lr": rest_lr}, self.choices)
         self.check(defaults)
-        conversion = make_conversion(model, self.layer, seed=seed, **how)
+        if any(hasattr(layer.leader, "device_mesh") for _, layer in converted(model)):
+            checks.shards_restarted(type(self).__name__, self.shardable, [*how.pop("include"), *how.pop("exclude")])
+            conversion = adopt(model, type(self).__name__, self.layer, **how)
+        else:
+            conversion = make_conversion(model, self.layer, seed=seed, **how)
         try:
             if strict:
                 checks.nothing_lost(type(self).__name__, conversion.left.items())
@@ -66,6 +73,11 @@ class WeightSpaceOptimizer(LowRankOptimizer):
     def extra_groups(self, conversion: Conversion) -> list[dict[str, Any]]:
         """Groups beside those of the factors and of what is not converted."""
         return []
+
+    def _admit_shard(self, plan: Plan, layout: Cut, group: dict[str, Any]) -> None:
+        super()._admit_shard(plan, layout, group)
+        if group["factors"] and group.get("reset") in PARTIAL:
+            checks.whole_restart(type(self).__name__, group["reset"])
 
     @abc.abstractmethod
     def restart(self, name: str, layer: ReparameterizedLinear, count: int, group: dict[str, Any]) -> bool:
@@ -178,7 +190,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
                 method=type(self).__name__,
                 rank=layer.rank,
                 side="-",
-                state_bytes=sum(tensor.nbytes for state in states for tensor in state.values()),
+                state_bytes=sum(local(tensor).nbytes for state in states for tensor in state.values()),
                 full_bytes=2 * 4 * layer.out_features * layer.in_features,
                 skipped=max((int(state["skipped"]) for state in states if state), default=0),
                 reason=", ".join(filter(None, [layer.describe(), f"{count} restarts" if count else ""])),

@@ -8,7 +8,9 @@ ranks, and then every part works on it unchanged.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,11 @@ class Algebra:
     def refreshing(self) -> AbstractContextManager[None]:
         """Around the work of a refresh, for those who count."""
         return nullcontext()
+
+    def each(self, work: Callable[..., None], items: Iterable[Any]) -> None:
+        """Does the same for several matrices, none of which looks at another."""
+        for item in items:
+            work(item)
 
     def project(self, basis: Tensor, g: Tensor) -> Tensor:
         """`P^T G`: (m, k), (m, n) -> (k, n). G in fewer bits than P is brought to its dtype block by block."""
@@ -53,6 +60,22 @@ class Algebra:
         """The algebra of matrices whose projected side is gone: of R, and of all that has its shape."""
         return self
 
+    def columns(self, g: Tensor, spans: Sequence[tuple[int, int]]) -> tuple[Algebra, Tensor]:
+        """The columns of G in some spans (first, last + 1), ascending, side by side, and the algebra of that."""
+        return self, beside([g[..., first:last] for first, last in spans])
+
+    def every(self, x: Tensor) -> Tensor:
+        """One number per row of G, (..., m): of all rows."""
+        return x
+
+    def places(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Where the rows with some numbers are in what is here of G, and which of them are; None: all."""
+        return index.long(), None
+
+    def completed(self, r: Tensor) -> Tensor:
+        """`R` (r, n) of which each row is in one place and zero elsewhere."""
+        return r
+
     def orthonormal(self, y: Tensor, side: int) -> Tensor:
         """An orthonormal basis of the columns of y, whose rows are those (-2) or the columns (-1) of G."""
         return ops.orthonormalize(y)
@@ -73,6 +96,10 @@ class Algebra:
     def leading(self, g: Tensor, rank: int) -> Tensor:
         """The leading left singular vectors, (m, n) -> (m, rank), signs fixed."""
         return ops.leading_left_vectors(g, rank)
+
+    def right(self, r: Tensor, rank: int) -> Tensor:
+        """The leading right singular vectors of R, (r, n) -> (n, rank), signs fixed."""
+        return ops.leading_left_vectors(r.mT, rank)
 
     def largest(self, g: Tensor) -> Tensor:
         """`max |G|`, NaN if there is one: (m, n) -> ()."""
@@ -108,6 +135,11 @@ def _parts(x: Tensor) -> list[Tensor]:
     """x, in blocks of columns where it has to be widened."""
     whole = x.dtype.itemsize >= torch.float32.itemsize or not x.numel()
     return [x] if whole else [columns.of(x) for columns in blocks(x.shape)]
+
+
+def beside(parts: Sequence[Tensor]) -> Tensor:
+    """Matrices side by side; one alone stays where it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
 
 
 WHOLE = Algebra()

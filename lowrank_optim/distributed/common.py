@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .. import checks
 from ..plan import Plan
-from .layout import Cut, Layout, local
+from .layout import Cut, Layout
+from .lockstep import Peers, total
 
 
 class Common:
@@ -21,39 +22,35 @@ class Common:
 
     def __init__(self, plans: Mapping[Tensor, Plan], layouts: Mapping[Tensor, Layout]) -> None:
         self.plans = plans
-        self.groups: dict[Any, list[Tensor]] = {}
+        self.groups: dict[Peers, list[Tensor]] = {}
         for p, layout in layouts.items():
             if layout.sharded:
-                self.groups.setdefault(cast(Cut, layout).group, []).append(p)
+                self.groups.setdefault(cast(Cut, layout).everyone, []).append(p)
         self._agreed = False
 
     def agree(self) -> None:
         """Once: do all ranks mean the same matrices, in the same order?"""
-        for group, params in () if self._agreed else self.groups.items():
+        for peers, params in () if self._agreed else self.groups.items():
             table = [(plan.name, plan.shape, plan.rank, plan.side) for plan in map(self.plans.__getitem__, params)]
             digest = hashlib.blake2b(repr(table).encode(), digest_size=8).digest()
-            own = torch.tensor([int.from_bytes(digest, "little") >> 1], device=params[0].device)
-            everyone = own.new_empty(group.size())
-            dist.all_gather(list(everyone.chunk(group.size())), own, group=group)
-            checks.same_plans(bool((everyone == own).all()), dist.get_rank(), table)
+            own = torch.tensor([int.from_bytes(digest, "little") >> 1])
+            both = total(torch.cat([own, -own]), peers, dist.ReduceOp.MAX)  # the largest, and minus the smallest
+            checks.same_plans(int(both[0]) == -int(both[1]), dist.get_rank(), table)
         self._agreed = True
 
     def norms(self, grads: Iterable[tuple[Tensor, float]]) -> dict[Tensor, float]:
         """The norms of whole gradients from those of what is here of them; one all-reduce for all parameters."""
         found, here = {}, dict(grads)
-        for group, params in self.groups.items():
+        for peers, params in self.groups.items():
             numbers = [(here.get(p, 0.0) ** 2, float(p in here)) for p in params]
-            total = torch.tensor(numbers, dtype=torch.float64, device=local(params[0]).device)
-            dist.all_reduce(total, group=group)
-            for p, (square, ranks) in zip(params, total.tolist(), strict=True):
-                checks.gradient_on_all(self.plans[p].name, int(ranks), group.size())
+            whole = total(torch.tensor(numbers, dtype=torch.float64), peers)
+            for p, (square, ranks) in zip(params, whole.tolist(), strict=True):
+                checks.gradient_on_all(self.plans[p].name, int(ranks), peers.group.size())
                 found[p] = math.sqrt(square) if square == square else math.nan
         return found
 
     def anywhere(self, flag: bool) -> bool:
         """Whether it is so on any rank."""
-        for group, params in self.groups.items():
-            answer = torch.tensor(float(flag), device=local(params[0]).device)
-            dist.all_reduce(answer, dist.ReduceOp.MAX, group=group)
-            flag = bool(answer)
+        for peers in self.groups:
+            flag = bool(total(torch.tensor([float(flag)]), peers, dist.ReduceOp.MAX))
         return flag

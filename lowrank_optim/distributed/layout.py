@@ -7,7 +7,7 @@ the matrix is, and kept as a DTensor, so that checkpoints know; all other state 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -19,7 +19,10 @@ from ..kept import Shape, Side, Spec, Store
 from ..ops.philox import Places
 from ..plan import Plan
 from .algebra import WHOLE, Algebra
-from .shards import Meter, Shards
+from .dtensors import from_local, local, moved
+from .lockstep import Peers, total
+from .pieces import Piece, peers_of, pieces
+from .shards import Meter, Shards, Traffic
 
 _BATCH = -3
 
@@ -28,7 +31,6 @@ class Layout:
     """Here is all of it, an ordinary tensor."""
 
     sharded = False  # True: a step needs all ranks
-    first = 0  # number of the first matrix of the batch that is here
     key: tuple[Any, ...] = ()  # equal where matrices can be stacked
 
     def here(self, x: Tensor) -> Tensor:
@@ -37,6 +39,22 @@ class Layout:
 
     def here_all(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return state
+
+    def first(self, plan: Plan) -> int:
+        """The number of the first matrix of the batch that is here."""
+        return 0
+
+    def most(self, plan: Plan) -> int:
+        """Elements that a process has of the parameter, or the most that any has."""
+        return math.prod(plan.shape)
+
+    @property
+    def counts_apart(self) -> bool:
+        """True: others have other matrices of a batch, and know what has become of those."""
+        return False
+
+    def tell_all_(self, state: dict[str, Tensor]) -> None:
+        """Brings the counters of all matrices of a batch up to date, which every process keeps."""
 
     def plan(self, plan: Plan) -> Plan:
         """The plan of what is here."""
@@ -58,8 +76,9 @@ class Layout:
         """A new tensor of state: one of `shape`, as `matrix` led to it, for each matrix."""
         return torch.zeros(batch + shape, dtype=dtype, device=device)
 
-    def number(self, shape: Shape, element: int) -> int | Places:
-        """The number in the whole tensor of an element of what is here of it, `shape` as from `spec`."""
+    def number(self, shape: Shape, element: int, several: bool) -> int | Places:
+        """The number in the whole tensor of an element of what is here of it, `shape` as from `spec`; `several`: of
+        tensors of that shape one after the other."""
         return element
 
     def algebra(self, layouts: Sequence[Layout]) -> Algebra:
@@ -94,78 +113,99 @@ class Replicated(Layout):
 
 @dataclass(frozen=True, eq=False)
 class Cut(Replicated):
-    """A DTensor that is cut along one dimension, over one dimension of its mesh.
+    """A DTensor of which others have a part.
 
     Attributes:
-        cut: the dimension of the turned matrix, -2 or -1, or that of a batch of matrices, -3.
-        natural: the same dimension of the parameter.
-        whole, start, length: of that dimension: all of it, and what is here.
+        pieces: what is here of each side that is cut: of the turned matrix, -2 and -1, or of a batch of matrices, -3.
+        natural: the dimensions of the parameter that these are; `rows`: the one that counts rows.
+        everyone: those who have any other part; `both`: those who have one of the same matrix, where both of its sides
+            are cut.
     """
 
     mesh: Any
     placements: tuple[Any, ...]
-    group: Any
-    cut: int
-    natural: int
-    whole: int
-    start: int
-    length: int
+    pieces: Mapping[int, Piece]
+    natural: Mapping[int, int]
+    rows: int
+    everyone: Peers
+    both: Peers | None = None
     meter: Meter = field(default_factory=Meter)
     sharded = True
 
     @property
-    def first(self) -> int:  # type: ignore[override]
-        return self.start if self.cut == _BATCH else 0
-
-    @property
     def key(self) -> tuple[Any, ...]:  # type: ignore[override]
-        return id(self.group), self.cut, self.whole, self.start
+        return *self.pieces.items(), self.both
+
+    def first(self, plan: Plan) -> int:
+        return self.pieces[_BATCH].start * math.prod(plan.batch[1:]) if _BATCH in self.pieces else 0
+
+    def most(self, plan: Plan) -> int:
+        longest = {self.natural[side]: piece.most for side, piece in self.pieces.items()}
+        return math.prod(longest.get(i, size) for i, size in enumerate(plan.shape))
 
     def plan(self, plan: Plan) -> Plan:
-        shape = list(plan.shape)
-        shape[self.natural] = self.length
-        if self.cut == _BATCH:
-            return replace(plan, shape=tuple(shape), batch=(self.length, *plan.batch[1:]))
-        matrix = list(plan.matrix)
-        matrix[self.cut] = self.length
-        return replace(plan, shape=tuple(shape), matrix=tuple(matrix))
+        here = {side: piece.length for side, piece in self.pieces.items()}
+        natural = {self.natural[side]: length for side, length in here.items()}
+        shape = tuple(natural.get(i, size) for i, size in enumerate(plan.shape))
+        matrix = tuple(here.get(i - len(plan.matrix), size) for i, size in enumerate(plan.matrix))
+        batch = (here.get(_BATCH, plan.batch[0]), *plan.batch[1:]) if plan.batch else ()
+        return replace(plan, shape=shape, matrix=matrix, batch=batch)
 
     def matrix(self, plan: Plan) -> Shape:
-        if self.cut == _BATCH:
-            return plan.matrix
-        sides = list(plan.matrix)
-        sides[self.cut] = Side(self.whole, self.cut)
-        return tuple(sides)
+        sides = range(-len(plan.matrix), 0)
+        return tuple(Side(n, i) if i in self.pieces else n for i, n in zip(sides, plan.matrix, strict=True))
 
     def weight(self, plan: Plan) -> Shape:
         shape = self._shape_here(self.matrix(plan))
         return shape[::-1] if plan.side == "right" else shape
 
+    def here_all(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        if _BATCH not in self.pieces:
+            return super().here_all(state)
+        mine = self._matrices()
+        return {key: local(x) if hasattr(x, "device_mesh") or not x.dim() else x[mine] for key, x in state.items()}
+
+    @property
+    def counts_apart(self) -> bool:
+        return _BATCH in self.pieces
+
+    def tell_all_(self, state: dict[str, Tensor]) -> None:
+        mine, peers = self._matrices(), self.pieces[_BATCH].peers
+        for x in state.values():
+            if x.dim() and not hasattr(x, "device_mesh"):
+                own = torch.zeros_like(x)
+                own[mine] = x[mine]
+                x.copy_(total(own, peers))
+
     def spec(self, spec: dict[str, Spec]) -> dict[str, Spec]:
         return {key: one._replace(shape=self._shape_here(one.shape)) for key, one in spec.items()}
 
     def zeros(self, batch: Shape, shape: Shape, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        cut = [len(batch) + i for i, side in enumerate(shape) if isinstance(side, Side)]
-        here = batch + tuple(map(int, self._shape_here(shape)))
-        if self.cut == _BATCH:
-            cut, here = [0], (self.length, *here[1:])
+        cut = {side.which: len(batch) + i for i, side in enumerate(shape) if isinstance(side, Side)}
+        here = list(batch + tuple(map(int, self._shape_here(shape))))
+        if _BATCH in self.pieces:
+            cut[_BATCH], here[0] = 0, self.pieces[_BATCH].length
         x = torch.zeros(here, dtype=dtype, device=device)
-        return self._distributed(x, batch + tuple(map(int, shape)), cut[0]) if cut else x
+        return self._distributed(x, batch + tuple(map(int, shape)), cut) if cut else x
 
-    def number(self, shape: Shape, element: int) -> int | Places:
-        cut = [i for i, side in enumerate(shape) if isinstance(side, Side)]
-        if not cut:
-            return element
-        if cut[0] == 0:
-            return self.start * math.prod(shape[1:]) + element
-        gap = self.whole - self.length
-        return Places(element, self.start, self.length, gap) if self.length else 0
+    def number(self, shape: Shape, element: int, several: bool) -> int | Places:
+        first = self._piece(shape[0]) if shape else None
+        last = self._piece(shape[-1]) if len(shape) > 1 else None
+        width = last.whole if last else math.prod(shape[1:])
+        base = first.start * width if first else 0
+        if last:
+            run, gap, base = last.length, last.whole - last.length, base + last.start
+        elif first and several:
+            run, gap = first.length * width, (first.whole - first.length) * width
+        else:
+            return base + element
+        return Places(element, base, run, gap) if run else 0
 
     def algebra(self, layouts: Sequence[Layout]) -> Algebra:
-        if self.cut == _BATCH:
+        sides = {side: piece for side, piece in self.pieces.items() if side != _BATCH}
+        if not sides:
             return WHOLE
-        meters = [cast(Cut, one).meter for one in layouts]
-        return Shards(self.cut, self.whole, self.start, self.length, self.group, meters)
+        return Shards(sides, self.both, Traffic([cast(Cut, one).meter for one in layouts]))
 
     def cut_blocks(self, spec: dict[str, Spec]) -> list[str]:
         """State that is cut and quantized in blocks, which a cut would divide."""
@@ -174,7 +214,10 @@ class Cut(Replicated):
 
     @property
     def place(self) -> str:
-        return f"{self.length} of {self.whole} {'columns' if self.natural else 'rows'}"
+        words = {self.rows - 1: "matrices", self.rows: "rows", self.rows + 1: "columns"}
+        return ", ".join(
+            f"{one.length} of {one.whole} {words[self.natural[side]]}" for side, one in self.pieces.items()
+        )
 
     @property
     def sent(self) -> tuple[float | None, float | None]:
@@ -182,15 +225,28 @@ class Cut(Replicated):
         per_step = meter.between / meter.steps if meter.steps else None
         return per_step, meter.refreshing / meter.refreshes if meter.refreshes else None
 
+    def _matrices(self) -> slice:
+        """Which of a batch are here."""
+        piece = self.pieces[_BATCH]
+        return slice(piece.start, piece.start + piece.length)
+
+    def _piece(self, side: int) -> Piece | None:
+        return self.pieces[side.which] if isinstance(side, Side) else None
+
     def _shape_here(self, shape: Shape) -> Shape:
-        return tuple(Side(self.length, side.which) if isinstance(side, Side) else side for side in shape)
+        pieces = [(side, self._piece(side)) for side in shape]
+        return tuple(side if piece is None else Side(piece.length, cast(Side, side).which) for side, piece in pieces)
 
-    def _distributed(self, x: Tensor, shape: Shape, cut: int) -> Tensor:
-        from torch.distributed.tensor import DTensor, Shard
+    def _distributed(self, x: Tensor, shape: Shape, cut: Mapping[int, int]) -> Tensor:
+        """A DTensor of which x is what is here; `cut`: its dimensions that are sides of the matrix, by side."""
+        from torch.distributed.tensor import Replicate
 
-        placements = [Shard(cut) if one.is_shard() else one for one in self.placements]
-        stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-        return DTensor.from_local(x, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+        where = {self.natural[side]: dim for side, dim in cut.items()}
+        placements: list[Any] = []
+        for one in self.placements:
+            dim = None if one.is_replicate() else where.get(one.dim)
+            placements.append(Replicate() if dim is None else moved(one, dim))
+        return from_local(x, self.mesh, placements, shape)
 
 
 HERE = Layout()
@@ -202,53 +258,24 @@ def layout_of(p: Tensor, plan: Plan) -> Layout:
         return HERE
     dtensor = cast(Any, p)
     placements, mesh = tuple(dtensor.placements), dtensor.device_mesh
-    cuts = [i for i, one in enumerate(placements) if not one.is_replicate()]
-    if not cuts:
+    if all(one.is_replicate() for one in placements):
         return Replicated()
     checks.layout(plan.name, placements)
-    (at,) = cuts
-    natural = placements[at].dim % len(plan.shape)
-    whole, size = plan.shape[natural], -(-plan.shape[natural] // mesh.size(at))
-    start = min(size * mesh.get_local_rank(at), whole)
-    cut = _dimension(plan, natural)
-    length = min(size, whole - start)
-    if local(p).shape[natural] != length:
+    cut = pieces(plan.shape, mesh, placements)
+    if any(local(p).shape[natural] != piece.length for natural, piece in cut.items()):
         raise NotImplementedError(f"{plan.name} is cut into {placements}, but not into equal parts")
-    return Cut(mesh, placements, mesh.get_group(at), cut, natural, whole, start, length)
+    natural = {_dimension(plan, i): i for i in cut}
+    sides = {side: cut[i] for side, i in natural.items()}
+    checks.cut_stack(plan.name, bool(plan.batch), len(sides.keys() & {-2, -1}))
+    everyone = peers_of(mesh, placements)
+    return Cut(mesh, placements, sides, natural, len(plan.batch), everyone, _both(mesh, placements, natural))
 
 
-def local(x: Tensor) -> Tensor:
-    """What of a tensor is in this process; the same memory."""
-    return cast(Any, x).to_local() if hasattr(x, "device_mesh") else x
-
-
-def like(x: Tensor, example: Tensor) -> Tensor:
-    """A whole tensor, or a DTensor of another layout, laid out as the example is; new memory. All ranks call it."""
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    if isinstance(x, DTensor):
-        same = isinstance(example, DTensor) and (x.device_mesh, x.placements) == (
-            example.device_mesh,
-            example.placements,
-        )
-        x = x.to_local() if same else x.full_tensor()
-        if same:
-            example_here = local(example)
-            return _again(x.to(example_here.device, example_here.dtype, copy=True), example)
-    if not isinstance(example, DTensor):
-        return x.detach().to(x.device if example.is_meta else example.device, example.dtype, copy=True)
-    shape, start = compute_local_shape_and_global_offset(example.shape, example.device_mesh, example.placements)
-    part = x[tuple(slice(first, first + size) for first, size in zip(start, shape, strict=True))]
-    here = local(example)
-    return _again(part.detach().to(here.device, here.dtype, copy=True).contiguous(), example)
-
-
-def _again(x: Tensor, example: Any) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    layout = example.device_mesh, example.placements
-    return DTensor.from_local(x, *layout, run_check=False, shape=example.shape, stride=example.stride())
+def _both(mesh: Any, placements: Sequence[Any], natural: Mapping[int, int]) -> Peers | None:
+    """Those who have another part of the same matrix, where both of its sides are cut."""
+    sides = {at for side, at in natural.items() if side != _BATCH}
+    inside = [None if one.is_replicate() or one.dim not in sides else one for one in placements]
+    return peers_of(mesh, inside) if len(sides) == 2 else None
 
 
 def _dimension(plan: Plan, natural: int) -> int:
@@ -257,7 +284,7 @@ def _dimension(plan: Plan, natural: int) -> int:
         return -1
     rows = len(plan.batch)
     if natural < rows:
-        checks.batch(plan.name, natural, plan.projected)
+        checks.batch(plan.name, natural)
         return _BATCH
     if natural > rows and len(plan.shape) > rows + 2:
         raise NotImplementedError(

@@ -1,11 +1,13 @@
-"""The algebra of a matrix that is cut along one side: thin partial results, completed over ranks."""
+"""The algebra of a matrix of which others have the rest: thin partial results, completed over ranks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +15,10 @@ from torch import Tensor
 
 from .. import ops
 from ..kept import Side
-from .algebra import WHOLE, Algebra
+from . import lockstep
+from .algebra import WHOLE, Algebra, beside
+from .lockstep import Peers
+from .pieces import Piece
 
 _MOST_ROUNDS = 30  # of `leading`
 
@@ -28,38 +33,62 @@ class Meter:
     refreshing: float = 0.0
 
 
-class Shards(Algebra):
-    """Every rank has some rows (`cut` -2) or some columns (-1) of the turned matrix, and has whole what is not cut.
+class Traffic:
+    """What the matrices of one chunk send in one step, for their meters."""
 
-    Where rows are cut, so are the rows of a basis, and R is the same everywhere. Where columns are cut, so are those of
-    R, and bases are the same everywhere. What is the same everywhere is computed everywhere, from the same bits.
-    """
-
-    def __init__(
-        self, cut: int, whole: int, start: int, length: int, group: dist.ProcessGroup, meters: Sequence[Meter]
-    ) -> None:
-        self.cut, self.whole, self.start, self.length = cut, whole, start, length
-        self.group, self.meters = group, meters
+    def __init__(self, meters: Sequence[Meter]) -> None:
+        self.meters = meters
         self._in_refresh, self._refreshed = False, False
         for meter in meters:
             meter.steps += 1
 
+    @contextmanager
+    def refreshing(self) -> Iterator[None]:
+        for meter in self.meters:
+            meter.refreshes += not self._refreshed
+        self._in_refresh = self._refreshed = True
+        yield
+        self._in_refresh = False
+
+    def total(self, x: Tensor, peers: Peers, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        for meter in self.meters:
+            if self._in_refresh:
+                meter.refreshing += x.nbytes / len(self.meters)
+            else:
+                meter.between += x.nbytes / len(self.meters)
+        return lockstep.total(x, peers, op)
+
+
+class Shards(Algebra):
+    """Every rank has some rows (-2) of the turned matrix, or some columns (-1), or some columns of some rows.
+
+    Where rows are cut, so are the rows of a basis. Where columns are cut, so are those of R. What is not cut is the
+    same on all ranks, and what is computed from it is computed everywhere, from the same bits.
+
+    Args:
+        pieces: of the sides that are cut.
+        both: who has the other parts, where both are.
+    """
+
+    def __init__(self, pieces: Mapping[int, Piece], both: Peers | None, traffic: Traffic) -> None:
+        self.pieces, self.both, self.traffic = pieces, both, traffic
+
     # -- products ------------------------------------------------------------------------------------------------------
 
     def project(self, basis: Tensor, g: Tensor) -> Tensor:
-        return self._completed(super().project(basis, g), self.cut == -2)
+        return self._completed(super().project(basis, g), -2)
 
     def sketch(self, g: Tensor, thin: Tensor) -> Tensor:
-        return self._completed(super().sketch(g, thin), self.cut == -1)
+        return self._completed(super().sketch(g, thin), -1)
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
-        return self._completed(super().inner(x, y), self.cut == -1)
+        return self._completed(super().inner(x, y), -1)
 
     # -- sums ----------------------------------------------------------------------------------------------------------
 
     def largest(self, g: Tensor) -> Tensor:
         largest = super().largest(g) if g.numel() else g.new_zeros(g.shape[:-2])
-        return self._sent(largest.contiguous(), dist.ReduceOp.MAX)
+        return self._completed(largest, -2, -1, op=dist.ReduceOp.MAX)
 
     def size(self, x: Tensor) -> Tensor:
         dims = (-2, -1) if x.dim() > 1 else (-1,)
@@ -69,52 +98,85 @@ class Shards(Algebra):
         return self.total(super().energy(x, dim, power), dim)
 
     def total(self, sums: Tensor, dim: int) -> Tensor:
-        return self._completed(sums, dim == self.cut)
+        return self._completed(sums, dim)
 
     def norm(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         norm = super().norm(x, dim)
-        if self.cut not in _dims(dim):
+        if not self.pieces.keys() & _dims(dim):
             return norm
-        return self._completed(norm.double().square(), True).sqrt().to(norm.dtype)  # whose squares may not fit
+        return self._completed(norm.double().square(), *_dims(dim)).sqrt().to(norm.dtype)  # whose squares may not fit
 
     def mean(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-        if self.cut not in _dims(dim):
+        if not self.pieces.keys() & _dims(dim):
             return super().mean(x, dim)
-        return self._completed(x.sum(dim=dim, keepdim=True), True) / self._count(x, _dims(dim))
+        return self._completed(x.sum(dim=dim, keepdim=True), *_dims(dim)) / self._count(x, _dims(dim))
 
     # -- shapes --------------------------------------------------------------------------------------------------------
 
     def shape(self, g: Tensor) -> tuple[int, int]:
-        m, n = g.shape[-2:]
-        return (Side(self.whole, -2), n) if self.cut == -2 else (m, Side(self.whole, -1))
+        m, n = (
+            g.shape[side] if piece is None else Side(piece.whole, side, piece)
+            for side, piece in ((side, self.pieces.get(side)) for side in (-2, -1))
+        )
+        return m, n
 
     def own(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
         first, *rest = shape
         if not isinstance(first, Side):
             return shape, 0
-        return (self.length, *map(int, rest)), self.start * math.prod(rest)
+        piece = first.piece
+        return (piece.length, *map(int, rest)), piece.start * math.prod(rest)
 
     def projected(self) -> Algebra:
-        return WHOLE if self.cut == -2 else self
+        columns = {d: piece for d, piece in self.pieces.items() if d == -1}
+        return Shards(columns, None, self.traffic) if columns else WHOLE
+
+    def columns(self, g: Tensor, spans: Sequence[tuple[int, int]]) -> tuple[Algebra, Tensor]:
+        if -1 not in self.pieces:
+            return self, super().columns(g, spans)[1]
+        piece = self.pieces[-1]
+        here = [piece.within(*span) for span in spans]
+        whole = sum(last - first for first, last in spans)
+        before = sum(min(last, piece.start) - min(first, piece.start) for first, last in spans)
+        length = sum(last - first for first, last in here)
+        some = {-1: replace(piece, whole=whole, start=before, length=length, most=whole)}
+        return Shards({**self.pieces, **some}, self.both, self.traffic), beside([g[..., a:b] for a, b in here])
+
+    # -- lines ---------------------------------------------------------------------------------------------------------
+
+    def every(self, x: Tensor) -> Tensor:
+        return self._joined(x.unsqueeze(-1), -2).squeeze(-1) if -2 in self.pieces else x
+
+    def places(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        if -2 not in self.pieces:
+            return super().places(index)
+        piece = self.pieces[-2]
+        here = index.long() - piece.start
+        mine = (here >= 0) & (here < piece.length)
+        return here.clamp(0, max(0, piece.length - 1)), mine
+
+    def completed(self, r: Tensor) -> Tensor:
+        return self._completed(r, -2)
 
     # -- bases ---------------------------------------------------------------------------------------------------------
 
     def orthonormal(self, y: Tensor, side: int) -> Tensor:
-        return ops.orthonormalize(y, self._total, self.start) if side == self.cut else ops.orthonormalize(y)
+        return ops.orthonormalize(y, *self._lines(side))
 
     def whitened(self, y: Tensor, side: int) -> Tensor:
-        return ops.whitened(y, self._total) if side == self.cut else ops.whitened(y)
+        return ops.whitened(y, *self._lines(side)[:1])
 
     def principal(self, y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        return ops.principal(y, rank, self._total, self.start) if self.cut == -2 else ops.principal(y, rank)
+        return ops.principal(y, rank, *self._lines(-2))
 
-    def signed(self, basis: Tensor) -> Tensor:
-        if self.cut != -2:
+    def signed(self, basis: Tensor, side: int = -2) -> Tensor:
+        if side not in self.pieces:
             return ops.fix_signs(basis)
-        peaks = basis.new_zeros(1, basis.shape[-1])
-        if self.length:
-            peaks = basis.gather(-2, basis.abs().argmax(dim=-2, keepdim=True))
-        everyone = self._gathered(peaks)  # in the order of rows, so that the first of equal entries decides
+        piece = self.pieces[side]
+        peaks = basis.new_zeros(*basis.shape[:-2], piece.count, basis.shape[-1])
+        if piece.length:  # its own row, in the order of the pieces, so that the first of equal entries decides
+            peaks[..., piece.place, :] = basis.gather(-2, basis.abs().argmax(dim=-2, keepdim=True)).squeeze(-2)
+        everyone = self._completed(peaks, side)
         pivot = everyone.gather(-2, everyone.abs().argmax(dim=-2, keepdim=True))
         return basis * torch.where(pivot < 0, -1.0, 1.0).to(basis.dtype)
 
@@ -135,50 +197,49 @@ class Shards(Algebra):
                 break
         return basis[:, :rank].contiguous()
 
+    def right(self, r: Tensor, rank: int) -> Tensor:
+        """Of the triangle that a QR factorisation leaves."""
+        if -1 not in self.pieces:
+            return super().right(r, rank)
+        q = self.orthonormal(r.mT.contiguous(), -1)
+        small = torch.linalg.svd(self.inner(r, q).mT.double())[0].to(q.dtype)
+        return self.signed(q @ small[..., :rank], -1)
+
     def _angle(self, old: Tensor, new: Tensor) -> Tensor:
         """Sine of the angle between two subspaces."""
         rest = new - old @ self.project(old, new)
-        squares = rest.double().square().sum()
-        return (self._completed(squares, True) if self.cut == -2 else squares).sqrt()
+        return self._completed(rest.double().square().sum(), -2).sqrt()
 
     # -- collectives ---------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def refreshing(self) -> Iterator[None]:
-        for meter in self.meters:
-            meter.refreshes += not self._refreshed  # one of these objects sees one step
-        self._in_refresh = self._refreshed = True
-        yield
-        self._in_refresh = False
+    def refreshing(self) -> Any:
+        return self.traffic.refreshing()
 
-    def _completed(self, x: Tensor, partial: bool) -> Tensor:
-        """The sum over ranks, of a tensor that nobody else has."""
-        return self._sent(x.contiguous(), dist.ReduceOp.SUM) if partial else x
+    def each(self, work: Callable[..., None], items: Iterable[Any]) -> None:
+        lockstep.together([partial(work, item) for item in items])
 
-    def _total(self, x: Tensor) -> Tensor:
-        return self._completed(x, True)
+    def _completed(self, x: Tensor, *sides: int, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """The sum over the ranks that have other parts of some sides."""
+        cut = [side for side in sides if side in self.pieces]
+        if not cut:
+            return x
+        peers = self.pieces[cut[0]].peers if len(cut) == 1 else self.both
+        assert peers is not None
+        return self.traffic.total(x, peers, op)
 
-    def _sent(self, x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
-        self._note(x)
-        dist.all_reduce(x, op, group=self.group)
-        return x
+    def _lines(self, side: int) -> tuple[Callable[[Tensor], Tensor], int]:
+        """What completes sums over the rows (-2) or columns (-1), and the number of the first one here."""
+        return lambda x: self._completed(x, side), self.pieces[side].start if side in self.pieces else 0
 
-    def _gathered(self, x: Tensor) -> Tensor:
-        """The tensors (k, r) of all ranks, one above the other."""
-        self._note(x)
-        everyone = x.new_empty(x.shape[0] * self.group.size(), *x.shape[1:])
-        dist.all_gather(list(everyone.chunk(self.group.size())), x.contiguous(), group=self.group)
-        return everyone
-
-    def _note(self, x: Tensor) -> None:
-        for meter in self.meters:
-            if self._in_refresh:
-                meter.refreshing += x.nbytes / len(self.meters)
-            else:
-                meter.between += x.nbytes / len(self.meters)
+    def _joined(self, y: Tensor, side: int) -> Tensor:
+        """All rows of a thin matrix, on every rank."""
+        piece = self.pieces[side]
+        whole = y.new_zeros(*y.shape[:-2], piece.whole, y.shape[-1])
+        whole[..., piece.start : piece.start + piece.length, :] = y
+        return self._completed(whole, side)
 
     def _count(self, x: Tensor, dims: tuple[int, ...]) -> int:
-        return math.prod([self.whole if dim == self.cut else x.shape[dim] for dim in dims])
+        return math.prod([self.pieces[dim].whole if dim in self.pieces else x.shape[dim] for dim in dims])
 
 
 def _dims(dim: int | tuple[int, ...]) -> tuple[int, ...]:

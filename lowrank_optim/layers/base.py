@@ -18,7 +18,14 @@ def kind_of(base: Tensor) -> str:
 
 
 def add_to_base_(
-    base: Tensor, delta: Tensor, key: int, stream: Stream, *, stochastic: bool = True, exact: Tensor | None = None
+    base: Tensor,
+    delta: Tensor,
+    key: int,
+    stream: Stream,
+    *,
+    stochastic: bool = True,
+    exact: Tensor | None = None,
+    start: int = 0,
 ) -> None:
     """`base += delta`, summed in the dtype of `delta` and rounded once.
 
@@ -27,6 +34,7 @@ def add_to_base_(
         delta: in the working dtype.
         key, stream: what the noise of rounding is a function of.
         stochastic: round to bfloat16 or to packed codes so that small sums survive on average; else to nearest.
+        start: number of the first element, where others have the rows before.
         exact: the same weight unrounded, on any device, which then is what is added to.
     """
     w = (unpacked(base, delta.dtype) if exact is None else exact.to(delta)) + delta
@@ -36,6 +44,6 @@ def add_to_base_(
     elif is_packed(base) and stochastic:
         cast(Any, base).pack_(w, key, stream)
     elif base.dtype == torch.bfloat16 and stochastic:
-        base.copy_(ops.round_to_bfloat16(w, key, stream))
+        base.copy_(ops.round_to_bfloat16(w, key, stream, start))
     else:
         base.copy_(w)

@@ -56,7 +56,9 @@ def convert(
     layers that share a weight share its factors. Optimizers of weight-space methods call this; so may you.
 
     Args:
-        model: not wrapped by DDP, FSDP or torch.compile: convert first, wrap then. May be on the meta device.
+        model: not wrapped by DDP, FSDP or torch.compile: convert first, wrap then. May be on the meta device. With
+            fully_shard: convert, shard, and make the optimizer last, with the same options (`ReLoRA`, `LowRankAdamW`,
+            `SLTrain`).
         layer: a class such as `LowRankLinear`.
         rank: a number, or a fraction in (0, 1] of the shorter side of each weight.
         include, exclude: regular expressions, searched in names of parameters, that decide before anything else.
@@ -109,6 +111,22 @@ def make_conversion(
     return Conversion(layers, left, places)
 
 
+def adopt(
+    model: nn.Module, method: str, layer: type[ReparameterizedLinear], rank: int | float, **options: Any
+) -> Conversion:
+    """What `convert` did to a model that was sharded since."""
+    layers: dict[str, ReparameterizedLinear] = {}
+    known: set[nn.Parameter] = set()
+    for name, one in converted(model):
+        own = {**options, "rank": resolve_rank(rank, one.out_features, one.in_features)}
+        checks.adopted(method, name, layer, one, own)
+        one.refuse_shards()
+        if one.leader not in known:
+            known.add(one.leader)
+            layers[name] = one
+    return Conversion(layers, {}, [])
+
+
 def merge(model: nn.Module) -> nn.Module:
     """Every converted layer back to a plain `nn.Linear` of the same function, in place; for inference or saving.
 
@@ -120,6 +138,7 @@ def merge(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: no layer is converted.
+        NotImplementedError: the model is sharded.
 
     Example::
 
@@ -138,6 +157,7 @@ def merge(model: nn.Module) -> nn.Module:
         raise ValueError(f"{type(model).__name__} has no converted layers: nothing to merge")
     for _, _, layer in places:
         layer.check_complete()
+        checks.unsharded_layer(layer.leader)
     while places:  # let go one by one, so that at no time both forms of all layers are there
         parent, name, layer = places.pop()
         if id(layer) not in plain:

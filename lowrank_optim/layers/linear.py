@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 from .. import checks, ops
 from ..chunk import unpacked, working_dtype
+from ..distributed.dtensors import first_row, local, part, whole
 from ..ops.factor import balance, split
 from ..plan import bare_name, resolve_rank
 from .base import add_to_base_, kind_of
@@ -69,6 +70,13 @@ class ReparameterizedLinear(nn.Module, abc.ABC):
         """The first factor. Layers that share their weight have it in common."""
         return cast(nn.Parameter, getattr(self, self.factors[0]))
 
+    def refuse_shards(self) -> None:
+        """Raises a NotImplementedError where this layer is sharded in a way in which it cannot be restarted."""
+
+    def made_with(self) -> dict[str, Any]:
+        """The options that this layer was made with, as far as it still has them."""
+        return {"rank": self.rank}
+
     def check_complete(self) -> None:
         """Raises a RuntimeError where the layer does not hold all that it has learned."""
 
@@ -109,14 +117,20 @@ class ProductLinear(ReparameterizedLinear):
     A: nn.Parameter
     scale: float
 
+    def made_with(self) -> dict[str, Any]:
+        return {**super().made_with(), "alpha": round(self.scale * self.rank, 9)}
+
     @torch.no_grad()
     def balance_(self) -> None:
-        """Shares the singular values of the product out evenly between the factors; the function stays."""
-        working = working_dtype(self.B)
-        if bool(self.A.isfinite().all() and self.B.isfinite().all()):  # else there is nothing to save
-            b, a = balance(self.B.to(working), self.A.to(working))
-            self.B.copy_(b)
-            self.A.copy_(a)
+        """Shares the singular values of the product out evenly between the factors; the function stays.
+
+        Of a sharded layer, all ranks call it, and both factors are gathered.
+        """
+        working, (b, a) = working_dtype(self.B), (whole(self.B), whole(self.A))
+        if bool(a.isfinite().all() and b.isfinite().all()):  # else there is nothing to save
+            b, a = balance(b.to(working), a.to(working))
+            local(self.B).copy_(part(b, self.B))
+            local(self.A).copy_(part(a, self.A))
 
     def _split(self, w: Tensor) -> tuple[Tensor, Tensor]:
         shapes = (self.out_features, self.rank), (self.rank, self.in_features)
@@ -192,17 +206,28 @@ class LowRankLinear(ProductLinear):
         """Moves the product into the base and starts the factors anew: the function stays, up to one rounding.
 
         Args:
-            count: number of this merge, from 1; decides the new A.
+            count: number of this merge, from 1; decides the new A. Of a sharded layer, all ranks call it: A (r, n) is
+                gathered, and the base never.
             stochastic: round to bfloat16 or to int8 so that small products survive on average; else to nearest.
         """
         if self.base is None:
             raise RuntimeError("a layer without a base has nothing to merge into")
         working = working_dtype(self.B)
-        product = self.scale * (self.B.to(working) @ self.A.to(working))
-        stream = ops.stream_of("merge", count)
-        add_to_base_(self.base, product, self.key, stream, stochastic=stochastic, exact=self.exact)
-        self.A.copy_(self._drawn((self.rank, self.in_features), self.in_features, "A", count, self.A.device))
-        self.B.zero_()
+        product = self.scale * (local(self.B).to(working) @ whole(self.A).to(working))
+        stream, start = ops.stream_of("merge", count), first_row(self.base) * self.in_features
+        add_to_base_(local(self.base), product, self.key, stream, stochastic=stochastic, exact=self.exact, start=start)
+        drawn = self._drawn((self.rank, self.in_features), self.in_features, "A", count, self.A.device)
+        local(self.A).copy_(part(drawn, self.A))
+        local(self.B).zero_()
+
+    def made_with(self) -> dict[str, Any]:
+        base = "none" if self.base is None else kind_of(self.base)
+        return {**super().made_with(), "base": base, "exact_base": self.exact is not None}
+
+    def refuse_shards(self) -> None:
+        base = "none" if self.base is None else kind_of(self.base)
+        cut = [] if self.base is None else [self.B, self.base]
+        checks.shards_of_rows(type(self).__name__, base, self.exact is not None, cut)
 
     def restart_workspace(self) -> int:
         if self.base is None:  # two orthonormal bases and what replaces the factors

@@ -60,7 +60,7 @@ class SparseLowRankLinear(ProductLinear):
         w, (m, n, r) = plain.weight.detach(), (self.out_features, self.in_features, self.rank)
         count = int(density * m * n)
         checks.sparse(name, count, density, (m, n))
-        self.scale = alpha / r
+        self.scale, self.density = alpha / r, density
         self.register_buffer("support", self._places(count, w.device))
         if init == "spectral":
             b, a = (x.to(w.dtype) for x in self._split(w))
@@ -86,6 +86,9 @@ class SparseLowRankLinear(ProductLinear):
         working = working_dtype(self.B)
         product = self.scale * (self.B.to(working) @ self.A.to(working))
         return product.flatten().index_add(0, self.support, self.values.to(working)).view_as(product)
+
+    def made_with(self) -> dict[str, Any]:
+        return {**super().made_with(), "density": self.density}
 
     def restart_workspace(self) -> int:
         return 3 * self.rank * (self.out_features + self.in_features)  # two orthonormal bases, and the new factors

@@ -54,7 +54,8 @@ OPTIONS = """
 WEIGHT_OPTIONS = """
     Options that every weight-space method has:
         model: a bare nn.Module (wrap it after), whose linear layers are converted in place as `param_groups` would
-            choose them: not the head, no embedding, nothing frozen or too small for the rank. The rest gets AdamW.
+            choose them: not the head, no embedding, nothing frozen or too small for the rank. The rest gets AdamW. For
+            fully_shard, which replaces parameters: `convert` it, shard it, and make the optimizer then.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW. Decay of factors is not decay of the weight: it shrinks
             the nuclear norm of their product; hence 0. Vectors never decay.
         include, exclude: regular expressions, searched in names of parameters, that decide before anything else.

@@ -42,6 +42,7 @@ class LowRankAdamW(WeightSpaceOptimizer):
         + WEIGHT_OPTIONS
     )
     layer = LowRankLinear
+    shardable = True
     layer_options = ("alpha", "base", "init")
 
     def __init__(

@@ -50,6 +50,7 @@ class ReLoRA(WeightSpaceOptimizer):
         + WEIGHT_OPTIONS
     )
     layer = LowRankLinear
+    shardable = True
     layer_options = ("alpha", "base", "exact_base")
     choices = {"base": ("dense", "int8", "nf4")}
 

@@ -53,6 +53,7 @@ class SLTrain(WeightSpaceOptimizer):
         + WEIGHT_OPTIONS
     )
     layer = SparseLowRankLinear
+    shardable = True
     layer_options = ("density", "alpha", "init")
 
     def __init__(

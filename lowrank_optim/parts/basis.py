@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import Columns
-from ..distributed.algebra import Algebra
+from ..distributed.algebra import WHOLE, Algebra
 from ..kept import Shape, Spec
 from ..ops import subspace_iteration
 from ..ops.philox import BLOCK
@@ -164,8 +164,8 @@ class TwoSided(Basis):
 
     inner: Basis
 
-    def uncut(self) -> Mapping[int, str]:
-        return dict.fromkeys((-2, -1), "its two bases are fitted one after the other")
+    def inside(self, algebra: Algebra) -> Algebra:
+        return WHOLE
 
     def spec(self, shape: Shape, rank: int) -> dict[str, Spec]:
         m, n = shape
@@ -177,15 +177,15 @@ class TwoSided(Basis):
     def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
         left = self.inner.fit(algebra, g, old, rank, draw, at)["basis"]
         # With P singular vectors, P^T G = S V^T holds the right ones: an r x n problem instead of a second m x n one.
-        right = algebra.leading(algebra.project(left, g).mT, rank)
+        right = algebra.right(algebra.project(left, g), rank)
         return {"basis": left, "basis_right": right}
 
     def turn(self, algebra: Algebra, old: State, new: State) -> Turn:
         left = algebra.project(new["basis"], old["basis"])
-        return Turn(left, algebra.project(new["basis_right"], old["basis_right"]))
+        return Turn(left, algebra.inner(new["basis_right"].mT, old["basis_right"]))
 
     def down(self, algebra: Algebra, g: Tensor, st: State) -> Tensor:
-        return algebra.project(st["basis"], g) @ st["basis_right"]
+        return algebra.inner(algebra.project(st["basis"], g), st["basis_right"])
 
     def add_up_(
         self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float, columns: Columns | None = None
@@ -230,17 +230,18 @@ class SharedHead(OneSided):
     heads: int
 
     def uncut(self) -> Mapping[int, str]:
-        return self.inner.uncut() if self.heads == 1 else dict.fromkeys((-2, -1), "a head would be on several ranks")
+        return self.inner.uncut()
 
     def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
         if self.heads == 1:
             return self.inner.fit(algebra, g, old, rank, draw, at)
-        blocks = torch.split(g, g.shape[-1] // self.heads, dim=-1)
+        width = algebra.shape(g)[1] // self.heads
+        spans = [(head * width, (head + 1) * width) for head in range(self.heads)]
+        sizes = torch.stack([part.largest(block) for part, block in (algebra.columns(g, [span]) for span in spans)])
         order = draw((self.heads,), "head").argsort().tolist()
-        order.sort(key=lambda head: not bool(blocks[head].any()))  # stable: masked heads have no subspace to share
-        needed = -(-rank // blocks[0].shape[-1])
-        block = torch.cat([blocks[head] for head in sorted(order[:needed])], dim=-1)
-        return self.inner.fit(algebra, block, old, rank, draw, at)
+        order.sort(key=(sizes == 0).tolist().__getitem__)  # stable: masked heads have no subspace to share
+        some, block = algebra.columns(g, [spans[head] for head in sorted(order[: -(-rank // width)])])
+        return self.inner.fit(some, block, old, rank, draw, at)
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         width = n // self.heads

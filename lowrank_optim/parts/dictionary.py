@@ -39,7 +39,7 @@ class Dictionary(OneSided):
     derives: bool = True
 
     def uncut(self) -> Mapping[int, str]:
-        return {-2: "a coefficient is a sum along that side, and there are as many of them as of entries"}
+        return {-2: "a coefficient is a sum along that side, and all of them together are as large as the gradient"}
 
     def spec(self, shape: Shape, rank: int) -> dict[str, Spec]:
         return {"index": Spec((rank,), steady=True, store=Exact(torch.int32))}

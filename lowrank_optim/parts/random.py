@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -69,33 +68,39 @@ class Random(OneSided):
 class Rows(Basis):
     """Some rows of the turned G: the largest (`"norm"`: GRASS, SN-SM's top-k) or any (`"random"`: FRUGAL).
 
-    Projecting is reading them; of the basis only the indices are kept.
+    Projecting is reading them; of the basis only the indices are kept. Where rows are on several ranks, each reads what
+    it has of them, at `rows`, and zeros where it has none (not `mine`).
     """
 
     choose: Literal["norm", "random"]
     power: int = 2  # of the norm
     indexed: ClassVar[bool] = True
-
-    def uncut(self) -> Mapping[int, str]:
-        return {-2: "it reads single lines of the gradient, which other ranks have"}
+    derives: bool = True
 
     def spec(self, shape: Shape, rank: int) -> dict[str, Spec]:
         return {"index": Spec((rank,), steady=True, store=Exact(torch.int32))}
+
+    def derive(self, algebra: Algebra, g: Tensor, kept: State, rank: int, draw: Draw) -> dict[str, Tensor]:
+        rows, mine = algebra.places(kept["index"])
+        return {} if mine is None else {"rows": rows, "mine": mine.unsqueeze(-1)}
 
     def coordinates(self, shape: Shape, rank: int) -> Shape:
         return rank, shape[1]
 
     def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
-        scores = algebra.energy(g, -1, self.power) if self.choose == "norm" else draw((g.shape[0],))
-        return {"index": top(scores, rank)}
+        if self.choose == "random":
+            return {"index": top(draw((int(algebra.shape(g)[0]),)), rank)}
+        return {"index": top(algebra.every(algebra.energy(g, -1, self.power)), rank)}
 
     def turn(self, algebra: Algebra, old: State, new: State) -> Turn:
         return reindex(old["index"], new["index"])
 
     def down(self, algebra: Algebra, g: Tensor, st: State) -> Tensor:
-        index = st["index"].long()
-        rows = g[index] if g.dim() == 2 else g.gather(-2, index.unsqueeze(-1).expand(*index.shape, g.shape[-1]))
-        return widened(rows)
+        if "mine" not in st:
+            return widened(_lines(g, st["index"].long()))
+        if not g.shape[-2]:
+            return algebra.completed(widened(g).new_zeros(*st["rows"].shape, g.shape[-1]))
+        return algebra.completed(widened(_lines(g, st["rows"])).masked_fill_(~st["mine"], 0))
 
     def add_up_(
         self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float, columns: Columns | None = None
@@ -105,7 +110,10 @@ class Rows(Basis):
             w.zero_()
         elif beta != 1:
             w.mul_(beta)
-        index = st["index"].long()
+        if not w.numel():
+            return
+        index = st["rows"] if "mine" in st else st["index"].long()
+        d = d * st["mine"] if "mine" in st else d
         if w.dim() == 2:
             w.index_add_(0, index, d, alpha=alpha)
         else:
@@ -113,6 +121,11 @@ class Rows(Basis):
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         return m * n + 4 * m if self.choose == "norm" else 5 * m + 16 * min(m, 4 * BLOCK)
+
+
+def _lines(g: Tensor, index: Tensor) -> Tensor:
+    """Some rows of a matrix, or of each of a stack."""
+    return g[index] if g.dim() == 2 else g.gather(-2, index.unsqueeze(-1).expand(*index.shape, g.shape[-1]))
 
 
 def top(scores: Tensor, rank: int) -> Tensor:

@@ -36,7 +36,7 @@ class Sparse(Residual):
     scaling: RMS
 
     def uncut(self) -> Mapping[int, str]:
-        why = "its entries are the largest of the whole gradient; take density=0"
+        why = "its entries are the largest of the whole gradient, and ranks would keep unequal shares; take density=0"
         return dict.fromkeys((-2, -1), why) if self.density else {}
 
     def spec(self, shape: Shape) -> dict[str, Spec]:
