@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 Total = Callable[[Tensor], Tensor]  # completes a sum over rows, of which this process may have some only
 
-_FADE = 1e-10  # squared, relative to its neighbours: directions below it are rounding in float32
+# Squared lengths of what is left of a column without its neighbours: below them it is rounding.
+_FADE = {torch.float32: 1e-10, torch.float64: 1e-14}
 _STEEP = 8.0  # growth of rounding errors that is not worth a second pass
 _NOISE = 2.0**-20  # per column of a matrix that lacks rank
 
@@ -64,10 +65,10 @@ def orthonormalize(y: Tensor, total: Total = _alone, first: int = 0) -> Tensor:
 def whitened(y: Tensor, total: Total = _alone) -> Tensor:
     """Nearly orthonormal columns `(m, k)` that span those of `y (m, k)`: what an iteration needs in between.
 
-    One pass. Directions that are 1e-5 of their neighbours fade out instead of being blown up, so that a y that lacks
+    One pass. Directions that are rounding errors beside their neighbours fade out instead of being blown up, so that a y that lacks
     rank, or is zero, needs no exception.
     """
-    return _pass(y, total, _FADE)[0]
+    return _pass(y, total, _FADE[y.dtype])[0]
 
 
 def principal(y: Tensor, rank: int, total: Total = _alone, first: int = 0) -> tuple[Tensor, Tensor]:

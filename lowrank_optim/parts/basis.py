@@ -95,7 +95,8 @@ class SubspaceIteration(OneSided):
     """Randomized subspace iteration: some products with G instead of a factorisation of it (GaLore 2, GaLore+).
 
     Cold, it starts from a Gaussian sketch `G Omega`; warm, from the previous basis and `oversample` fresh Gaussian
-    columns, which let directions enter that the old subspace does not see.
+    columns, which let directions enter that the old subspace does not see. One round then captures 0.99 of what
+    `torch.svd_lowrank(niter=2)` does, and more where the gradient has changed little (`benchmarks/subspace.py`).
     """
 
     stacks: ClassVar[bool] = True

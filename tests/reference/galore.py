@@ -100,7 +100,7 @@ def exact(grad, rank, side, old):
 
 
 def randomized(normal):
-    """Subspace iteration with Householder QR: two rounds, from a sketch at first and from the old basis later.
+    """Subspace iteration with Householder QR: two rounds from a sketch at first, one from the old basis later.
 
     `normal(shape, count)` draws the numbers of refresh number `count`.
     """
@@ -110,12 +110,12 @@ def randomized(normal):
         nonlocal count
         g = grad if side == "left" else grad.T
         m, n = g.shape
-        width = min(rank + 8, m, n)
+        width = min(rank + 16, m, n)
         if old is None:
             y = g @ normal((n, width), count)
         else:
             y = torch.cat([old[side == "right"], normal((m, width - rank), count) / m**0.5], 1)
-        for _ in range(2):
+        for _ in range(2 if old is None else 1):
             y = g @ torch.linalg.qr(g.T @ torch.linalg.qr(y)[0])[0]
         basis = signs(torch.linalg.svd(y, full_matrices=False)[0][:, :rank])
         count += 1
