@@ -1,11 +1,11 @@
 """What writing weights takes: `python -m benchmarks.apply [--rounds 9]`.
 
-`W <- (1 - lr wd) W - lr P D`, on one thread, in its CPU time, in turns; ratios are taken round by round and their median
-is reported. In float32 the one pass of `addmm_` beside three operations. In bfloat16 the blocks of the engine, which
-compute in float32 and round once, beside two others: W in float32 as a whole, rounded back (what the engine did before),
-and `addmm_` in bfloat16, which rounds P and D and cannot round stochastically. The last depends on the CPU's units for
-bfloat16, so it runs in three processes: with what this CPU has, without its units for bfloat16, and without oneDNN, which
-is what CPUs without AVX-512 get.
+`W <- (1 - lr wd) W - lr P D`, on one thread, in its CPU time, in turns; ratios are taken round by round and their
+median is reported. In float32 the one pass of `addmm_` beside three operations. In bfloat16 the blocks of the engine,
+which compute in float32 and round once, beside two others: W in float32 as a whole, rounded back (what the engine did
+before), and `addmm_` in bfloat16, which rounds P and D and cannot round stochastically. The last depends on the CPU's
+units for bfloat16, so it runs in three processes: with what this CPU has, without its units for bfloat16, and without
+oneDNN, which is what CPUs without AVX-512 get.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def blocks(m: int, n: int, rank: int, side: str, d: Tensor, how: str) -> tuple[R
     chunk = next(optimizer._chunks([Member(p, optimizer.param_groups[0], p.grad)], {}))
     state = chunk.open()
     state["basis"].copy_(torch.linalg.qr(torch.randn(m, rank))[0])
-    run = lambda: apply_narrow_(chunk.recipe, chunk, state, Update(d, LR), KEEP)  # noqa: E731
+    like, change = chunk.blank(), Update(d, LR)
+    run = lambda: apply_narrow_(chunk.recipe, chunk, like, state, change, KEEP)  # noqa: E731
     return run, p.detach().mT if side == "right" else p.detach(), state["basis"]
 
 

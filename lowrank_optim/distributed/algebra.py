@@ -26,10 +26,11 @@ class Algebra:
 
     def project(self, basis: Tensor, g: Tensor) -> Tensor:
         """`P^T G`: (m, k), (m, n) -> (k, n). G in fewer bits than P is brought to its dtype block by block."""
-        if g.dtype == basis.dtype:
-            return torch.matmul(basis.mT, g)
+        cut = [] if g.dtype == basis.dtype else list(blocks(g.shape))
+        if len(cut) < 2:
+            return torch.matmul(basis.mT, g.to(basis.dtype))
         r = basis.new_empty(*g.shape[:-2], basis.shape[-1], g.shape[-1])
-        for columns in blocks(g.shape):
+        for columns in cut:
             columns.of(r).copy_(torch.matmul(basis.mT, columns.of(g).to(basis.dtype)))
         return r
 
