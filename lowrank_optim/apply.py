@@ -40,7 +40,7 @@ def apply_narrow_(recipe: Recipe, chunk: Chunk, like: Tensor, st: State, change:
     """The same for the weights of a chunk as they are kept. `like`: of the shape of W, in the dtype of arithmetic."""
     turned = chunk.plans[0].side == "right" and not chunk.partial
     memory = None
-    for columns in blocks(like.shape):
+    for columns in blocks(like.shape, like.device.type):
         shape = columns.of(like).shape
         memory = like.new_empty(shape.numel()) if memory is None else memory
         flat = memory[: shape.numel()]

@@ -26,7 +26,7 @@ class Algebra:
 
     def project(self, basis: Tensor, g: Tensor) -> Tensor:
         """`P^T G`: (m, k), (m, n) -> (k, n). G in fewer bits than P is brought to its dtype block by block."""
-        cut = [] if g.dtype == basis.dtype else list(blocks(g.shape))
+        cut = [] if g.dtype == basis.dtype else list(blocks(g.shape, g.device.type))
         if len(cut) < 2:
             return torch.matmul(basis.mT, g.to(basis.dtype))
         r = basis.new_empty(*g.shape[:-2], basis.shape[-1], g.shape[-1])
@@ -95,7 +95,7 @@ class Algebra:
 def _parts(x: Tensor) -> list[Tensor]:
     """x, in blocks of columns where it has to be widened."""
     whole = x.dtype.itemsize >= torch.float32.itemsize or not x.numel()
-    return [x] if whole else [columns.of(x) for columns in blocks(x.shape)]
+    return [x] if whole else [columns.of(x) for columns in blocks(x.shape, x.device.type)]
 
 
 WHOLE = Algebra()
