@@ -44,7 +44,8 @@ def blocks(m: int, n: int, rank: int, side: str, d: Tensor, how: str) -> tuple[R
     chunk = next(optimizer._chunks([Member(p, optimizer.param_groups[0], p.grad)], {}))
     state = chunk.open()
     state["basis"].copy_(torch.linalg.qr(torch.randn(m, rank))[0])
-    run = lambda: apply_narrow_(chunk.recipe, chunk, state, Update(d, LR), KEEP)  # noqa: E731
+    like, change = chunk.blank(), Update(d, LR)
+    run = lambda: apply_narrow_(chunk.recipe, chunk, like, state, change, KEEP)  # noqa: E731
     return run, p.detach().mT if side == "right" else p.detach(), state["basis"]
 
 

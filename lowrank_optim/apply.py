@@ -36,13 +36,13 @@ def apply_(recipe: Recipe, w: Tensor, st: State, change: Update, keep: Clock, co
         _take_entries_(w, *change.entries, columns)
 
 
-def apply_narrow_(recipe: Recipe, chunk: Chunk, st: State, change: Update, keep: Clock) -> None:
-    """The same for the weights of a chunk as they are kept."""
-    blank, turned = chunk.blank(), chunk.plans[0].side == "right" and not chunk.partial
+def apply_narrow_(recipe: Recipe, chunk: Chunk, like: Tensor, st: State, change: Update, keep: Clock) -> None:
+    """The same for the weights of a chunk as they are kept. `like`: of the shape of W, in the dtype of arithmetic."""
+    turned = chunk.plans[0].side == "right" and not chunk.partial
     memory = None
-    for columns in blocks(blank.shape):
-        shape = columns.of(blank).shape
-        memory = blank.new_empty(shape.numel()) if memory is None else memory
+    for columns in blocks(like.shape, like.device.type):
+        shape = columns.of(like).shape
+        memory = like.new_empty(shape.numel()) if memory is None else memory
         flat = memory[: shape.numel()]
         x = flat.view(*shape[:-2], shape[-1], shape[-2]).mT if turned else flat.view(shape)  # as W lies in memory
         apply_(recipe, x, st, change, 0.0, columns)

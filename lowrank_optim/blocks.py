@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 20  # elements worked on at once: 4 MiB in float32, which stay in cache, and 1/16 of a chunk
+BLOCK = 1 << 20  # elements worked on at once on CPU: 4 MiB in float32, which stay in cache
+LARGE_BLOCK = 1 << 23  # and elsewhere, where each block costs launches: half of a chunk
 _UNIT = 64  # columns that matrix products and random numbers like to come in
 
 
@@ -24,17 +25,17 @@ class Columns(NamedTuple):
         return x[..., self.first : self.stop]
 
 
-def blocks(shape: torch.Size | tuple[int, ...]) -> Iterator[Columns]:
-    """Cuts matrices `(..., n)` between columns, into blocks of at most `BLOCK` elements; of at least some columns."""
+def blocks(shape: torch.Size | tuple[int, ...], device: str = "cpu") -> Iterator[Columns]:
+    """Cuts matrices `(..., n)` on a kind of device between columns: into blocks of a size, or some columns."""
     rows, n = math.prod(shape[:-1]), shape[-1]
-    size = max(1, BLOCK // max(1, rows))
+    size = max(1, (BLOCK if device == "cpu" else LARGE_BLOCK) // max(1, rows))
     size = max(_UNIT, size // _UNIT * _UNIT) if len(shape) > 1 else size
     for first in range(0, n, size):
         yield Columns(first, min(first + size, n), n)
 
 
 def largest_block(shape: torch.Size | tuple[int, ...]) -> int:
-    """Elements of the largest of them."""
+    """Elements of the largest of them, on CPU."""
     return math.prod(shape[:-1]) * max((columns.stop - columns.first for columns in blocks(shape)), default=0)
 
 

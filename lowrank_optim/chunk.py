@@ -442,7 +442,8 @@ def gradient_norms(grads: list[Tensor]) -> list[float]:
 
 def _norm_parts(grad: Tensor) -> Sequence[Tensor]:
     """On CPU a norm widens all that it is given, so what is kept in 16 bits is given in slices."""
-    copied = grad.device.type == "cpu" and grad.dtype.itemsize < 4 and grad.is_contiguous()
+    large = grad.numel() > SLICE and grad.is_contiguous()
+    copied = large and grad.device.type == "cpu" and grad.dtype.itemsize < torch.float32.itemsize
     return torch.split(grad.view(-1), SLICE) if copied else (grad,)
 
 

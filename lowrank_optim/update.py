@@ -36,19 +36,19 @@ def update_(chunk: Chunk, algebra: Algebra = WHOLE, move: Move | None = None) ->
     if chunk.projected:
         r = chunk.coordinates()
     else:
-        as_kept = narrow and recipe.thin and not (chunk.numbers is None and refresh_due(chunk))
-        g = recipe.residual.before(chunk.gradient(as_kept), st)
-        refreshed = chunk.numbers is None and _refresh(chunk, algebra, g, st)
-    t = chunk.clock(st)
-    w = chunk.blank() if narrow and not recipe.step_size.reads_weights else chunk.weights(as_kept=narrow)
-    _derive(chunk, algebra, chunk.blank(), st)
+        due = list(_due(chunk)) if chunk.numbers is None else []
+        g = recipe.residual.before(chunk.gradient(as_kept=narrow and recipe.thin and not due), st)
+        refreshed = _refresh(chunk, algebra, due, g, st)
+    t, like = chunk.clock(st), chunk.blank() if narrow else chunk.weights()
+    w = chunk.weights(as_kept=True) if narrow and recipe.step_size.reads_weights else like
+    _derive(chunk, algebra, like, st)
     note = functools.partial(_note_captured, chunk, algebra) if refreshed and recipe.basis.orthonormal else None
     lr, decay, ascend = chunk.lr, group["weight_decay"], group["maximize"]
     change = (move or move_)(recipe, algebra, w, g, r, st, lr, decay, ascend, t, chunk.now, note, narrow)
     if change is None:
         chunk.write_weights(w)
     else:
-        apply_narrow_(recipe, chunk, st, change, 1 - lr * decay if decay else 1.0)
+        apply_narrow_(recipe, chunk, like, st, change, 1 - lr * decay if decay else 1.0)
     chunk.close(st, refreshed)
 
 
@@ -96,7 +96,7 @@ def project(chunk: Chunk, algebra: Algebra = WHOLE) -> Tensor:
 def refresh_(chunk: Chunk, algebra: Algebra = WHOLE) -> None:
     """Only the refreshes that are due before this step; for recipes whose gradient is used as it comes."""
     st, g = chunk.open(), chunk.gradient()
-    refreshed = _refresh(chunk, algebra, g, st)
+    refreshed = _refresh(chunk, algebra, list(_due(chunk)), g, st)
     if refreshed and chunk.recipe.basis.orthonormal:
         _derive(chunk, algebra, g, st)
         _note_captured(chunk, algebra, g, chunk.recipe.basis.down(algebra, g, st))
@@ -156,9 +156,8 @@ def _change(
     return change
 
 
-def _refresh(chunk: Chunk, algebra: Algebra, g: Tensor, st: State) -> bool:
+def _refresh(chunk: Chunk, algebra: Algebra, due: list[Due], g: Tensor, st: State) -> bool:
     """Refits the bases that are due, matrix by matrix. One with a zero gradient keeps its own and stays due."""
-    due = list(_due(chunk))
     if not due:
         return False
     with algebra.refreshing():

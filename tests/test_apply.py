@@ -148,6 +148,8 @@ def test_blocks_cover_every_column_once(monkeypatch):
         assert all(one.whole == shape[-1] for one in found)
         few = all(one.stop - one.first <= 64 for one in found)
         assert few or blocks.largest_block(shape) <= 4096
+    assert len(list(blocks.blocks((2048, 4096), "cuda"))) == 1, "launches cost time"
+    assert list(blocks.blocks((8192, 4096), "cuda"))[1] == (1024, 2048, 4096)
     assert Columns(2, 5, 9).of(torch.arange(9)).tolist() == [2, 3, 4]
 
 

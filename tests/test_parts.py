@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lowrank_optim import ops
+from lowrank_optim.blocks import Columns
 from lowrank_optim.distributed.algebra import WHOLE
-from lowrank_optim.parts import EMA, RMS, SVD, Every, Factored, Identity, SubspaceIteration, TwoSided
+from lowrank_optim.parts import EMA, RMS, SVD, Every, Factored, Identity, Rows, SubspaceIteration, TwoSided
 from lowrank_optim.turns import Turn
 
 BASES = [SVD(), SubspaceIteration(), TwoSided(SVD()), TwoSided(SubspaceIteration())]
@@ -47,6 +48,26 @@ def test_add_up_scales_both_terms_and_reads_g_only(basis):
     basis.add_up_(w, d, st, alpha=-0.25, beta=0.9)
     assert torch.allclose(w, want, atol=1e-6)
     assert torch.equal(g, before)
+
+
+@pytest.mark.parametrize("basis", [*BASES, Identity(), Rows("norm")], ids=repr)
+@pytest.mark.parametrize("batch", [False, True])
+def test_add_up_into_some_columns(basis, batch):
+    """Of memory that holds anything, where its content is not asked for."""
+    g = torch.randn(8, 40)
+    st = basis.fit(WHOLE, g, None, 3, draw, 0.0)
+    if batch:
+        g, st = torch.stack([g, torch.randn(8, 40)]), {key: torch.stack([x, x]) for key, x in st.items()}
+    d, some = basis.down(WHOLE, g, st), Columns(5, 31, 40)
+    whole = torch.full_like(g, float("nan"))
+    basis.add_up_(whole, d, st, alpha=-0.25, beta=0.0)
+    w = torch.full((*g.shape[:-1], 26), float("nan"))
+    basis.add_up_(w, d, st, alpha=-0.25, beta=0.0, columns=some)
+    torch.testing.assert_close(w, some.of(whole), rtol=1e-5, atol=1e-6)
+    assert whole.isfinite().all()
+    assert whole.any()
+    basis.add_up_(w, d, st, alpha=0.5, beta=2.0, columns=some)
+    torch.testing.assert_close(w, torch.zeros_like(w), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("gap", [1, 2, 7, 200])

@@ -4,20 +4,30 @@
 namespace lro {
 namespace {
 
+constexpr int64_t kTogether = 8;  // neighbours per thread, which share the division that finds their line
+
 __global__ void __launch_bounds__(kThreads) nearest_kernel(bfloat16* w, const float* x, Columns columns, Step keep) {
   const auto factor = static_cast<float>(number_of(keep));
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x, n = columns.rows * columns.run;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += stride)
-    add_nearest(w[columns.place(i / columns.run, i % columns.run)], x[i], factor);
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  const int64_t per_row = (columns.run + kTogether - 1) / kTogether, all = columns.rows * per_row;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < all; i += stride) {
+    const int64_t row = i / per_row, begin = (i - row * per_row) * kTogether;
+    for (int64_t column = begin; column < begin + kTogether && column < columns.run; ++column)
+      add_nearest(w[columns.place(row, column)], x[row * columns.run + column], factor);
+  }
 }
 
 __global__ void __launch_bounds__(kThreads) kahan_kernel(bfloat16* w, bfloat16* owed, const float* x, Columns columns,
                                                          Step keep) {
   const auto factor = static_cast<float>(number_of(keep));
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x, n = columns.rows * columns.run;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += stride) {
-    const int64_t place = columns.place(i / columns.run, i % columns.run);
-    add_kahan(w[place], owed[place], x[i], factor);
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  const int64_t per_row = (columns.run + kTogether - 1) / kTogether, all = columns.rows * per_row;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < all; i += stride) {
+    const int64_t row = i / per_row, begin = (i - row * per_row) * kTogether;
+    for (int64_t column = begin; column < begin + kTogether && column < columns.run; ++column) {
+      const int64_t place = columns.place(row, column);
+      add_kahan(w[place], owed[place], x[row * columns.run + column], factor);
+    }
   }
 }
 
@@ -30,9 +40,9 @@ __global__ void __launch_bounds__(kThreads) stochastic_kernel(bfloat16* w, const
   const int64_t per_row = (columns.run + 7 + 7) / 8, all = columns.rows * per_row;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < all; i += stride) {
     const int64_t row = i / per_row, start = draw.start + row * pitch, skip = (start % 8 + 8) % 8;
-    const int64_t begin = i % per_row * 8 - skip;
+    const int64_t begin = (i - row * per_row) * 8 - skip;
     if (begin >= columns.run) continue;
-    const Words words = philox(static_cast<uint64_t>((start - skip) / 8 + i % per_row), draw.stream);
+    const Words words = philox(static_cast<uint64_t>((start - skip) / 8 + i - row * per_row), draw.stream);
     for (int lane = 0; lane < 8; ++lane) {
       const int64_t column = begin + lane;
       if (column < 0 || column >= columns.run) continue;
@@ -42,14 +52,16 @@ __global__ void __launch_bounds__(kThreads) stochastic_kernel(bfloat16* w, const
   }
 }
 
+int64_t threads_for(const Columns& columns) { return columns.rows * ((columns.run + kTogether - 1) / kTogether); }
+
 }  // namespace
 
 void add_nearest(Queue queue, bfloat16* w, const float* x, Columns columns, Step keep) {
-  LRO_LAUNCH(nearest_kernel, grid_for(columns.rows * columns.run), kThreads, queue, w, x, columns, keep);
+  LRO_LAUNCH(nearest_kernel, grid_for(threads_for(columns)), kThreads, queue, w, x, columns, keep);
 }
 
 void add_kahan(Queue queue, bfloat16* w, bfloat16* owed, const float* x, Columns columns, Step keep) {
-  LRO_LAUNCH(kahan_kernel, grid_for(columns.rows * columns.run), kThreads, queue, w, owed, x, columns, keep);
+  LRO_LAUNCH(kahan_kernel, grid_for(threads_for(columns)), kThreads, queue, w, owed, x, columns, keep);
 }
 
 void add_stochastic(Queue queue, bfloat16* w, const float* x, Columns columns, Step keep, Draw draw, int64_t pitch) {

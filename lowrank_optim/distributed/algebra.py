@@ -33,10 +33,11 @@ class Algebra:
 
     def project(self, basis: Tensor, g: Tensor) -> Tensor:
         """`P^T G`: (m, k), (m, n) -> (k, n). G in fewer bits than P is brought to its dtype block by block."""
-        if g.dtype == basis.dtype:
-            return ops.product(basis.mT, g)
+        cut = [] if g.dtype == basis.dtype else list(blocks(g.shape, g.device.type))
+        if len(cut) < 2:
+            return ops.product(basis.mT, g.to(basis.dtype))
         r = basis.new_empty(*g.shape[:-2], basis.shape[-1], g.shape[-1])
-        for columns in blocks(g.shape):
+        for columns in cut:
             columns.of(r).copy_(ops.product(basis.mT, columns.of(g).to(basis.dtype)))
         return r
 
@@ -134,7 +135,7 @@ class Algebra:
 def _parts(x: Tensor) -> list[Tensor]:
     """x, in blocks of columns where it has to be widened."""
     whole = x.dtype.itemsize >= torch.float32.itemsize or not x.numel()
-    return [x] if whole else [columns.of(x) for columns in blocks(x.shape)]
+    return [x] if whole else [columns.of(x) for columns in blocks(x.shape, x.device.type)]
 
 
 def beside(parts: Sequence[Tensor]) -> Tensor:
