@@ -258,7 +258,8 @@ class Chunk:
                 yield plan, state, inner, index * plan.count + inner
 
     def _open(self, tensors: list[Tensor], view: Callable[[Plan, Tensor], Tensor]) -> Tensor:
-        return self._stacked([view(plan, x).to(self.working) for plan, x in zip(self.plans, tensors, strict=True)])
+        views = [view(plan, x) for plan, x in zip(self.plans, tensors, strict=True)]
+        return self._stacked([x if x.dtype == self.working else x.to(self.working) for x in views])
 
     def _stacked(self, views: list[Tensor]) -> Tensor:
         if len(views) == 1:
@@ -393,4 +394,6 @@ def is_packed(p: Tensor) -> bool:
 
 
 def unpacked(p: Tensor, working: torch.dtype) -> Tensor:
-    return cast(Any, p).unpack(working) if is_packed(p) else p.to(working)
+    if is_packed(p):
+        return cast(Tensor, cast(Any, p).unpack(working))
+    return p if p.dtype == working else p.to(working)
