@@ -295,7 +295,7 @@ class Chunk:
 
     def _open(self, tensors: list[Tensor], view: Callable[[Plan, Tensor], Tensor], as_kept: bool = False) -> Tensor:
         views = [view(plan, x) for plan, x in zip(self.plans, tensors, strict=True)]
-        return self._stacked(views if as_kept else [x.to(self.working) for x in views])
+        return self._stacked([x if as_kept or x.dtype == self.working else x.to(self.working) for x in views])
 
     def _stacked(self, views: list[Tensor]) -> Tensor:
         if len(views) == 1:
@@ -458,4 +458,6 @@ def is_packed(p: Tensor) -> bool:
 
 
 def unpacked(p: Tensor, working: torch.dtype) -> Tensor:
-    return cast(Any, p).unpack(working) if is_packed(p) else p.to(working)
+    if is_packed(p):
+        return cast(Tensor, cast(Any, p).unpack(working))
+    return p if p.dtype == working else p.to(working)

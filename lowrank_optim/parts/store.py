@@ -24,7 +24,8 @@ class Float32(Store):
         return (Kept(shape, working),)
 
     def read(self, kept: Mapping[str, Tensor], shape: Shape, working: torch.dtype) -> Tensor:
-        return kept[""].to(working)
+        x = kept[""]
+        return x if x.dtype == working else x.to(working)
 
     def write_(self, kept: Mapping[str, Tensor], x: Tensor, noise: Noise | None) -> None:
         kept[""].copy_(x)
