@@ -136,9 +136,10 @@ def test_spectral_is_the_best_product_and_exact_at_the_support(m, n):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3), (0,), (2, 0), (300,)])
-@pytest.mark.parametrize("sampled", [True, False])
-def test_it_is_linear_in_the_dense_weight(monkeypatch, dtype, lead, sampled):
-    gathered_in_pieces(monkeypatch, 7 * 53, sampled)
+@pytest.mark.parametrize("way", ["sampled", "gathered", "whole"])
+def test_it_is_linear_in_the_dense_weight(monkeypatch, dtype, lead, way):
+    gathered_in_pieces(monkeypatch, 7 * 53, way == "sampled")
+    monkeypatch.setattr(sparse, "_whole_is_less", lambda *_: way == "whole")
     made, x = layer(dtype=dtype), torch.randn(*lead, 53).to(dtype).requires_grad_()
     wide = x.detach().double().requires_grad_()
     exact = copy.deepcopy(made).double()
@@ -251,10 +252,11 @@ class Large(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("of_x", [True, False])
-@pytest.mark.parametrize("sampled", [True, False])
-def test_the_dense_gradient_never_exists(monkeypatch, of_x, sampled):
+@pytest.mark.parametrize("way", ["sampled", "gathered", "whole"])
+def test_the_dense_gradient_never_exists(monkeypatch, of_x, way):
     m, n = 64, 80
-    gathered_in_pieces(monkeypatch, 10 * n, sampled)
+    gathered_in_pieces(monkeypatch, 10 * n, way == "sampled")
+    monkeypatch.setattr(sparse, "_whole_is_less", lambda *_: way == "whole")
     made, x = layer(m, n), torch.randn(6, n, requires_grad=of_x)
     y = made(x).sum()
     with Large(m * n) as watched:
@@ -297,6 +299,25 @@ def test_products_are_sampled_where_that_is_less_work(monkeypatch, dtype, densit
     monkeypatch.setattr(ops, "sampled_product", lambda *inputs: calls.append(1) or own(*inputs))
     layer(dtype=dtype, density=density)(torch.randn(4, 53, dtype=dtype)).sum().backward()
     assert bool(calls) == sampled
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rank", "dtype", "less"),
+    [
+        (2, 6, torch.bfloat16, False),
+        (300, 6, torch.float32, False),  # products at the entries alone are few
+        (300, 6, torch.bfloat16, True),
+        (300, 30, torch.float32, True),
+        (300, 30, torch.bfloat16, True),
+        (300, 1, torch.float64, False),
+    ],
+)
+def test_gradients_come_from_the_whole_one_where_that_is_less_work(monkeypatch, tokens, rank, dtype, less):
+    calls, own = [], sparse._from_whole
+    monkeypatch.setattr(sparse, "_from_whole", lambda *inputs: calls.append(1) or own(*inputs))
+    made = layer(rank=rank, dtype=dtype, density=0.02)
+    made(torch.randn(tokens, 53).to(dtype)).sum().backward()
+    assert bool(calls) == less
 
 
 def test_a_support_that_is_not_in_order_is_refused():

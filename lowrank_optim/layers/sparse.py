@@ -16,8 +16,8 @@ from ..chunk import working_dtype
 from ..hooks import full_precision
 from .linear import ProductLinear
 
-_SPARSE = 1 / 8  # density up to which the gradient of the entries is computed at the entries, on CPU in full precision
-_PIECE = 1 << 22  # else: elements of the dense gradient that exist at once, from which that of the entries is gathered
+_SPARSE = 1 / 8  # density at which a product costs as much as its elements one by one
+_PIECE = 1 << 22  # elements of the dense gradient that exist at once
 
 
 class SparseLowRankLinear(ProductLinear):
@@ -148,15 +148,19 @@ class _Linear(torch.autograd.Function):
             if of_x:
                 grad_x = grad @ _composed(b, a, values, support, ctx.scale, grad.dtype)
             rows = x.reshape(-1, x.shape[-1]) if of_b or of_a or of_values else x
-            if of_b:
-                grad_b = (g.mT @ linear(rows, a.to(grad.dtype))).mul_(ctx.scale).to(b.dtype)
-            if of_a:
-                grad_a = ((g @ b.to(grad.dtype)).mT @ rows).mul_(ctx.scale).to(a.dtype)
-            if of_values:
-                grad_values = _at_support(g, rows, support, ctx.pieces()).to(values.dtype)
+            if of_b and of_a and of_values and _whole_is_less(g, rows, b, support):
+                grad_b, grad_a, grad_values = _from_whole(g, rows, b, a, support, ctx.scale, ctx.pieces())
+            else:
+                if of_b:
+                    grad_b = (g.mT @ linear(rows, a.to(grad.dtype))).mul_(ctx.scale)
+                if of_a:
+                    grad_a = ((g @ b.to(grad.dtype)).mT @ rows).mul_(ctx.scale)
+                if of_values:
+                    grad_values = _at_support(g, rows, support, ctx.pieces())
             if of_bias:
                 grad_bias = g.sum(0)
-        return grad_x, grad_b, grad_a, grad_values, grad_bias, None, None, None, None
+        of_trained = (None if x is None else x.to(b.dtype) for x in (grad_b, grad_a, grad_values))
+        return grad_x, *of_trained, grad_bias, None, None, None, None
 
 
 def _composed(b: Tensor, a: Tensor, values: Tensor, support: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -166,13 +170,46 @@ def _composed(b: Tensor, a: Tensor, values: Tensor, support: Tensor, scale: floa
     return flat.view(b.shape[0], a.shape[1]).addmm_(b.to(dtype), a.to(dtype), alpha=scale)
 
 
+def _whole_is_less(g: Tensor, x: Tensor, b: Tensor, support: Tensor) -> bool:
+    """Is `g^T x`, and all gradients from it, less work than thin products with g and x and what is at the support?"""
+    (tokens, m), n, r = g.shape, x.shape[-1], b.shape[-1]
+    product = tokens * m * n
+    entries = tokens * len(support) / _SPARSE if _sampled(g, x, support) else product
+    return product + 2 * m * n * r < 2 * tokens * (m + n) * r + entries
+
+
+def _from_whole(
+    g: Tensor,
+    x: Tensor,
+    b: Tensor,
+    a: Tensor,
+    support: Tensor,
+    scale: float,
+    pieces: Iterator[tuple[int, int, int, int]],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of B, of A and of the entries, from some rows of `g^T x` at a time."""
+    b, a = b.to(g.dtype), a.to(g.dtype)
+    of_b, of_a, of_values = torch.empty_like(b), torch.zeros_like(a, dtype=working_dtype(a)), g.new_empty(support.shape)
+    for top, bottom, start, stop in pieces:
+        dense = g[:, top:bottom].mT @ x
+        of_b[top:bottom] = dense @ a.mT
+        of_a += b[top:bottom].mT @ dense
+        of_values[start:stop] = ops.gather_at(dense, support[start:stop], top * x.shape[-1])
+    return of_b.mul_(scale), of_a.mul_(scale), of_values
+
+
 def _at_support(g: Tensor, x: Tensor, support: Tensor, pieces: Iterator[tuple[int, int, int, int]]) -> Tensor:
     """`g^T x` at the support."""
-    whole = g.dtype in (torch.float32, torch.float64)  # products in 16 bits are faster than any choice of them
-    if g.device.type == "cpu" and whole and len(support) <= _SPARSE * g.shape[-1] * x.shape[-1]:
+    if _sampled(g, x, support):
         return ops.sampled_product(g, x, support)
     out = g.new_empty(support.shape)
     for top, bottom, start, stop in pieces:
         if start < stop:
             out[start:stop] = ops.gather_at(g[:, top:bottom].mT @ x, support[start:stop], top * x.shape[-1])
     return out
+
+
+def _sampled(g: Tensor, x: Tensor, support: Tensor) -> bool:
+    """On CPU, but for 16 bits: their products are faster than any choice of elements."""
+    whole = g.device.type == "cpu" and g.dtype in (torch.float32, torch.float64)
+    return whole and len(support) < _SPARSE * g.shape[-1] * x.shape[-1]

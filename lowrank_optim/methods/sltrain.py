@@ -20,7 +20,7 @@ class SLTrain(WeightSpaceOptimizer):
 
         W = s B A + S                           A (r, n), B (m, r), s = alpha / r, S zero outside a fixed support
         y = x W^T                               W composed in forward and in backward, and never kept
-        dB = s g^T (x A^T),  dA = s (g B)^T x,  dS = (g^T x) at the support
+        dB = s g^T (x A^T),  dA = s (g B)^T x,  dS = (g^T x) at the support     or from g^T x, by rows, if that is less
         every `refactor_every` updates:         B A = U Z V^T,   B <- U sqrt(Z),  A <- sqrt(Z) V^T
         every `reset_every` updates:            moments of A, B and S begin anew
 
