@@ -16,16 +16,13 @@ from lowrank_optim.distributed.lockstep import Peers
 
 LAYERS = 4
 # Between refreshes; one collective has the norms of all gradients.
-THIN = {("GaLoreAdamW", "right"): 1, ("GaLoreAdamW", "left"): 2, ("FRUGAL", "right"): 2, ("APOLLO", "right"): 2}
+THIN = {("GaLoreAdamW", "right"): 1, ("GaLoreAdamW", "left"): 2, ("FRUGAL", "right"): 2}
 # attention and the gated layers of a LLaMA block, and a norm
 BLOCK = {
     "q": (24, 24), "k": (24, 24), "v": (24, 24), "o": (24, 24), "gate": (40, 24), "up": (40, 24), "down": (24, 40),
     "norm": (24,),
 }  # fmt: skip
-METHODS = {
-    "GaLoreAdamW": {}, "FiraAdamW": {}, "APOLLO": {}, "LDAdamW": {}, "FRUGAL": {}, "GaLoreAdafactor": {},
-    "Flora": {"update_proj_gap": 30}, "SNSMAdamW": {},
-}  # fmt: skip
+METHODS = {"GaLoreAdamW": {}, "FiraAdamW": {}, "LDAdamW": {}, "FRUGAL": {}, "Flora": {"update_proj_gap": 30}}
 
 
 def two(rank, world, folder):
