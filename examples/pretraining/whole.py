@@ -1,0 +1,54 @@
+"""Every process has the whole model: one alone, or several under DistributedDataParallel."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from . import checkpoint, model
+from .job import Job
+from .team import Team
+from .update import Updater
+
+
+class Parallel(Updater):
+    """Gradients are averaged over processes while the last micro-batch computes them."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        # Gradients are views of what is sent, not copies of it.
+        self.network = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        return nullcontext() if last else self.network.no_sync()
+
+
+class Whole:
+    def __init__(self, team: Team) -> None:
+        self._team = team
+
+    def build(self, job: Job) -> torch.nn.Module:
+        return model.build(job)
+
+    def updater(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, job: Job, scaler: torch.amp.GradScaler | None
+    ) -> Updater:
+        return (Parallel if job.strategy == "ddp" else Updater)(model, optimizer, job, scaler)
+
+    def path(self, folder: Path) -> Path:
+        return folder / "checkpoint.pt"
+
+    def save(self, folder: Path, updater: Updater, rest: dict[str, Any]) -> None:
+        content = {**rest, "model": updater.model.state_dict(), "optimizer": updater.optimizer.state_dict()}
+        self._team.first(lambda: checkpoint.save(content, self.path(folder)))
+
+    def read(self, path: Path) -> dict[str, Any]:
+        return checkpoint.load(path)
+
+    def restore(self, content: dict[str, Any], updater: Updater) -> None:
+        updater.model.load_state_dict(content["model"])
+        updater.optimizer.load_state_dict(content["optimizer"])
