@@ -40,13 +40,18 @@ def save(folder: Path, team: Team, rest: dict[str, Any], write: Callable[[Path],
         if old != new:
             shutil.rmtree(old, ignore_errors=True)
 
-    try:
-        team.first(begin)
-        write(part)
-        team.first(finish)
-    except (OSError, CheckpointException) as error:
-        kept = f"{old} is intact" if old.exists() else "there is no earlier one"
-        raise PretrainError(f"could not save the checkpoint {new}: {error}; {kept}. Continue with --resume") from error
+    def attempt(action: Callable[[], object]) -> None:
+        try:
+            action()
+        except (OSError, CheckpointException) as error:
+            kept = f"{old} is intact" if old.exists() else "there is no earlier one"
+            raise PretrainError(
+                f"could not save the checkpoint {new}: {error}; {kept}. Make room, then continue with --resume"
+            ) from error
+
+    team.first(lambda: attempt(begin))
+    team.together(lambda: attempt(lambda: write(part)))
+    team.first(lambda: attempt(finish))
 
 
 def read(path: Path) -> dict[str, Any]:

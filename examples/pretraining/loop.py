@@ -161,7 +161,10 @@ class Run:
         lr, scale = self.scheduler.get_last_lr()[0], self.updater.scaler.get_scale()
         self.gradients = max(self.gradients, self.updater.gradient_bytes() or 0)
         before = self._now()
-        fits = self.updater.step()
+        try:
+            fits = self.updater.step()
+        except NotImplementedError as error:
+            raise self.team.once(PretrainError(f"{self.job.label}: {error}")) from error
         after = self._now()
         if not fits:
             self._overflow(scale)
@@ -255,10 +258,7 @@ class Run:
 
     def load(self) -> None:
         content = self.strategy.read(self.path)
-        try:
-            self.job.check_continues(Job.from_dict(content["job"]))
-        except PretrainError as error:
-            raise self.team.once(error) from error
+        self.job.check_continues(Job.from_dict(content["job"]))
         self.step, self.earlier_peak = content["step"], content["peak"]
         if content.get("phase", METHOD) != self.phase:
             self._begin(METHOD)

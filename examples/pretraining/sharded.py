@@ -68,7 +68,7 @@ class Sharded:
         try:
             dcp.load(state, checkpoint_id=content["path"])
         except CheckpointException as error:
-            raise self._team.once(PretrainError(f"cannot read the checkpoint {content['path']}: {error}")) from error
+            raise PretrainError(f"cannot read the checkpoint {content['path']}: {error}") from error
         set_model_state_dict(updater.model, state["model"])
         set_optimizer_state_dict(updater.model, updater.optimizer, state["optimizer"])
 

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -75,6 +75,22 @@ class Team:
         if error is not None:
             raise error if self.main or isinstance(error, SystemExit) else ToldElsewhereError(str(error))
         return result  # type: ignore[no-any-return]
+
+    def together(self, action: Callable[[], T]) -> T:
+        """What `action` returns here; if it fails in one process it has failed in all, and one that knows why tells."""
+        if self.world == 1:
+            return action()
+        result, error = None, None
+        try:
+            result = action()
+        except PretrainError as caught:
+            error = caught
+        told: list[str | None] = [None] * self.world
+        dist.all_gather_object(told, error and str(error))
+        failed = [rank for rank, text in enumerate(told) if text is not None]
+        if failed:
+            raise error if error and self.rank == failed[0] else ToldElsewhereError(told[failed[0]])
+        return cast(T, result)
 
     def any(self, flag: bool) -> bool:
         return flag if self.world == 1 else self.sums(flag)[0] > 0

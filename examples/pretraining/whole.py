@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from . import checkpoint, model
@@ -21,10 +22,17 @@ class Parallel(Updater):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         # Gradients are views of what is sent, not copies of it.
-        self.network = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        self.network: DistributedDataParallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if last else self.network.no_sync()
+
+    def clip(self) -> None:
+        """One norm for all processes, also of what the wrapper leaves alone (LoQT's quantized weights on their turns)."""
+        for name, p in self.model.named_parameters():
+            if name in self.network.parameters_to_ignore and p.grad is not None:
+                dist.all_reduce(p.grad.div_(dist.get_world_size()))
+        super().clip()
 
 
 class Whole:

@@ -30,11 +30,11 @@ def work(folder: Path, interrupt: Interrupt, team: Team | None = None) -> bool:
     job = team.placed(Job.read(folder / "job.json"))
     if job.device.startswith("cuda"):  # sums in atomic order would make a resumed run another run
         torch.use_deterministic_algorithms(True, warn_only=True)
-    run = Run(job, folder, interrupt, team)
+    run = team.together(lambda: Run(job, folder, interrupt, team))
     predicted = predict(run)  # before the training, so that a surprise comes early
     run.write_report()
     if run.path.exists():
-        run.load()
+        team.together(run.load)
     elif team.any(interrupt.requested):  # nothing trained, nothing to save
         return False
     if not run.train():

@@ -95,7 +95,7 @@ class Zero:
         """With as many processes as saved it, and the same stage."""
         loaded, _ = cast(Engine, updater).engine.load_checkpoint(content["path"], tag=TAG)
         if loaded is None:
-            raise self._team.once(PretrainError(f"DeepSpeed cannot read its part of the checkpoint {content['path']}"))
+            raise PretrainError(f"DeepSpeed cannot read its part of the checkpoint {content['path']}")
 
 
 def _deepspeed(device: str) -> Any:
