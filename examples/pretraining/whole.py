@@ -28,7 +28,7 @@ class Parallel(Updater):
         return nullcontext() if last else self.network.no_sync()
 
     def clip(self) -> None:
-        """One norm for all processes, also of what the wrapper leaves alone (LoQT's quantized weights on their turns)."""
+        """One norm for all, also of what the wrapper leaves alone: LoQT's quantized weights on their turns."""
         for name, p in self.model.named_parameters():
             if name in self.network.parameters_to_ignore and p.grad is not None:
                 dist.all_reduce(p.grad.div_(dist.get_world_size()))
