@@ -50,7 +50,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line, before which stands what a file of --config says."""
     top = parser()
     first, _ = _config_parser().parse_known_args(argv)
-    return top.parse_args([*config.words(first.config, top), *argv] if first.config else argv)
+    return top.parse_args([*config.words(first.config, top, argv), *argv] if first.config else argv)
 
 
 def _config_parser() -> argparse.ArgumentParser:
@@ -87,7 +87,7 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
         "--optimizer", default="galore", metavar="NAME", help="class, or its beginning (default: galore)"
     )
     which.add_argument("--compare", metavar="A,B", help="several in turn, as in adamw,galore:rank=0.5:scale=1")
-    group.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="keywords of --optimizer")
+    group.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="keywords of --optimizer")
     group.add_argument("--lr", type=positive, help="peak lr of all runs (default: the preset's for the optimizer)")
 
 

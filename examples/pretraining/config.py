@@ -11,9 +11,17 @@ import yaml
 
 from .errors import PretrainError
 
+# What is typed takes the place of more than itself.
+REPLACED = {
+    "--optimizer": {"set", "compare"},
+    "--compare": {"set", "optimizer"},
+    "--text": {"dataset"},
+    "--dataset": {"text"},
+}
 
-def words(path: Path, parser: argparse.ArgumentParser) -> list[str]:
-    """The file as words of the command line, so that the same checks apply, and later words win.
+
+def words(path: Path, parser: argparse.ArgumentParser, typed: list[str]) -> list[str]:
+    """The file as words to stand before those that were typed, so that the same checks apply, and typed ones win.
 
     Names may be written with - or _; `set` is a mapping; `true` stands for a switch.
     """
@@ -24,11 +32,12 @@ def words(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     if not isinstance(values, dict):
         raise PretrainError(f"--config {path} must have lines such as `preset: 60m`, got {values!r:.60}")
     known = {option: action for action in parser._actions for option in action.option_strings if option != "--config"}
-    return [word for name, value in values.items() for word in _words(path, str(name), value, known)]
+    replaced = set().union(*(REPLACED.get(word.partition("=")[0], ()) for word in typed))
+    return [word for name, value in values.items() if name not in replaced for word in _words(path, name, value, known)]
 
 
-def _words(path: Path, name: str, value: Any, known: dict[str, argparse.Action]) -> list[str]:
-    option = f"--{name.replace('_', '-')}"
+def _words(path: Path, name: Any, value: Any, known: dict[str, argparse.Action]) -> list[str]:
+    option = f"--{str(name).replace('_', '-')}"
     if option not in known:
         near = difflib.get_close_matches(option, known, 1)
         hint = f"did you mean {near[0][2:]}? " if near else ""
