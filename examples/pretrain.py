@@ -6,7 +6,6 @@ See examples/README.md, or run `python examples/pretrain.py --help`.
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -133,9 +132,8 @@ def _conclude(plan: Plan, argv: list[str], failed: list[str]) -> None:
         finished = [folder for _, folder in done]
         plot.draw(results, finished, out / "curve.png")
         drawn = ["curve.png", *(["energy.png"] if energy.draw(results, finished, out / "energy.png") else [])]
-    command = shlex.join(["python", sys.argv[0], *argv])
     config = {key: value for key, value in vars(plan.args).items() if key != "worker"}
-    summary.write(out / "summary.json", results, failed, command, config)
+    summary.write(out / "summary.json", results, failed, launch.command(argv), config)
     for name in ["summary.json", *drawn]:
         print(f"wrote {out / name}")
     for folder in folders:

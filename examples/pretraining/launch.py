@@ -98,11 +98,16 @@ def finished(folder: Path) -> dict[str, Any] | None:
 
 
 def resume_command(argv: list[str], out: Path) -> str:
-    """What continues these runs, with the launcher that started them."""
+    """What continues these runs."""
     again = [*argv] if "--resume" in argv else [*argv, "--resume"]
     if not any(word == "--out" or word.startswith("--out=") for word in argv):
         again += ["--out", str(out)]
-    return shlex.join([*_launcher(), sys.argv[0], *again])
+    return command(again)
+
+
+def command(argv: list[str]) -> str:
+    """With what started this process."""
+    return shlex.join([*_launcher(), sys.argv[0], *argv])
 
 
 def _launcher() -> list[str]:
