@@ -107,7 +107,8 @@ def resume_command(argv: list[str], out: Path) -> str:
 
 def command(argv: list[str]) -> str:
     """With what started this process."""
-    return shlex.join([*_launcher(), sys.argv[0], *argv])
+    typed = [word for word in argv if not word.startswith("--local_rank")]  # not by the user, but by deepspeed
+    return shlex.join([*_launcher(), sys.argv[0], *typed])
 
 
 def _launcher() -> list[str]:

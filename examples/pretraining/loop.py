@@ -72,9 +72,13 @@ class Run:
         self._begin(DENSE if job.warm_start else METHOD)
 
     def _begin(self, phase: str, scaler: torch.amp.GradScaler | None = None) -> None:
-        """Make the optimizer of a phase, for which the model may be converted, and what goes with it."""
+        """Make the optimizer of a phase, for which the model may be converted, and what goes with it.
+
+        It reports before DeepSpeed takes its parameters.
+        """
         self.phase, self.gradients = phase, 0  # bytes of all gradients before an update, at most
         self.optimizer = optimizers.build(self.model, self.job.before if phase == DENSE else self.job)
+        self._report = self.optimizer.report() if isinstance(self.optimizer, lowrank_optim.LowRankOptimizer) else None
         self.updater = self.strategy.updater(self.model, self.optimizer, self.job, scaler)
         self.scheduler = schedule.scheduler(self.optimizer, self.job, self.step)
 
@@ -124,10 +128,10 @@ class Run:
 
     def write_report(self) -> None:
         """What the optimizer does with each parameter, and what step_in_backward keeps of each gradient."""
-        if isinstance(self.optimizer, lowrank_optim.LowRankOptimizer):
-            reports = [self.optimizer.report(), *([self.updater.handle.report()] if self.updater.handle else [])]
-            if self.team.main:
-                (self.folder / "report.txt").write_text("\n\n".join(map(str, reports)) + "\n")
+        handle = self.updater.handle
+        reports = [self.optimizer.report(), handle.report()] if handle else [self._report]
+        if self._report is not None and self.team.main:
+            (self.folder / "report.txt").write_text("\n\n".join(map(str, reports)) + "\n")
 
     def merge(self) -> float | None:
         """The validation loss of the model with plain layers again, which is then in MERGED; None after a stop.
