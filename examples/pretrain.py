@@ -5,18 +5,18 @@ See examples/README.md, or run `python examples/pretrain.py --help`.
 
 from __future__ import annotations
 
-import argparse
 import os
-import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretraining.errors import PretrainError
+from pretraining.errors import PretrainError, ToldElsewhereError
 from pretraining.interrupt import Interrupt
 
 if TYPE_CHECKING:
-    from pretraining.corpus import Corpus
+    from pretraining.launch import Plan
+    from pretraining.team import Team
 
 # Set before the libraries are imported: the progress bar is the only thing that should move.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -28,14 +28,19 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # cuBLAS gives the same bits twice only with a workspace of fixed size.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-RUN_FAILED, WRONG_ARGUMENTS = 1, 2
+RUN_FAILED, WRONG_ARGUMENTS, STOPPED = 1, 2, (130, 143)
+LAUNCHED = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"}  # what torchrun and deepspeed tell their processes
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     worker = "--worker" in argv
     try:
-        return _worker(Path(argv[1])) if worker else _parent(argv)
+        if worker:
+            return _worker(Path(argv[1]))
+        return _member(argv) if os.environ.keys() >= LAUNCHED else _parent(argv)
+    except ToldElsewhereError:
+        pass
     except PretrainError as error:
         print(f"error: {error}", file=sys.stderr)
     except ImportError as error:
@@ -59,56 +64,67 @@ def _worker(folder: Path) -> int:
 
 
 def _parent(argv: list[str]) -> int:
-    from pretraining import arguments, corpus, launch, optimizers, schedule
+    """The only process that the user started: it has one child at a time, which trains."""
+    from pretraining import launch
+    from pretraining.team import Team
 
-    args = arguments.complete(arguments.parser().parse_args(argv))
-    choices = arguments.choices(args)
-    name = f"{args.preset}-" + "-vs-".join(choice.text for choice in choices)
-    out = launch.output_folder(args.out, name, args.resume)
-    data = corpus.prepare(arguments.request(args), args.cache)
-    jobs = [arguments.job(args, choice, data) for choice in choices]
-    for job in jobs:
-        optimizers.check(job)
-        schedule.check(job)
-    folders = [out / launch.slug(job.label) if args.compare else out for job in jobs]
-    for job, folder in zip(jobs, folders, strict=True):
-        launch.enter(job, folder)
-    _announce(data, out)
-
+    plan = launch.plan(argv)
     interrupt = Interrupt().install()
+    return _train(plan, argv, Team(), lambda folder: launch.run_child(folder, interrupt))
+
+
+def _member(argv: list[str]) -> int:
+    """One of the processes that a launcher started: the first one plans and tells, all of them train."""
+    interrupt = Interrupt(parent=os.getppid()).install()
+    from pretraining import launch
+    from pretraining.team import Team
+
+    team = Team.join()
+    try:
+        plan = team.first(lambda: launch.plan(argv))
+    except (PretrainError, OSError, SystemExit):  # in all of them
+        team.leave()
+        raise
+    code = _train(plan, argv, team, lambda folder: launch.run_here(folder, interrupt, team))
+    team.leave()
+    return code
+
+
+def _train(plan: Plan, argv: list[str], team: Team, run: Callable[[Path], int]) -> int:
+    from pretraining import launch
+
+    if team.main:
+        _announce(plan)
     failed = []
-    for job, folder in zip(jobs, folders, strict=True):
-        if launch.finished(folder):
-            print(f"{job.label}: finished before, nothing to do")
+    for job, folder in zip(plan.jobs, plan.folders, strict=True):
+        if team.first(lambda folder=folder: launch.finished(folder)):
+            if team.main:
+                print(f"{job.label}: finished before, nothing to do")
             continue
-        code = launch.run_child(folder, interrupt)
-        if interrupt.requested or code > 128:
-            code = interrupt.exit_code if interrupt.requested else code
-            print(f"interrupted and saved; continue with:\n  {_resume_command(argv, out)}", file=sys.stderr)
+        code = run(folder)
+        if code >= 128:
+            how = "interrupted and saved" if code in STOPPED else f"killed by signal {code - 128}"
+            team.say(f"{how}; continue with:\n  {launch.resume_command(argv, plan.out)}")
             return code
         if code:
             failed.append(job.label)
-    _conclude(args, argv, out, folders, failed)
+    if team.main:
+        _conclude(plan, argv, failed)
     return RUN_FAILED if failed else 0
 
 
-def _announce(data: Corpus, out: Path) -> None:
+def _announce(plan: Plan) -> None:
+    data = plan.data
     train = "streamed" if data.train_tokens is None else f"{data.train_tokens:,}"
     held_out = f"{data.validation_tokens:,}"
     print(f"{data.source}: {train} training tokens, {held_out} validation tokens, vocabulary {data.vocab}")
-    print(f"writing to {out}/", flush=True)
+    print(f"writing to {plan.out}/", flush=True)
 
 
-def _resume_command(argv: list[str], out: Path) -> str:
-    again = [*argv] if "--resume" in argv else [*argv, "--resume"]
-    if not any(word == "--out" or word.startswith("--out=") for word in argv):
-        again += ["--out", str(out)]
-    return shlex.join(["python", sys.argv[0], *again])
-
-
-def _conclude(args: argparse.Namespace, argv: list[str], out: Path, folders: list[Path], failed: list[str]) -> None:
+def _conclude(plan: Plan, argv: list[str], failed: list[str]) -> None:
     from pretraining import energy, launch, plot, summary
 
+    out, folders = plan.out, plan.folders
     done = [(result, folder) for folder in folders if (result := launch.finished(folder))]
     results, drawn = [result for result, _ in done], []
     if results:
@@ -116,9 +132,8 @@ def _conclude(args: argparse.Namespace, argv: list[str], out: Path, folders: lis
         finished = [folder for _, folder in done]
         plot.draw(results, finished, out / "curve.png")
         drawn = ["curve.png", *(["energy.png"] if energy.draw(results, finished, out / "energy.png") else [])]
-    command = shlex.join(["python", sys.argv[0], *argv])
-    config = {key: value for key, value in vars(args).items() if key != "worker"}
-    summary.write(out / "summary.json", results, failed, command, config)
+    config = {key: value for key, value in vars(plan.args).items() if key != "worker"}
+    summary.write(out / "summary.json", results, failed, launch.command(argv), config)
     for name in ["summary.json", *drawn]:
         print(f"wrote {out / name}")
     for folder in folders:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import optimizers, schedule
+from . import config, optimizers, schedule, strategy
 from .corpus import Corpus, Request
 from .errors import PretrainError
 from .job import Job
@@ -46,6 +46,19 @@ fraction = _number(float, lambda v: 0 <= v < 1, "at least 0 and below 1")
 minority = _number(float, lambda v: 0 < v <= 0.5, "above 0 and at most 0.5")
 
 
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line, before which stands what a file of --config says."""
+    top = parser()
+    first, _ = _config_parser().parse_known_args(argv)
+    return top.parse_args([*config.words(first.config, top, argv), *argv] if first.config else argv)
+
+
+def _config_parser() -> argparse.ArgumentParser:
+    alone = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    alone.add_argument("--config", type=Path)
+    return alone
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="pretrain.py",
@@ -62,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON: names of these options, and values")
     group.add_argument("--preset", choices=PRESETS, default="nano", help="default: nano, about a minute on two cores")
     for name in ("hidden", "mlp", "layers", "heads", "vocab", "sequence"):
         group.add_argument(f"--{name}", type=count, metavar="N")
@@ -73,7 +87,7 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
         "--optimizer", default="galore", metavar="NAME", help="class, or its beginning (default: galore)"
     )
     which.add_argument("--compare", metavar="A,B", help="several in turn, as in adamw,galore:rank=0.5:scale=1")
-    group.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="keywords of --optimizer")
+    group.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="keywords of --optimizer")
     group.add_argument("--lr", type=positive, help="peak lr of all runs (default: the preset's for the optimizer)")
 
 
@@ -103,6 +117,13 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--amp", choices=AMP, default="none", help="dtype of products, by autocast; weights stay fp32")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     group.add_argument("--seed", type=natural, default=0)
+    group.add_argument(
+        "--strategy",
+        choices=strategy.STRATEGIES,
+        default="auto",
+        help="how processes that torchrun or deepspeed started share the model (default: ddp, in one process single)",
+    )
+    group.add_argument("--local_rank", help=argparse.SUPPRESS)  # of the deepspeed launcher; the environment says it too
 
 
 def _add_backward(group: argparse._ArgumentGroup) -> None:
@@ -153,6 +174,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
             "leave one of them out"
         )
     _complete_backward(args)
+    args.strategy, args.world = strategy.chosen(args.strategy)
     args.device = _device(args.device)
     return args
 
@@ -225,6 +247,8 @@ def job(args: argparse.Namespace, choice: Choice, corpus: Corpus) -> Job:
         "amp",
         "step_in_backward",
         "warm_start",
+        "strategy",
+        "world",
     )
     settings = optimizers.settings(choice, PRESETS[args.preset], args.lr, args.dtype)
     return Job(

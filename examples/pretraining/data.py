@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -59,7 +60,11 @@ class LocalWindows:
 
 
 class StreamedWindows:
-    """A Hugging Face stream in its own order (no shuffle buffer: its content could not be restored)."""
+    """A Hugging Face stream in its own order (no shuffle buffer: its content could not be restored).
+
+    Windows may be left out, never asked for twice. Each of several processes reads all of the stream and leaves out
+    what the others train on, so the state of the first one, whose windows come first, is good for all of them.
+    """
 
     def __init__(self, corpus: Corpus, sequence: int) -> None:
         self._coder, self._sequence = corpus.coder(), sequence
@@ -69,14 +74,19 @@ class StreamedWindows:
         self._rows: Iterator[dict[str, Any]] | None = None
 
     def windows(self, first: int, count: int) -> Tensor:
-        assert first == self._next, f"a stream goes forward only: window {self._next} is next, {first} was asked for"
-        length = self._sequence
-        while len(self._rest) < count * length + 1:
-            self._read()
-        rows = [self._rest[i * length : (i + 1) * length + 1] for i in range(count)]
-        self._rest = self._rest[count * length :]  # windows share one token: the last target is the next input
+        assert first >= self._next, f"a stream goes forward only: window {self._next} is next, {first} was asked for"
+        self._take(first - self._next)  # what other processes train on
+        return torch.from_numpy(np.stack(self._take(count)))
+
+    def _take(self, count: int) -> list[np.ndarray]:
+        length, rows = self._sequence, []
+        for _ in range(count):
+            while len(self._rest) < length + 1:
+                self._read()
+            rows.append(self._rest[: length + 1])
+            self._rest = self._rest[length:]  # windows share one token: the last target is the next input
         self._next += count
-        return torch.from_numpy(np.stack(rows))
+        return rows
 
     def _read(self) -> None:
         texts: list[str] = []
@@ -109,6 +119,12 @@ class StreamedWindows:
         self._stream.set_epoch(self._epoch)
         self._stream.load_state_dict(state_dict["stream"])
         self._rows = None
+
+
+def turns(batches: Iterator[Tensor], rank: int, world: int) -> Iterator[tuple[Tensor, bool]]:
+    """One batch of every `world`, and whether it counts: processes without one in the last turn repeat another's."""
+    while turn := list(itertools.islice(batches, world)):
+        yield turn[min(rank, len(turn) - 1)], rank < len(turn)
 
 
 def validation_batches(tokens: np.ndarray, sequence: int, count: int) -> Iterator[Tensor]:

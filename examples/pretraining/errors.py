@@ -3,3 +3,7 @@
 
 class PretrainError(Exception):
     """Something the user can fix; the message says what is wrong, what was got, and the way out."""
+
+
+class ToldElsewhereError(PretrainError):
+    """The same, in a process that leaves the telling to the first one of its run."""

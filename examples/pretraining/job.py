@@ -13,6 +13,7 @@ from .errors import PretrainError
 
 # These may differ between a run and its continuation: they change what is recorded or where, never the weights.
 FREE = frozenset({"preset", "label", "device", "eval_every", "save_every", "corpus"})
+WHOLE = ("single", "ddp")  # strategies in which every process has the whole model
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,25 @@ class Job:
         0  # updates of the dense model, by AdamW with the lr and keywords of `dense`, before it is converted
     )
     dense: dict[str, Any] = field(default_factory=dict)
+    strategy: str = "single"
+    world: int = 1  # processes, each of which trains on an equal share of every batch
+
+    @property
+    def share(self) -> int:
+        """Sequences per update and process."""
+        return self.batch // self.world
 
     @property
     def micro_batches(self) -> int:
-        """Per step; the last one may be smaller."""
-        return math.ceil(self.batch / self.micro_batch)
+        """Per step, of each process; the last one may be smaller."""
+        return math.ceil(self.share / self.micro_batch)
+
+    @property
+    def layout(self) -> tuple[str, int | None]:
+        """What checkpoints depend on: DeepSpeed's also on the number of processes."""
+        if self.strategy.startswith("zero"):
+            return self.strategy, self.world
+        return ("whole" if self.strategy in WHOLE else self.strategy), None
 
     @property
     def before(self) -> Job:
@@ -83,7 +98,8 @@ class Job:
     def check_continues(self, earlier: Job) -> None:
         """Refuse to continue `earlier` with arguments that would have led it elsewhere."""
         old, new = earlier.to_dict(), self.to_dict()
-        changed = [f"{k} was {old[k]!r}, is {new[k]!r}" for k in new if k not in FREE and old[k] != new[k]]
+        free = FREE | {"strategy", "world"} if self.layout == earlier.layout else FREE
+        changed = [f"{k} was {old[k]!r}, is {new[k]!r}" for k in new if k not in free and old[k] != new[k]]
         if changed:
             raise PretrainError(
                 f"cannot resume {self.label}: these arguments changed since the run began: {'; '.join(changed)}. "

@@ -1,20 +1,59 @@
-"""Run folders, and one child process per run."""
+"""What a command line asks for, the folders of its runs, and the process of each."""
 
 from __future__ import annotations
 
+import argparse
+import gc
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import PretrainError
+import torch
+
+from . import arguments, corpus, optimizers, schedule, strategy
+from .corpus import Corpus
+from .errors import PretrainError, ToldElsewhereError
 from .interrupt import Interrupt
 from .job import Job
-from .worker import RESULT
+from .team import Team
+from .worker import RESULT, work
 
 POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Jobs that can be done, each in a folder that says so."""
+
+    args: argparse.Namespace
+    data: Corpus
+    out: Path
+    jobs: list[Job]
+    folders: list[Path]
+
+
+def plan(argv: list[str]) -> Plan:
+    """Everything is checked before the first folder is made."""
+    args = arguments.complete(arguments.parse(argv))
+    choices = arguments.choices(args)
+    name = f"{args.preset}-" + "-vs-".join(choice.text for choice in choices)
+    out = output_folder(args.out, name, args.resume)
+    data = corpus.prepare(arguments.request(args), args.cache)
+    jobs = [arguments.job(args, choice, data) for choice in choices]
+    for job in jobs:
+        strategy.check(job)
+        optimizers.check(job)
+        schedule.check(job)
+    folders = [out / slug(job.label) if args.compare else out for job in jobs]
+    for job, folder in zip(jobs, folders, strict=True):
+        enter(job, folder)
+    return Plan(args, data, out, jobs, folders)
 
 
 def slug(text: str) -> str:
@@ -58,8 +97,47 @@ def finished(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def resume_command(argv: list[str], out: Path) -> str:
+    """What continues these runs."""
+    again = [*argv] if "--resume" in argv else [*argv, "--resume"]
+    if not any(word == "--out" or word.startswith("--out=") for word in argv):
+        again += ["--out", str(out)]
+    return command(again)
+
+
+def command(argv: list[str]) -> str:
+    """With what started this process."""
+    typed = [word for word in argv if not word.startswith("--local_rank")]  # not by the user, but by deepspeed
+    return shlex.join([*_launcher(), sys.argv[0], *typed])
+
+
+def _launcher() -> list[str]:
+    world = os.environ.get("WORLD_SIZE")
+    if world is None:
+        return ["python"]
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ["deepspeed", "--no_local_rank", "--num_accelerators", world]
+    local = os.environ["LOCAL_WORLD_SIZE"]
+    nodes = ["--nnodes", str(int(world) // int(local))] if world != local else []
+    return ["torchrun", *nodes, "--nproc_per_node", local]
+
+
+def run_here(folder: Path, interrupt: Interrupt, team: Team) -> int:
+    """Train in this process, which is one of several that a launcher started; the exit code."""
+    gc.collect()  # an earlier run
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        code = 0 if work(folder, interrupt, team) else interrupt.exit_code
+    except PretrainError as error:
+        if not isinstance(error, ToldElsewhereError):
+            print(f"error: {error}", file=sys.stderr)
+        code = 1
+    return interrupt.exit_code if team.any(interrupt.requested) else code
+
+
 def run_child(folder: Path, interrupt: Interrupt) -> int:
-    """Train in a process of its own and wait for it, also after a signal: the child saves first."""
+    """Train in a process of its own and wait for it, also after a signal: the child saves first. The exit code."""
     script = Path(__file__).resolve().parent.parent / "pretrain.py"
     child = subprocess.Popen([sys.executable, str(script), "--worker", str(folder)])
     forwarded = False
@@ -67,7 +145,8 @@ def run_child(folder: Path, interrupt: Interrupt) -> int:
         try:
             code = child.wait(POLL_SECONDS)
             # A child hit before it could listen dies of the signal; it had nothing to save.
-            return 128 - code if code < 0 else code
+            code = 128 - code if code < 0 else code
+            return interrupt.exit_code if interrupt.requested else code
         except subprocess.TimeoutExpired:
             if interrupt.requested and not forwarded and interrupt.signal is not None:
                 child.send_signal(interrupt.signal)

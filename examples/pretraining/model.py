@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from .job import Job
 
@@ -13,8 +14,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def build(job: Job) -> torch.nn.Module:
     """Drawn on the CPU in float32 from the seed alone, then moved: the device does not change the initial weights."""
+    return drawn(job).to(job.device)
+
+
+def drawn(job: Job) -> torch.nn.Module:
+    """On the CPU still."""
     torch.manual_seed(job.seed)
-    return torch.nn.Module.to(_llama(job), device=job.device, dtype=DTYPES[job.dtype])
+    return torch.nn.Module.to(_llama(job), dtype=DTYPES[job.dtype])
 
 
 def skeleton(job: Job) -> torch.nn.Module:
@@ -47,5 +53,6 @@ def fingerprint(model: torch.nn.Module) -> str:
     """A hash of the first values of every parameter: enough to see that two runs began alike."""
     total = hashlib.sha256()
     for parameter in model.parameters():
-        total.update(parameter.detach().flatten()[:1024].float().cpu().numpy().tobytes())
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        total.update(whole.detach().flatten()[:1024].float().cpu().numpy().tobytes())
     return total.hexdigest()[:16]

@@ -273,7 +273,7 @@ def _check_heads(job: Job) -> None:
     """LTE's heads take equal parts of each micro-batch."""
     parameter = inspect.signature(find(job.optimizer)).parameters.get("heads")
     heads = job.keywords.get("heads", parameter.default) if parameter else 1
-    sizes = sorted({job.micro_batch, job.batch % job.micro_batch} - {0})
+    sizes = sorted({min(job.micro_batch, job.share), job.share % job.micro_batch} - {0})
     if isinstance(heads, int) and any(size % heads for size in sizes):
         raise PretrainError(
             f"{heads} heads of {job.label} must divide micro-batches, which are of {' and '.join(map(str, sizes))} "

@@ -18,22 +18,24 @@ from .interrupt import Interrupt
 from .job import Job
 from .loop import Run
 from .optimizers import find
+from .team import Team
 
 RESULT = "result.json"
 EXECUTION = {"foreach", "fused", "capturable"}  # how a step is computed, not what it keeps; unknown to the meta device
 
 
-def work(folder: Path, interrupt: Interrupt) -> bool:
+def work(folder: Path, interrupt: Interrupt, team: Team | None = None) -> bool:
     """Train the job in `folder` from its checkpoint, if it has one; True when it is finished."""
-    job = Job.read(folder / "job.json")
+    team = team or Team()
+    job = team.placed(Job.read(folder / "job.json"))
     if job.device.startswith("cuda"):  # sums in atomic order would make a resumed run another run
         torch.use_deterministic_algorithms(True, warn_only=True)
-    run = Run(job, folder, interrupt)
+    run = team.together(lambda: Run(job, folder, interrupt, team))
     predicted = predict(run)  # before the training, so that a surprise comes early
     run.write_report()
     if run.path.exists():
-        run.load()
-    elif interrupt.requested:  # nothing trained, nothing to save
+        team.together(run.load)
+    elif team.any(interrupt.requested):  # nothing trained, nothing to save
         return False
     if not run.train():
         return False
@@ -42,9 +44,10 @@ def work(folder: Path, interrupt: Interrupt) -> bool:
         found["merged_validation_loss"] = run.merge()
         if found["merged_validation_loss"] is None:  # stopped; the checkpoint is that of the last step
             return False
-    part = folder / f".{RESULT}.part"
-    part.write_text(json.dumps(found, indent=2) + "\n")
-    os.replace(part, folder / RESULT)
+    if team.main:
+        part = folder / f".{RESULT}.part"
+        part.write_text(json.dumps(found, indent=2) + "\n")
+        os.replace(part, folder / RESULT)
     return True
 
 
@@ -74,7 +77,7 @@ def result(run: Run, predicted: dict[str, int]) -> dict[str, Any]:
     job, clock = run.job, run.clock
     measured = {
         "weights_measured": run.weights,
-        "gradients_measured": None if run.updater.handle else run.gradients,  # backward uses them one by one
+        "gradients_measured": run.gradients or None,  # None where there never are all of them
         "optimizer_measured": lowrank_optim.state_bytes(run.optimizer),
         "peak": run.peak,
     }
