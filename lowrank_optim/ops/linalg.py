@@ -65,8 +65,8 @@ def orthonormalize(y: Tensor, total: Total = _alone, first: int = 0) -> Tensor:
 def whitened(y: Tensor, total: Total = _alone) -> Tensor:
     """Nearly orthonormal columns `(m, k)` that span those of `y (m, k)`: what an iteration needs in between.
 
-    One pass. Directions that are rounding errors beside their neighbours fade out instead of being blown up, so that a y that lacks
-    rank, or is zero, needs no exception.
+    One pass. Directions that are rounding errors beside their neighbours fade out instead of being blown up, so that a
+    y that lacks rank, or is zero, needs no exception.
     """
     return _pass(y, total, _FADE[y.dtype])[0]
 
