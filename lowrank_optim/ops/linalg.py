@@ -77,13 +77,15 @@ def principal(y: Tensor, rank: int, total: Total = _alone, first: int = 0) -> tu
     From the eigenvectors of the k x k Gram matrix in float64, which holds all digits that a product in float32 has.
     Where y lacks rank they are completed at random; a y that is zero or not finite has none.
     """
+    if y.dtype == torch.float64:  # whose digits a Gram matrix in float64 would halve
+        return _principal64(y, rank, total, first)
     squares = total(gram(y))
     finite = torch.isfinite(squares).all(-1, keepdim=True).all(-2, keepdim=True)
     squares = torch.where(finite, squares, 0.0)
     values, vectors = torch.linalg.eigh(squares)
     values, vectors = values[..., -rank:].flip(-1), vectors[..., -rank:].flip(-1)
     largest = values[..., :1].clamp(min=0)
-    least = max(32 * torch.finfo(y.dtype).eps, 1e-7) ** 2
+    least = (32 * torch.finfo(y.dtype).eps) ** 2
     there = (values > least * largest) & (values > 0)
     gain = torch.where(there, (largest / values).sqrt(), 0.0).unsqueeze(-2)
     size = torch.where(largest > 0, largest.sqrt(), 1.0).unsqueeze(-1).to(y.dtype)
@@ -92,10 +94,19 @@ def principal(y: Tensor, rank: int, total: Total = _alone, first: int = 0) -> tu
     # Column i is a sum of columns of y that cancel: its rounding error has grown by the length of the summands.
     lengths = squares.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) @ vectors.square()
     steep = lengths * gain.square() > _STEEP**2 * largest.unsqueeze(-1)
-    if y.device.type == "cpu" and y.dtype == torch.float32 and bool(there.all()) and not bool(steep.any()):
+    if y.device.type == "cpu" and bool(there.all()) and not bool(steep.any()):
         return q, found
     q = torch.where(there.unsqueeze(-2) & finite, q, noise(q, total, first))
     return orthonormalize(q, total, first), found
+
+
+def _principal64(y: Tensor, rank: int, total: Total, first: int) -> tuple[Tensor, Tensor]:
+    """`principal` by a second set of products and the singular vectors of a small matrix."""
+    size = total(y.square().sum((-2, -1), keepdim=True))
+    finite = torch.isfinite(size)
+    q = orthonormalize(y, total, first)
+    small = torch.where(finite, total(q.mT @ y), 0.0)
+    return q @ torch.linalg.svd(small)[0][..., :rank], finite & (size > 0)
 
 
 def gram(y: Tensor) -> Tensor:
