@@ -54,8 +54,8 @@ def orthonormalize(y: Tensor, total: Total = _alone, first: int = 0) -> Tensor:
         total: completes sums over rows, where this process has some of them only.
         first: the number of the first row that is here.
     """
-    q, fits = _pass(y, total)
-    q, again = _pass(q, total)
+    q, fits, _ = _pass(y, total)
+    q, again, _ = _pass(q, total)
     fits = fits & again
     if y.device.type == "cpu" and bool(fits.all()):
         return q
@@ -65,10 +65,13 @@ def orthonormalize(y: Tensor, total: Total = _alone, first: int = 0) -> Tensor:
 def whitened(y: Tensor, total: Total = _alone) -> Tensor:
     """Nearly orthonormal columns `(m, k)` that span those of `y (m, k)`: what an iteration needs in between.
 
-    One pass. Directions that are rounding errors beside their neighbours fade out instead of being blown up, so that a
-    y that lacks rank, or is zero, needs no exception.
+    One pass, or a second where rounding errors would grow. Directions that are rounding errors beside their neighbours
+    fade out instead of being blown up, so that a y that lacks rank, or is zero, needs no exception.
     """
-    return _pass(y, total, _FADE[y.dtype])[0]
+    q, _, smooth = _pass(y, total, _FADE[y.dtype])
+    if y.device.type == "cpu" and bool(smooth.all()):
+        return q
+    return _pass(q, total, _FADE[y.dtype])[0]
 
 
 def principal(y: Tensor, rank: int, total: Total = _alone, first: int = 0) -> tuple[Tensor, Tensor]:
@@ -128,9 +131,9 @@ def noise(like: Tensor, total: Total, first: int) -> Tensor:
     return (drawn * total(here).rsqrt()).to(like.dtype)
 
 
-def _pass(y: Tensor, total: Total, shift: float = 0.0) -> tuple[Tensor, Tensor]:
-    """`Y L^-T` with `L L^T = Y^T Y`, and whether there is such an L: `()`. `shift` is added to the squares of columns
-    of length 1."""
+def _pass(y: Tensor, total: Total, shift: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """`Y L^-T` with `L L^T = Y^T Y`; whether there is such an L, and whether it lets rounding errors be, both `()`.
+    `shift` is added to the squares of columns of length 1."""
     squares = total(gram(y))
     size = squares.diagonal(dim1=-2, dim2=-1).sqrt()
     inverse_size = torch.where(size > 0, 1 / size, 0.0)
@@ -142,7 +145,8 @@ def _pass(y: Tensor, total: Total, shift: float = 0.0) -> tuple[Tensor, Tensor]:
     largest = torch.where(size > 0, size, 1.0).amax(-1)[..., None, None]
     mix = inverse.mT * (inverse_size.unsqueeze(-1) * largest)
     q = _times(y, mix.to(y.dtype)).div_(largest.to(y.dtype))
-    return q, (info == 0) & torch.isfinite(size).all(-1)
+    smooth = (inverse.square().sum(-1) <= _STEEP**2).all(-1)
+    return q, (info == 0) & torch.isfinite(size).all(-1), smooth
 
 
 def _times(y: Tensor, mix: Tensor) -> Tensor:
