@@ -261,7 +261,7 @@ def form_chunks(
     members: list[Member],
     plans: dict[Tensor, Plan],
     layouts: dict[Tensor, Layout],
-    states: Any,
+    state_of: Callable[[Tensor], dict[str, Tensor]],
     recipe_of: Callable[[Plan, dict[str, Any]], Recipe],
     recipes: dict[tuple[int, bool], Recipe],  # filled as a step goes along
     watch: Watch,
@@ -280,7 +280,7 @@ def form_chunks(
         stack = p.device.type != "cpu" if group["foreach"] is None else group["foreach"]
         alone = None if stack and (plan.projected or recipes[kind].elementwise) else id(p)
         equal = plan.matrix, plan.batch, plan.side, plan.rank, p.dtype, grad.dtype, p.device, member.projected
-        buckets.setdefault((kind, int(states[p]["step"]) + 1, alone, layouts[p].key, *equal), []).append(member)
+        buckets.setdefault((kind, int(state_of(p)["step"]) + 1, alone, layouts[p].key, *equal), []).append(member)
     for (kind, step, *_), bucket in buckets.items():
         p, group, _, projected = bucket[0]
         plan, layout = plans[p], layouts[p]
@@ -295,9 +295,9 @@ def form_chunks(
                 step=step,
                 spec=spec,
                 plans=[layout.plan(plans[one.p]) for one in some],
-                params=[layout.here(one.p.detach()) for one in some],
-                grads=[layout.here(one.grad.detach()) for one in some],
-                states=[layout.here_all(states[one.p]) for one in some],
+                params=(params := [layouts[one.p].enter(one.p.detach()) for one in some]),
+                grads=[layouts[one.p].enter_gradient(one.grad.detach()) for one in some],
+                states=[layout.here_all(state_of(one.p)) for one in some],
                 working=working_dtype(p),
                 watch=watch,
                 projected=projected,
@@ -306,6 +306,8 @@ def form_chunks(
                 algebra=layout.algebra([layouts[one.p] for one in some]),
                 shapes=shapes,
             )
+            for one, w in zip(some, params, strict=True):  # when the chunk has been worked on
+                layouts[one.p].leave_(one.p, w)
 
 
 def one_by_one(members: list[Member]) -> bool:

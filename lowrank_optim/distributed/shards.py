@@ -99,7 +99,7 @@ class Shards(Algebra):
     def orthonormal(self, y: Tensor, side: int) -> Tensor:
         if side != self.cut:
             return ops.orthonormalize(y)
-        q = ops.cholesky_qr2(y, lambda gram: self._completed(gram, True))
+        q = ops.cholesky_qr2(y, self._gram)
         return self._rows(ops.householder(self._joined(y))) if q is None else q
 
     def signed(self, basis: Tensor) -> Tensor:
@@ -128,6 +128,10 @@ class Shards(Algebra):
             if float(self._angle(old[:, :rank], basis[:, :rank])) <= enough:
                 break
         return basis[:, :rank].contiguous()
+
+    def _gram(self, y: Tensor) -> Tensor:
+        """`Y^T Y` of a tensor whose rows are cut."""
+        return self._completed(y.mT @ y, True)
 
     def _angle(self, old: Tensor, new: Tensor) -> Tensor:
         """Sine of the angle between two subspaces."""

@@ -30,16 +30,16 @@ def orthonormalize(y: Tensor) -> Tensor:
     The Gram matrix is accumulated and factored in float64; in float32 it already fails on a spectrum of 1/k. Where
     Cholesky meets a zero pivot all the same, Householder QR takes over.
     """
-    q = cholesky_qr2(y, lambda gram: gram)
+    q = cholesky_qr2(y, lambda x: x.mT @ x)
     return householder(y) if q is None or not bool(torch.isfinite(q).all()) else q
 
 
-def cholesky_qr2(y: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """`orthonormalize` without its fallback: None at a zero pivot. `total` completes the Gram matrix of some rows."""
+def cholesky_qr2(y: Tensor, gram: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """`orthonormalize` without its fallback: None at a zero pivot. `gram`: `Y^T Y` of all rows, of which y is some."""
     q = y
     for _ in range(2):
         wide = q.double()
-        factor, info = torch.linalg.cholesky_ex(total(wide.mT @ wide))
+        factor, info = torch.linalg.cholesky_ex(gram(wide))
         if bool(info.any()):
             return None
         eye = torch.eye(y.shape[-1], dtype=torch.float64, device=y.device)
