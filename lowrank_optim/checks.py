@@ -420,8 +420,8 @@ def flat(method: str, shape: Sequence[int], known: bool) -> None:
         what = "a flattened 1-D tensor" if len(shape) == 1 else f"a tensor {tuple(shape)}"
         raise NotImplementedError(
             f"{method} got {what} in the place of its parameters (FSDP1 or an unknown wrapper). Matrix shapes are "
-            "lost. Use FSDP2 (fully_shard), DistributedDataParallel or DeepSpeed ZeRO 0-3, and build the optimizer from "
-            "model.named_parameters() before deepspeed.initialize"
+            "lost. Use FSDP2 (fully_shard), DistributedDataParallel or DeepSpeed ZeRO 0-3, and build the optimizer "
+            "from model.named_parameters() before deepspeed.initialize"
         )
 
 
