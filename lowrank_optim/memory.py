@@ -20,7 +20,7 @@ from .groups import param_groups
 from .kept import Store
 from .ops.philox import WORKSPACE
 from .optimizer import LowRankOptimizer
-from .plan import Plan
+from .plan import Plan, shape_of
 from .recipe import Recipe
 from .report import human, state_bytes
 from .state import COUNTERS as COUNTER_KEYS
@@ -263,7 +263,7 @@ def _empty(shape: Any) -> Tensor:
 def _meta(entry: Any, index: int, dtype: torch.dtype | None) -> tuple[str, nn.Parameter]:
     name, p = entry if isinstance(entry, tuple) else (f"{index}", entry)
     checks.whole(name, p, "estimate_memory")
-    meta = nn.Parameter(torch.empty(p.shape, dtype=dtype or p.dtype, device="meta"))
+    meta = nn.Parameter(torch.empty(shape_of(p), dtype=dtype or p.dtype, device="meta"))
     if is_packed(p):
         cast(Any, meta).packed_bytes = cast(Any, p).stored_bytes()
         cast(Any, meta).pack_ = None  # is_packed: it does its own rounding, and Kahan's compensation is not for it

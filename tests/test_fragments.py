@@ -441,6 +441,14 @@ def test_an_unknown_deepspeed_is_named():
         ranges("GaLoreAdamW", torch.randn(24), [given(_hp_mapping=None)], {})
 
 
+def test_frozen_matrices_leave_nothing_to_project():
+    optimizer = lowrank_optim.GaLoreAdamW([("w", given()), ("b", nn.Parameter(torch.randn(5)))], rank=2)
+    optimizer.param_groups[0]["params"][0].requires_grad_(False)
+    optimizer.param_groups[0]["params"] = [torch.randn(5)]
+    with pytest.raises(ValueError, match="(?s)found nothing to project.*w: frozen"):
+        optimizer.step()
+
+
 def test_copies_take_the_place_of_parameters():
     """Stage 0 in bfloat16: clones in float32, without attributes; and a step on zeros before the first."""
     case = next(case for case in CASES if case.name == "galore_adamw")

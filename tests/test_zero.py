@@ -84,11 +84,9 @@ def whole_gradients(dtype):
     return [[one[step] for one in some] for step in range(STEPS)]
 
 
-def alone(case, grads, start=None, **options):
+def alone(case, grads, **options):
     """The weights after training in this process."""
     model = Weights()
-    for p, w in zip(model.parameters(), start or (), strict=False):
-        p.data.copy_(w)
     optimizer = build(model, case, **options)
     for step in grads:
         for p, g in zip(model.parameters(), step, strict=True):
@@ -197,23 +195,23 @@ def ways(folder):
     for stage in (1, 3):
         found["offload", stage] = apart(one, under_zero(case, stage, grads, zero=cpu))
     found["sub-groups"] = apart(one, under_zero(case, 3, grads, zero={"sub_group_size": 300}))
-    found["born sharded"] = born_sharded(case, grads)
+    found["born sharded"] = born_sharded(case)
     found["clipped"] = clipped_and_accumulated()
     return found
 
 
-def born_sharded(case, grads):
-    """Under `zero.Init` parameters have no elements when the optimizer is made."""
+def born_sharded(case):
+    """Under `zero.Init` parameters have no elements when the optimizer is made. The difference from stage 3 without."""
     import deepspeed
 
-    with deepspeed.zero.Init(dtype=torch.float32):
+    grads = whole_gradients(torch.bfloat16)
+    with deepspeed.zero.Init(dtype=torch.bfloat16):
         model = Weights()
     optimizer = build(model, case)
     assert not optimizer.state, "nothing of the size of what is not here"
-    engine = initialized(model, optimizer, 3)
-    start = weights(engine, 3)  # which were rounded
+    engine = initialized(model, optimizer, 3, torch.bfloat16)
     train(engine, grads)
-    return apart(alone(case, grads, start), weights(engine, 3))
+    return apart(under_zero(case, 3, grads, torch.bfloat16), weights(engine, 3))
 
 
 def clipped_and_accumulated():

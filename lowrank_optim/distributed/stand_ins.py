@@ -69,12 +69,20 @@ class StandIns:
             if not new or any(p is q for p in group["params"] for q in given):
                 continue  # a parameter that somebody has appended is refused elsewhere
             checks.can_be_replaced(type(self.optimizer).__name__, self._ways(group))
+            self._check_served()
             trained = [p for p in given if p.requires_grad and shape_of(p).numel()]
             if [p.shape for p in new] == [p.shape for p in trained]:
                 self._adopt_copies(trained, new)
             else:
                 for flat in new:
                     self._adopt_flat(flat, group, given)
+
+    def _check_served(self) -> None:
+        """Wrappers leave frozen parameters out; the others must not all be plain."""
+        found = [(self.optimizer._plans[p], p) for pairs in self.given.values() for _, p in pairs]
+        if not any(plan.projected and p.requires_grad for plan, p in found):
+            reasons = ((plan.name, plan.reason or "frozen") for plan, _ in found)
+            checks.something_projected(type(self.optimizer).__name__, self.optimizer.ranked, reasons)
 
     def _ways(self, group: dict[str, Any]) -> dict[str, bool]:
         """Ways of running a step that need the parameters themselves."""
