@@ -414,6 +414,14 @@ def can_be_replaced(method: str, ways: Mapping[str, bool]) -> None:
         )
 
 
+def can_be_copied(method: str, in_pieces: bool) -> None:
+    if in_pieces:
+        raise NotImplementedError(
+            f"{method} cannot be copied or pickled while a wrapper (DeepSpeed ZeRO) has its parameters in flat "
+            "tensors: what these hold is known to this process alone. Save the engine's checkpoint instead"
+        )
+
+
 def flat(method: str, shape: Sequence[int], known: bool) -> None:
     """Refuses tensors that have taken the place of parameters and are nobody's."""
     if not known or len(shape) != 1:

@@ -421,6 +421,10 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         if self._in_backward is not None:
             self.zero_grad()  # what was accumulated belongs to the weights before
 
+    def __getstate__(self) -> dict[str, Any]:
+        checks.can_be_copied(type(self).__name__, bool(self._stand_ins.pieces))
+        return super().__getstate__()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores what is derived; called by pickle, by deepcopy, and by torch's loader in the middle of its work."""
         incoming = self.__dict__.get("_incoming")

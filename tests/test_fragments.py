@@ -6,6 +6,7 @@ the real one.
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 import random
@@ -370,6 +371,12 @@ def refused(rank):
     optimizer = galore([("w", nn.Parameter(torch.randn(8, 6)))], rank=2)
     zero = Zero(optimizer, equal_parts)
     optimizer.param_groups[0]["params"][0][:1].add_(1)
+    copied, zero_too = one_matrix("right")
+    zero_too.step([[torch.ones(256, 96)]])
+    found["copy"] = message(NotImplementedError, copy.deepcopy, copied)
+    moved = copied.state_dict()
+    moved["state"] = {0: {"m5": moved["state"][0]["m0"]}}
+    found["other pieces"] = message(ValueError, copied.load_state_dict, moved)
     found["wrong map"] = message(RuntimeError, zero.step, [[torch.ones(8, 6)]])
     return found
 
@@ -380,6 +387,8 @@ def refused(rank):
         ("blocks", 'quantized in blocks that depend on the number of ranks.*"bfloat16"'),
         ("both sides", "its two bases are fitted one after the other"),
         ("capturable", "capturable=True of GaLoreAdamW does not work under a wrapper"),
+        ("copy", "cannot be copied or pickled"),
+        ("other pieces", "of other pieces of the parameters"),
         ("wrong map", "does not match its master weights.*round_robin_gradients to false"),
     ],
 )
@@ -429,6 +438,7 @@ def test_features_of_deepspeed_are_refused_by_name(name, zero, said):
         ({"allreduce": False}, {}, "expert groups"),
         ({}, {"moe": True}, "expert groups"),
         ({"ds_pipe_replicated": False}, {}, "the pipeline engine"),
+        ({"selected_indices": None}, {}, "ZenFlow"),
     ],
 )
 def test_parameters_of_other_engines_are_refused(attributes, group, said):
@@ -445,7 +455,7 @@ def test_frozen_matrices_leave_nothing_to_project():
     optimizer = lowrank_optim.GaLoreAdamW([("w", given()), ("b", nn.Parameter(torch.randn(5)))], rank=2)
     optimizer.param_groups[0]["params"][0].requires_grad_(False)
     optimizer.param_groups[0]["params"] = [torch.randn(5)]
-    with pytest.raises(ValueError, match="(?s)found nothing to project.*w: frozen"):
+    with pytest.raises(ValueError, match=r"(?s)found nothing to project.*w: frozen"):
         optimizer.step()
 
 

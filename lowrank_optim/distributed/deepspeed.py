@@ -97,7 +97,8 @@ def _features(p: Any, zero: Any, group: Mapping[str, Any]) -> Iterator[tuple[str
     nvme = getattr(zero, "swap_optimizer", False) or getattr(zero, "params_in_nvme_and_cpu", False)
     yield "round_robin_gradients", getattr(zero, "round_robin_gradients", False), "set it to false"
     yield "MiCS", kind.startswith("MiCS"), "use plain ZeRO-3"
-    yield "ZenFlow", getattr(zero, "zenflow", False) or "ZenFlow" in kind, "drop the section zenflow"
+    zenflow = getattr(zero, "zenflow", False) or "ZenFlow" in kind or hasattr(p, "selected_indices")
+    yield "ZenFlow", zenflow, "drop the section zenflow"
     yield "SuperOffload", kind.startswith("SuperOffload"), "set super_offload to false"
     yield "offload to NVMe", nvme, 'use "device": "cpu"'
     yield "partial offload", getattr(zero, "partial_offload", 1.0) != 1.0, "set ratio to 1"

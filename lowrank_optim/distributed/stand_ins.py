@@ -72,7 +72,7 @@ class StandIns:
             self._check_served()
             trained = [p for p in given if p.requires_grad and shape_of(p).numel()]
             if [p.shape for p in new] == [p.shape for p in trained]:
-                self._adopt_copies(trained, new)
+                self._adopt_copies(trained, new, group)
             else:
                 for flat in new:
                     self._adopt_flat(flat, group, given)
@@ -94,12 +94,16 @@ class StandIns:
             "compile()": optimizer._move is not None,
         }
 
-    def _adopt_copies(self, given: list[Tensor], copies: list[Tensor]) -> None:
+    def _adopt_copies(self, given: list[Tensor], copies: list[Tensor], group: dict[str, Any]) -> None:
         optimizer = self.optimizer
+        plans = {copy: optimizer._plans[p] for p, copy in zip(given, copies, strict=True)}
+        layouts = optimizer._lay_out(plans, group)
         for p, copy in zip(given, copies, strict=True):
-            optimizer._plans[copy], optimizer._layouts[copy] = optimizer._plans[p], HERE
-            if p in optimizer.state:
-                optimizer.state[copy] = optimizer.state.pop(p)
+            state = optimizer.state.pop(p, None)
+            if state and layouts[copy] is HERE is optimizer._layouts[p]:
+                optimizer.state[copy] = state
+        optimizer._plans.update(plans)
+        optimizer._layouts.update(layouts)
 
     def _adopt_flat(self, flat: Tensor, group: dict[str, Any], given: list[Tensor]) -> None:
         optimizer = self.optimizer
