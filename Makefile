@@ -29,6 +29,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[examples,dev]'
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps galore-torch==1.0 bitsandbytes==0.50.2 || \
 		echo "galore-torch or bitsandbytes could not be installed: parity tests will be skipped"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check setuptools wheel && DS_BUILD_OPS=0 DS_ACCELERATOR=cpu \
+		$(BIN)/python -m pip install -qq --disable-pip-version-check --no-build-isolation -c constraints.txt deepspeed || \
+		echo "deepspeed could not be installed: tests of ZeRO will be skipped"
 	@touch $@
 
 pretrain: $(STAMP)

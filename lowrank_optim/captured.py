@@ -56,7 +56,7 @@ class Captured:
                     refresh_(piece)
                 chunk.tell_()
         for one in members:
-            optimizer.state[one.p]["step"] += 1
+            optimizer._state(one.p)["step"] += 1
         return True
 
     def update(self, members: list[Member]) -> None:

@@ -21,7 +21,7 @@ PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
 # Keys that other code writes into groups: torch itself, its schedulers, and people who label their groups.
 _FOREIGN_KEYS = {"params", "param_names", "name", "group_name", "initial_lr", "swa_lr", "max_lr", "min_lr"}
-_FOREIGN_KEYS |= {"base_momentum", "max_momentum", "grad_norm"}
+_FOREIGN_KEYS |= {"base_momentum", "max_momentum", "grad_norm", "group_id"}
 
 
 # What may be edited in a group that has state; all other options decide what the state is.
@@ -410,6 +410,55 @@ def cut(method: str, plan: Plan, sides: Iterable[int], why: Mapping[int, str], b
 
 def unsharded(name: str, what: str) -> None:
     raise NotImplementedError(f"{what} does not work for {name}, which is sharded (DTensor). Use step() as it is")
+
+
+def can_be_replaced(method: str, ways: Mapping[str, bool]) -> None:
+    """For what works on the parameters themselves, where a wrapper has put other tensors in their place."""
+    for way in (way for way, taken in ways.items() if taken):
+        raise NotImplementedError(
+            f"{way} of {method} does not work under a wrapper that keeps the weights elsewhere (DeepSpeed ZeRO, or its "
+            "stage 0 in bfloat16). Use step() as it is, or DistributedDataParallel"
+        )
+
+
+def can_be_copied(method: str, in_pieces: bool) -> None:
+    if in_pieces:
+        raise NotImplementedError(
+            f"{method} cannot be copied or pickled while a wrapper (DeepSpeed ZeRO) has its parameters in flat "
+            "tensors: what these hold is known to this process alone. Save the engine's checkpoint instead"
+        )
+
+
+def flat(method: str, shape: Sequence[int], known: bool) -> None:
+    """Refuses tensors that have taken the place of parameters and are nobody's."""
+    if not known or len(shape) != 1:
+        what = "a flattened 1-D tensor" if len(shape) == 1 else f"a tensor {tuple(shape)}"
+        raise NotImplementedError(
+            f"{method} got {what} in the place of its parameters (FSDP1 or an unknown wrapper). Matrix shapes are "
+            "lost. Use FSDP2 (fully_shard), DistributedDataParallel or DeepSpeed ZeRO 0-3, and build the optimizer "
+            "from model.named_parameters() before deepspeed.initialize"
+        )
+
+
+def deepspeed(feature: str, used: bool, instead: str) -> None:
+    if used:
+        raise NotImplementedError(f"DeepSpeed with {feature} is not supported by low-rank optimizers: {instead}")
+
+
+def master_weights(same: bool) -> None:
+    if not same:
+        raise RuntimeError(
+            "DeepSpeed's parameter map does not match its master weights; nothing was updated. Set "
+            "zero_optimization.round_robin_gradients to false, and change weights before deepspeed.initialize only"
+        )
+
+
+def same_fragments(same: bool) -> None:
+    if not same:
+        raise ValueError(
+            "the state dict is of other pieces of the parameters than are here; nothing was loaded. DeepSpeed's own "
+            "checkpoints go on with the ZeRO stage, number of ranks and groups that they were saved with"
+        )
 
 
 def same_plans(same: bool, rank: int, plans: Sequence[Any]) -> None:

@@ -50,6 +50,7 @@ class Chunk:
         first: number of the first matrix, where this is a part of a stack of experts.
         layout, algebra: of the matrices; all else here is what this process has of them.
         most: elements of one parameter, in the process that has the most of it.
+        homes: what the params were taken from, which may be other memory.
     """
 
     recipe: Recipe
@@ -71,6 +72,7 @@ class Chunk:
     algebra: Algebra = WHOLE
     most: int = 0
     shapes: Mapping[str, Shape] = field(default_factory=dict)  # as before slicing: of each state, and of the weight
+    homes: list[Tensor] = field(default_factory=list)
 
     @property
     def lr(self) -> Clock:
@@ -185,6 +187,11 @@ class Chunk:
             else:
                 p.copy_(natural)
 
+    def leave_(self) -> None:
+        """Brings new weights to where they belong."""
+        for p, w in zip(self.homes, self.params, strict=True):
+            self.layout.leave_(p, w)
+
     def _number(self, key: str, size: int) -> int | Places:
         """Of the first element of a state, or of the weight, within the whole parameter; `size` of one matrix."""
         several = bool(self.plans[0].batch)
@@ -236,6 +243,11 @@ class Chunk:
             if self.plans[0].batch and self.bytes > CHUNK_BYTES and not is_packed(p):
                 return self._experts(p, g)
         return iter([self])
+
+    @property
+    def silent(self) -> bool:
+        """Nothing of it is sent, however it is cut."""
+        return self.algebra is WHOLE or (self.recipe.elementwise and not self.plans[0].projected)
 
     @property
     def bytes(self) -> int:
@@ -338,7 +350,7 @@ def form_chunks(
     members: list[Member],
     plans: dict[Tensor, Plan],
     layouts: dict[Tensor, Layout],
-    states: Any,
+    state_of: Callable[[Tensor], dict[str, Tensor]],
     recipe_of: Callable[[Plan, dict[str, Any]], Recipe],
     asked: Asked,
     watch: Watch,
@@ -355,7 +367,7 @@ def form_chunks(
         stack = p.device.type != "cpu" if group["foreach"] is None else group["foreach"]
         alone = None if stack and (plan.projected or recipes[kind].elementwise) else id(p)
         equal = plan.matrix, plan.batch, plan.side, plan.rank, p.dtype, grad.dtype, p.device, member.projected
-        buckets.setdefault((kind, int(states[p]["step"]) + 1, alone, layouts[p].key, *equal), []).append(member)
+        buckets.setdefault((kind, int(state_of(p)["step"]) + 1, alone, layouts[p].key, *equal), []).append(member)
     for (kind, step, *_), bucket in buckets.items():
         p, group, _, projected = bucket[0]
         plan, layout = plans[p], layouts[p]
@@ -370,9 +382,9 @@ def form_chunks(
                 step=step,
                 spec=spec,
                 plans=[layout.plan(plans[one.p]) for one in some],
-                params=[layout.here(one.p.detach()) for one in some],
-                grads=[layout.here(one.grad.detach()) for one in some],
-                states=[layout.here_all(states[one.p]) for one in some],
+                params=[layouts[one.p].enter(one.p.detach()) for one in some],
+                grads=[layouts[one.p].enter_gradient(one.grad.detach()) for one in some],
+                states=[layout.here_all(state_of(one.p)) for one in some],
                 working=working_dtype(p),
                 watch=watch,
                 projected=projected,
@@ -381,16 +393,17 @@ def form_chunks(
                 algebra=layout.algebra([layouts[one.p] for one in some]),
                 most=most,
                 shapes=shapes,
+                homes=[one.p.detach() for one in some],
             )
 
 
 def waves(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
-    """Chunks whose sums over ranks are sent together; those of whole matrices alone, at once.
+    """Chunks whose sums over ranks are sent together; those that send nothing alone, at once.
 
     Together they are as large as one may be, and all that a step holds of them at a time."""
     some: list[Chunk] = []
     for chunk in chunks:
-        if chunk.algebra is WHOLE:
+        if chunk.silent:
             yield [chunk]
             continue
         if some and sum(one.bytes for one in [*some, chunk]) > CHUNK_BYTES:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .plan import as_matrices, names_say
+from .plan import as_matrices, names_say, shape_of
 
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -72,7 +72,8 @@ def param_groups(
     members: dict[str, list[tuple[str, Tensor]]] = {"auto": [], "flatten": [], "batch": [], "plain": [], "vector": []}
     for name, p in named:
         kind = rules.get(id(p), "auto")
-        if p.dim() < 2 or math.prod(p.shape) == max(p.shape):
+        shape = shape_of(p)
+        if len(shape) < 2 or math.prod(shape) == max(shape):
             kind = "vector"
         elif _any_match(exclude, name):
             kind = "plain"
@@ -80,7 +81,7 @@ def param_groups(
             kind = "auto" if kind == "plain" else kind
         elif kind != "plain":
             table = kind == "auto" and bool(names_say(name))  # a bare parameter, such as an embedding of positions
-            kind = "plain" if table or min(as_matrices(p.shape, kind)[1:]) < min_dim else kind
+            kind = "plain" if table or min(as_matrices(shape, kind)[1:]) < min_dim else kind
         members[kind].append((name, p))
     headed = _headed(model, members, heads)
     if verbose:
@@ -128,15 +129,17 @@ def _heads(model: nn.Module) -> Iterator[tuple[int, Heads]]:
             children = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
             names = next((names for names in _INPUTS if children.keys() >= set(names)), ())
             inputs = [children[name].weight for name in names]
-            width = _head_width(module, children[names[0]].weight.shape[0]) if names else 0
+            width = _head_width(module, shape_of(children[names[0]].weight)[0]) if names else 0
             output = next((children[name].weight for name in _OUTPUTS if name in children), None)
         if width:
             # Key and value have fewer heads than query where queries are grouped, and so fewer rows.
             yield from (
-                (id(w), (w.shape[0] // width, "right")) for w in inputs if w is not None and not w.shape[0] % width
+                (id(w), (shape_of(w)[0] // width, "right"))
+                for w in inputs
+                if w is not None and not shape_of(w)[0] % width
             )
-            if output is not None and not output.shape[1] % width:
-                yield id(output), (output.shape[1] // width, "left")
+            if output is not None and not shape_of(output)[1] % width:
+                yield id(output), (shape_of(output)[1] // width, "left")
 
 
 def _head_width(module: nn.Module, hidden: int) -> int:
@@ -166,7 +169,7 @@ def _by_heads(
 def _rules(model: nn.Module) -> Iterator[tuple[int, str]]:
     """(id of a parameter, its kind) where the type of its module decides; later ones win."""
     embeddings = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
-    tables = {tuple(module.weight.shape) for module in embeddings}
+    tables = {tuple(shape_of(module.weight)) for module in embeddings}
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -174,7 +177,7 @@ def _rules(model: nn.Module) -> Iterator[tuple[int, str]]:
             yield id(weight), "flatten"
         elif isinstance(module, nn.Linear):
             # The head is known by its name, or as the last linear layer if it has the shape of an embedding.
-            last = module is linears[-1] and tuple(module.weight.shape) in tables
+            last = module is linears[-1] and tuple(shape_of(module.weight)) in tables
             head = last or names_say(f"{name}.weight") == "head"
             yield id(weight), "plain" if head else "flatten"
     for module in embeddings:
@@ -200,7 +203,7 @@ def _must_match(named: list[tuple[str, Tensor]], **options: Iterable[str]) -> No
 def _summary(members: dict[str, list[tuple[str, Tensor]]], headed: dict[int, Heads]) -> str:
     def count(*kinds: str) -> str:
         tensors = [p for kind in kinds for _, p in members[kind]]
-        return f"{len(tensors)} ({sum(p.numel() for p in tensors) / 1e6:.2f}M)"
+        return f"{len(tensors)} ({sum(shape_of(p).numel() for p in tensors) / 1e6:.2f}M)"
 
     matrices = count("auto", "flatten", "batch") + " matrices to project"
     matrices += f" ({len(headed)} of them with heads)" if headed else ""

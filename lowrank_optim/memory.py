@@ -201,7 +201,7 @@ def expected_state(
     optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], plan: Plan | None = None
 ) -> Counter[str]:
     """Bytes of the state of one parameter by kind; `group` and `plan` may be others than it has."""
-    if not (p.requires_grad or optimizer.state.get(p)):
+    if not (p.requires_grad or optimizer._state(p)):
         return Counter()  # frozen: no state yet
     plan = optimizer._plans[p] if plan is None else plan
     recipe, found = optimizer._recipe_of(plan, group), Counter[str]()

@@ -18,12 +18,14 @@ from torch.optim import Optimizer
 from . import captured, checks
 from .chunk import Asked, Chunk, Member, form_chunks, gradient_norms, in_cache, one_by_one, waves
 from .distributed.common import Common
+from .distributed.fragments import complete_edges
 from .distributed.layout import HERE, Cut, Layout, layout_of
 from .distributed.lockstep import together
+from .distributed.stand_ins import GROUP, StandIns
 from .hooks import full_precision
 from .ops import native
 from .parts import Drop, Identity, Never
-from .plan import Plan, bare_name, decide
+from .plan import Plan, bare_name, decide, shape_of
 from .recipe import Recipe
 from .report import Report, report
 from .state import follow, fresh, loaded
@@ -50,6 +52,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # options with values of this method's own
     fixed: ClassVar[tuple[str, ...]] = ()  # numbers that cannot be edited later, because state was made with them
     shardable = True  # False: the method is for parameters that every process has whole
+    replaceable = True  # False: it works on parameters beyond their steps, so no copies may be updated in their place
     # How a step is run; copies and pickles of an optimizer do not inherit it.
     _in_backward: StepInBackward | None = None
     _move: Move | None = None
@@ -65,8 +68,9 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         native.load()
         self._plans: dict[Tensor, Plan] = {}
         self._layouts: dict[Tensor, Layout] = {}
-        self._common: Common | None = None  # made anew when parameters came
-        self._seen: list[dict[str, Any]] = []  # what each group said when it was last checked
+        self._commons: dict[tuple[Tensor, ...], Common] = {}  # made anew when parameters came
+        self._seen: dict[int, dict[str, Any]] = {}  # what each group said when it was last checked
+        self._stand_ins = StandIns(self)
         self._watch, self._captured = Watch(), captured.Captured(self)
         super().__init__(params, defaults)
         self._check_served()
@@ -101,6 +105,8 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             param_group.setdefault("skip_embeddings", False)  # who names a rank for a group means all of it
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        number = group[GROUP] = max(self._seen, default=-1) + 1
+        self._stand_ins.note(group)
         try:
             self._admit(group)
             plans = self._decide(group)
@@ -108,16 +114,19 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             if group["strict"]:
                 lost = ((plan.name, plan.reason) for plan in plans.values() if plan.fallback)
                 checks.nothing_lost(type(self).__name__, lost)
-            # Parameters without memory (meta) or without gradients (frozen) get theirs with their first gradient.
-            now = {p: plan for p, plan in plans.items() if p.requires_grad and not p.is_meta}
+            # Parameters without memory (meta, ZeRO-3) or without gradients (frozen) get theirs with the first gradient.
+            now = {
+                p: plan for p, plan in plans.items() if p.requires_grad and not (p.is_meta or hasattr(p, "ds_shape"))
+            }
             states = {p: fresh(p, plan, self._recipe_of(plan, group), group, layouts[p]) for p, plan in now.items()}
         except Exception:
             self.param_groups.pop()
+            del self._stand_ins.given[number]
             raise
         self._plans.update(plans)
         self._layouts.update(layouts)
-        self._common = None
-        self._seen.append(checks.snapshot(group))
+        self._commons = {}
+        self._seen[number] = checks.snapshot(group)
         self.state.update(states)
         if self._in_backward is not None:
             self._in_backward._attach(group)
@@ -130,11 +139,10 @@ class LowRankOptimizer(Optimizer, abc.ABC):
 
     def _decide(self, group: dict[str, Any]) -> dict[Tensor, Plan]:
         plans: dict[Tensor, Plan] = {}
-        taken = sum(plan.count for plan in self._plans.values() if plan.projected)
-        names = group.get("param_names", [""] * len(group["params"]))
-        for name, p in zip(names, group["params"], strict=True):
-            index = len(self._plans) + len(plans)
-            plan = decide(name, index, taken, p.shape, group, self.ranked)
+        before = [self._plans[p] for given in self._stand_ins.given.values() for _, p in given if p in self._plans]
+        taken = sum(plan.count for plan in before if plan.projected)
+        for name, p in self._stand_ins.given[group[GROUP]]:
+            plan = decide(name, len(before) + len(plans), taken, shape_of(p), group, self.ranked)
             checks.parameter(plan.name, p)
             if plan.projected:
                 self.refuse(plan, group)
@@ -167,6 +175,13 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         plan = self._plans[p]
         return fresh(p, plan, self._recipe_of(plan, group), group, self._layouts[p])
 
+    def _state(self, p: Tensor) -> dict[str, Tensor]:
+        """Of a parameter, or of a fragment of one; empty if there is none yet."""
+        return self._stand_ins.state(p)
+
+    def _states(self) -> Iterator[dict[str, Tensor]]:
+        return (state for p, _ in self._members() if (state := self._state(p)))
+
     def _recipe_of(self, plan: Plan, group: dict[str, Any]) -> Recipe:
         return self.recipe(group) if plan.projected else self.plain(group)
 
@@ -176,9 +191,10 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         return self._in_backward is not None
 
     def _members(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        for group in self.param_groups:
-            for p in group["params"]:
-                yield p, group
+        return self._stand_ins.all()
+
+    def _with_gradients(self) -> list[Member]:
+        return [Member(p, group, grad) for p, group, grad in self._stand_ins.with_gradients()]
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -197,7 +213,8 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         if self._in_backward is not None:
             self._in_backward._finish()
             return
-        members = [Member(p, group, p.grad) for p, group in self._members() if p.grad is not None]
+        self._stand_ins.adopt()
+        members = self._with_gradients()
         if any(group["capturable"] for group in self.param_groups):
             if captured.capturing() or self._captured.prepare(members):
                 self._captured.update(members)
@@ -228,8 +245,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             if optimizer.prepare():
                 graph.replay()
         """
-        members = [Member(p, group, p.grad) for p, group in self._members() if p.grad is not None]
-        return self._captured.prepare(members, replay=True)
+        return self._captured.prepare(self._with_gradients(), replay=True)
 
     def compile(self, **options: Any) -> None:
         """Compiles the update in place, as `nn.Module.compile` does; refreshes stay as they are.
@@ -254,43 +270,51 @@ class LowRankOptimizer(Optimizer, abc.ABC):
 
     def _recheck(self) -> None:
         """Edits of a group are checked like what it was made with, once."""
-        for index, group in enumerate(self.param_groups):
-            now = checks.snapshot(group)
-            if now == self._seen[index]:
+        for group in self.param_groups:
+            now, before = checks.snapshot(group), self._seen[group[GROUP]]
+            if self._stand_ins.pieces:
+                now["params"] = before["params"]  # which come and go
+            if now == before:
                 continue
             checks.group(group, self.defaults)
-            checks.unchanged(now, self._seen[index], self.fixed)
+            checks.unchanged(now, before, self.fixed)
             self._admit(group)
-            for p in group["params"]:
+            for p in self._stand_ins.of(group):
                 if self._plans[p].projected:
                     self.refuse(self._plans[p], group)
                 if self._layouts[p].sharded:
                     self._admit_shard(self._plans[p], cast(Cut, self._layouts[p]), group)
-            self._seen[index] = now
+            self._seen[group[GROUP]] = now
 
     def _prepare(self, members: list[Member]) -> None:
         """Refuses gradients that no rule can use, and sees to it that there is state where the parameter is."""
+        self._stand_ins.verify()
         for p, group, grad, _ in members:
             checks.gradient(self._plans[p].name, grad)
-            if self._layouts[p] is not HERE:
+            if self._layouts[p] is not HERE and hasattr(p, "device_mesh"):
                 checks.same_layout(self._plans[p].name, grad, cast(Any, p).placements)
-            if not self.state.get(p):
-                self.state[p] = self._fresh_state(p, group)
-            follow(self.state[p], p, group)
+            if not self._state(p):
+                self._stand_ins.keep(p, self._fresh_state(p, group))
+            follow(self._state(p), p, group)
 
     def _dry_run(self, members: list[Member]) -> bool:
-        """A first step on zero gradients, as checkpoint helpers and DeepSpeed make: the state exists, no more."""
-        untouched = not any(state["step"] or state["skipped"] for state in self.state.values() if state)
-        if not untouched:
+        """A first step on zero gradients, as checkpoint helpers and DeepSpeed make: the state exists, no more.
+
+        Nobody makes one with flat tensors, of which a step sees some at a time and could not tell.
+        """
+        if self._stand_ins.pieces or any(state["step"] or state["skipped"] for state in self._states()):
             return False
         return not self._together().anywhere(any(bool(self._layouts[p].here(grad).any()) for p, _, grad, _ in members))
 
     def _together(self) -> Common:
-        """What all ranks decide together."""
-        if self._common is None:
-            self._common = Common(self._plans, self._layouts)
-            self._common.agree()
-        return self._common
+        """What all ranks decide together, of all parameters or of those in the flat tensors of this step."""
+        pieces = self._stand_ins.pieces
+        flats = tuple(p for group in self.param_groups for p in group["params"] if p in pieces) if pieces else ()
+        if flats not in self._commons:
+            some = [piece for flat in flats for piece in pieces[flat]] if flats else self._layouts
+            self._commons[flats] = Common(self._plans, {p: self._layouts[p] for p in some})
+            self._commons[flats].agree()
+        return self._commons[flats]
 
     @torch._disable_dynamo
     def _update(self, members: list[Member], rescale: Rescale | None = None) -> None:
@@ -303,10 +327,11 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             alone = one_by_one(members) and not self._together().groups
             for batch in in_cache(members) if alone else [members]:
                 finite = self._finite(batch, rescale)
+                complete_edges((self._layouts[one.p], one.grad) for one in finite)
                 told = self._counted_elsewhere(finite, asked)
                 for some in waves(self._pieces(finite, asked)):
                     together([partial(update_, piece, piece.algebra, self._move) for piece in some])
-                together([partial(self._layouts[p].tell_all_, self.state[p]) for p in told])
+                together([partial(self._layouts[p].tell_all_, self._state(p)) for p in told])
 
     def _pieces(self, members: list[Member], asked: Asked) -> Iterator[Chunk]:
         """What is updated at once. A parameter counts its step once it is updated."""
@@ -316,14 +341,14 @@ class LowRankOptimizer(Optimizer, abc.ABC):
                 state["step"] += 1
 
     def _chunks(self, members: list[Member], asked: Asked) -> Iterator[Chunk]:
-        return form_chunks(members, self._plans, self._layouts, self.state, self._recipe_of, asked, self._watch)
+        return form_chunks(members, self._plans, self._layouts, self._state, self._recipe_of, asked, self._watch)
 
     def _counted_elsewhere(self, members: list[Member], asked: Asked) -> list[Tensor]:
         """Stacks of which this step may refit some matrices, and others have some."""
         apart = [one for one in members if self._layouts[one.p].counts_apart]
         chunks = (chunk for one in apart for chunk in self._chunks([one], asked))
         wholes = (
-            replace(chunk, plans=[self._plans[one.p]], states=[self.state[one.p]], first=0)
+            replace(chunk, plans=[self._plans[one.p]], states=[self._state(one.p)], first=0)
             for one, chunk in zip(apart, chunks, strict=True)
         )
         return [one.p for one, whole in zip(apart, wholes, strict=True) if refresh_due(whole)]
@@ -349,13 +374,13 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         if any(one.group["nonfinite"] == "raise" for one in members):
             checks.nonfinite(names)
         expected = self._in_backward is not None and self._in_backward.scaler is not None  # it searches for its scale
-        if not expected and not any(int(state["skipped"]) for state in self.state.values() if state):
+        if not expected and not any(int(state["skipped"]) for state in self._states()):
             checks.warn(
                 f"non-finite gradient in {checks.few(names)}: left out of this step, as will be any later one without "
                 "a further warning. report() counts them"
             )
         for one in members:
-            self.state[one.p]["skipped"] += 1
+            self._state(one.p)["skipped"] += 1
 
     # -- what a user sees ----------------------------------------------------------------------------------------------
 
@@ -382,25 +407,31 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        self._stand_ins.adopt()
+        return super().state_dict()
+
+    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch.optim, except that state keeps its own dtypes and nothing is half-loaded.
 
         torch would cast all state to the parameter's dtype, which loses bits for bfloat16 parameters.
         """
+        self._stand_ins.adopt()
         state_dict, hooks = state_dict.copy(), self._optimizer_load_state_dict_pre_hooks
         for hook in hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        if self.state:
+        if self.state or self._stand_ins.pieces:
             checks.has_state(state_dict)
             self._same_names(state_dict)
-        before = self.param_groups, self._plans, self._seen, dict(self.state), self._layouts
+        before = self.param_groups, self._plans, self._seen, self._layouts, self._stand_ins, dict(self.state)
         self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run
         self._incoming: dict[str, Any] | None = state_dict
         try:
             super().load_state_dict({**state_dict, "state": {}})
         except Exception:
-            self.param_groups, self._plans, self._seen, state, self._layouts = before
+            self.param_groups, self._plans, self._seen, self._layouts, self._stand_ins, state = before
             self.state.clear()
             self.state.update(state)
             raise
@@ -410,30 +441,40 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         if self._in_backward is not None:
             self.zero_grad()  # what was accumulated belongs to the weights before
 
+    def __getstate__(self) -> dict[str, Any]:
+        checks.can_be_copied(type(self).__name__, bool(self._stand_ins.pieces))
+        return super().__getstate__()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores what is derived; called by pickle, by deepcopy, and by torch's loader in the middle of its work."""
         incoming = self.__dict__.get("_incoming")
         kept = self.state if incoming is not None else None
+        numbers = [group[GROUP] for group in self.param_groups] if incoming is not None else None
         super().__setstate__({**state, "state": kept} if kept is not None else state)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key != "differentiable":  # which torch adds to defaults here
                     group.setdefault(key, value)
-        self._plans, self._layouts, self._seen, self._common = {}, {}, [], None
+        self._plans, self._layouts, self._seen, self._commons = {}, {}, {}, {}
         self._watch = getattr(self, "_watch", None) or Watch()
         self._captured = captured.Captured(self)
-        for group in self.param_groups:
+        self._stand_ins = StandIns(self) if numbers is None else self._stand_ins.again()
+        for group, number in zip(self.param_groups, numbers or range(len(self.param_groups)), strict=True):
+            group[GROUP] = number
+            if numbers is None:
+                self._stand_ins.note(group)
             checks.hyperparameters(group, self.choices)
             plans = self._decide(group)
             self._layouts.update(self._lay_out(plans, group))
             self._plans.update(plans)
-            self._seen.append(checks.snapshot(group))
+            self._seen[number] = checks.snapshot(group)
+        self._stand_ins.adopt()
         if incoming is not None:
             self._take_state(incoming)
 
     def _same_names(self, state_dict: dict[str, Any]) -> None:
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
-            if any(self._plans[p].projected for p in group["params"]) and self.recipe(group).basis.seeded:
+            if any(self._plans[p].projected for p in self._stand_ins.of(group)) and self.recipe(group).basis.seeded:
                 names = [one.get("param_names") for one in (saved, group)]
                 bare = [None if given is None else [bare_name(name) for name in given] for given in names]
                 checks.same_names(type(self).__name__, *bare)
@@ -441,12 +482,21 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     def _take_state(self, state_dict: dict[str, Any]) -> None:
         """All or nothing. A parameter without saved state was frozen when the state was saved, and starts afresh."""
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        new = {}
-        for key, (p, group) in zip(saved, self._members(), strict=True):
-            if state_dict["state"].get(key):
-                like = self._fresh_state(p, group)
-                new[p] = loaded(self._plans[p].name, state_dict["state"][key], like)
-            elif p.requires_grad:
+        members = ((p, group) for group in self.param_groups for p in group["params"])
+        new: dict[Tensor, dict[str, Any]] = {}
+        for key, (p, group) in zip(saved, members, strict=True):
+            was, pieces = state_dict["state"].get(key), self._stand_ins.pieces.get(p)
+            if was and pieces is not None:
+                new[p] = self._taken_apart(was, pieces, group)
+            elif was:
+                new[p] = loaded(self._plans[p].name, was, self._fresh_state(p, group))
+            elif p.requires_grad and pieces is None:
                 new[p] = self._fresh_state(p, group)
         self.state.clear()
         self.state.update(new)
+
+    def _taken_apart(self, saved: dict[str, Any], pieces: list[Tensor], group: dict[str, Any]) -> dict[str, Any]:
+        """The state of a flat tensor, which is that of each of its fragments."""
+        ours = {self._stand_ins.homes[piece].fragment.key: piece for piece in pieces}
+        checks.same_fragments(saved.keys() == ours.keys())
+        return {key: loaded(self._plans[p].name, saved[key], self._fresh_state(p, group)) for key, p in ours.items()}

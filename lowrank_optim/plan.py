@@ -103,6 +103,12 @@ def bare_name(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
+def shape_of(p: Tensor) -> torch.Size:
+    """The shape of a parameter, also where DeepSpeed (ZeRO-3) has taken its elements away."""
+    shape: torch.Size = getattr(p, "ds_shape", p.shape)
+    return shape
+
+
 def as_matrices(shape: torch.Size | tuple[int, ...], rule: str) -> tuple[tuple[int, ...], int, int]:
     """(batch, rows, columns). `"flatten"`: (out, everything else), as for convolutions; `"batch"`: the last two are
     the matrix, as for stacks of experts; `"auto"`: batch for three dimensions, unless the last is a kernel's."""

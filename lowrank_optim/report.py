@@ -92,7 +92,7 @@ def _rows(optimizer: LowRankOptimizer) -> Iterator[Row]:
 
 
 def parameter_row(optimizer: LowRankOptimizer, p: Tensor) -> Row:
-    plan, state = optimizer._plans[p], optimizer.state.get(p, {})  # [p] would insert an entry
+    plan, state = optimizer._plans[p], optimizer._state(p)
     layout = optimizer._layouts[p]
     per_step, per_refresh = layout.sent
     frozen = "" if state or p.requires_grad else "frozen: no state yet"

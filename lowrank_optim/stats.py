@@ -49,7 +49,7 @@ class Watch:
 
 
 def stats(optimizer: LowRankOptimizer) -> dict[str, float]:
-    watch, states = optimizer._watch, [state for state in optimizer.state.values() if state]
+    watch, states = optimizer._watch, list(optimizer._states())
     result = {
         "refreshes": float(sum(_counts(states, "refreshes"))),
         "refresh_seconds": watch.refresh_seconds,
@@ -70,8 +70,8 @@ def _counts(states: list[dict[str, Tensor]], key: str) -> list[int]:
 
 def _restarting(optimizer: LowRankOptimizer) -> list[dict[str, Tensor]]:
     """States of the matrices whose moments a refresh resets; the first one finds nothing to reset."""
-    groups = [group for group in optimizer.param_groups if optimizer.recipe(group).refresh.restarts]
-    return [state for group in groups for p in group["params"] if (state := optimizer.state.get(p))]
+    restarts = {id(group) for group in optimizer.param_groups if optimizer.recipe(group).refresh.restarts}
+    return [state for p, group in optimizer._members() if id(group) in restarts and (state := optimizer._state(p))]
 
 
 def _shares(captured: dict[str, dict[int, Tensor]]) -> dict[str, float]:

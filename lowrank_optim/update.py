@@ -49,6 +49,7 @@ def update_(chunk: Chunk, algebra: Algebra = WHOLE, move: Move | None = None) ->
         chunk.write_weights(w)
     else:
         apply_narrow_(recipe, chunk, like, st, change, 1 - lr * decay if decay else 1.0)
+    chunk.leave_()
     chunk.close(st, refreshed)
 
 

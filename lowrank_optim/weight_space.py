@@ -39,6 +39,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
 
     layer: ClassVar[type[ReparameterizedLinear]]
     shardable = False
+    replaceable = False
     layer_options: ClassVar[tuple[str, ...]] = ()  # constructor arguments that are the layer's and not the groups'
 
     def __init__(self, model: nn.Module, options: dict[str, Any], *, strict: bool = False) -> None:

@@ -73,8 +73,8 @@ class Algebra:
         """Where the rows with some numbers are in what is here of G, and which of them are; None: all."""
         return index.long(), None
 
-    def completed(self, r: Tensor) -> Tensor:
-        """`R` (r, n) of which each row is in one place and zero elsewhere."""
+    def completed(self, r: Tensor, rows: Tensor) -> Tensor:
+        """`R` (r, n) of which each row is here, at `rows` of G, or zero and somewhere else."""
         return r
 
     def orthonormal(self, y: Tensor, side: int) -> Tensor:
@@ -116,6 +116,10 @@ class Algebra:
     def energy(self, x: Tensor, dim: int, power: int = 2) -> Tensor:
         """Sums of `|x|^power` over whole rows (-1) or columns (-2), the dimension dropped."""
         return (x.abs() if power == 1 else x.square()).sum(dim)
+
+    def once(self, g: Tensor, dim: int) -> Tensor:
+        """Without rows (-2) or columns (-1) that others have, too, and count."""
+        return g
 
     def total(self, sums: Tensor, dim: int) -> Tensor:
         """Sums over rows (-1) or columns (-2) of what of a gradient is here, as such sums over whole ones."""

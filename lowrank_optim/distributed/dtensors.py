@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kept import Shape
+from ..plan import shape_of
 from .pieces import pieces, ranges
 
 
@@ -20,7 +21,7 @@ def local(x: Tensor) -> Tensor:
 
 def meta(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor without memory, laid out as x."""
-    here = torch.empty(local(x).shape, dtype=dtype, device="meta")
+    here = torch.empty(shape_of(local(x)), dtype=dtype, device="meta")
     if not hasattr(x, "device_mesh"):
         return here
     return from_local(here, cast(Any, x).device_mesh, cast(Any, x).placements, tuple(x.shape))

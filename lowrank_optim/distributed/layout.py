@@ -37,6 +37,16 @@ class Layout:
         """A parameter, its gradient or a tensor of its state, as far as it is here; the same memory."""
         return x
 
+    def enter(self, x: Tensor) -> Tensor:
+        """What is here of a parameter, in the shape of `plan`."""
+        return self.here(x)
+
+    def enter_gradient(self, x: Tensor) -> Tensor:
+        return self.enter(x)
+
+    def leave_(self, p: Tensor, x: Tensor) -> None:
+        """Writes what `enter` gave back to the parameter, where it is other memory."""
+
     def here_all(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return state
 

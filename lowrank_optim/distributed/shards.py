@@ -91,8 +91,8 @@ class Shards(Algebra):
         return self._completed(largest, -2, -1, op=dist.ReduceOp.MAX)
 
     def size(self, x: Tensor) -> Tensor:
-        dims = (-2, -1) if x.dim() > 1 else (-1,)
-        return self.norm(x, dims) / math.sqrt(self._count(x, dims))
+        both = (-2, -1) if x.dim() > 1 else (-1,)
+        return self.norm(x, both) / math.sqrt(self._count(x, both))
 
     def energy(self, x: Tensor, dim: int, power: int = 2) -> Tensor:
         return self.total(super().energy(x, dim, power), dim)
@@ -102,14 +102,14 @@ class Shards(Algebra):
 
     def norm(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         norm = super().norm(x, dim)
-        if not self.pieces.keys() & _dims(dim):
+        if not self.pieces.keys() & dims(dim):
             return norm
-        return self._completed(norm.double().square(), *_dims(dim)).sqrt().to(norm.dtype)  # whose squares may not fit
+        return self._completed(norm.double().square(), *dims(dim)).sqrt().to(norm.dtype)  # whose squares may not fit
 
     def mean(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-        if not self.pieces.keys() & _dims(dim):
+        if not self.pieces.keys() & dims(dim):
             return super().mean(x, dim)
-        return self._completed(x.sum(dim=dim, keepdim=True), *_dims(dim)) / self._count(x, _dims(dim))
+        return self._completed(x.sum(dim=dim, keepdim=True), *dims(dim)) / self._count(x, dims(dim))
 
     # -- shapes --------------------------------------------------------------------------------------------------------
 
@@ -155,7 +155,7 @@ class Shards(Algebra):
         mine = (here >= 0) & (here < piece.length)
         return here.clamp(0, max(0, piece.length - 1)), mine
 
-    def completed(self, r: Tensor) -> Tensor:
+    def completed(self, r: Tensor, rows: Tensor) -> Tensor:
         return self._completed(r, -2)
 
     # -- bases ---------------------------------------------------------------------------------------------------------
@@ -207,8 +207,8 @@ class Shards(Algebra):
 
     def _angle(self, old: Tensor, new: Tensor) -> Tensor:
         """Sine of the angle between two subspaces."""
-        rest = new - old @ self.project(old, new)
-        return self._completed(rest.double().square().sum(), -2).sqrt()
+        lost, _ = self._lines(-2)
+        return lost(lambda rest: rest.double().square().sum(), new - old @ self.project(old, new)).sqrt()
 
     # -- collectives ---------------------------------------------------------------------------------------------------
 
@@ -227,9 +227,13 @@ class Shards(Algebra):
         assert peers is not None
         return self.traffic.total(x, peers, op)
 
-    def _lines(self, side: int) -> tuple[Callable[[Tensor], Tensor], int]:
-        """What completes sums over the rows (-2) or columns (-1), and the number of the first one here."""
-        return lambda x: self._completed(x, side), self.pieces[side].start if side in self.pieces else 0
+    def _lines(self, side: int) -> tuple[Callable[..., Tensor], int]:
+        """What sums over the rows (-2) or columns (-1), and the number of the first one here."""
+
+        def total(summed: Callable[..., Tensor], *thin: Tensor) -> Tensor:
+            return self._completed(summed(*thin), side)
+
+        return total, self.pieces[side].start if side in self.pieces else 0
 
     def _joined(self, y: Tensor, side: int) -> Tensor:
         """All rows of a thin matrix, on every rank."""
@@ -242,5 +246,5 @@ class Shards(Algebra):
         return math.prod([self.pieces[dim].whole if dim in self.pieces else x.shape[dim] for dim in dims])
 
 
-def _dims(dim: int | tuple[int, ...]) -> tuple[int, ...]:
+def dims(dim: int | tuple[int, ...]) -> tuple[int, ...]:
     return (dim,) if isinstance(dim, int) else dim

@@ -19,7 +19,7 @@ from .schema import kernel
 if TYPE_CHECKING:
     from ..distributed.algebra import Algebra
 
-Total = Callable[[Tensor], Tensor]  # completes a sum over rows, of which this process may have some only
+Total = Callable[..., Tensor]  # (sum, *thin): of thin matrices, of whose rows this process may have some only
 
 # Squared lengths of what is left of a column without its neighbours: below them it is rounding.
 _FADE = {torch.float32: 1e-10, torch.float64: 1e-14}
@@ -27,8 +27,8 @@ _STEEP = 8.0  # growth of rounding errors that is not worth a second pass
 _NOISE = 2.0**-20  # per column of a matrix that lacks rank
 
 
-def _alone(x: Tensor) -> Tensor:
-    return x
+def _alone(summed: Callable[..., Tensor], *thin: Tensor) -> Tensor:
+    return summed(*thin)
 
 
 def fix_signs(basis: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def principal(y: Tensor, rank: int, total: Total = _alone, first: int = 0) -> tu
     """
     if y.dtype == torch.float64:  # whose digits a Gram matrix in float64 would halve
         return _principal64(y, rank, total, first)
-    squares = total(gram(y))
+    squares = total(gram, y)
     finite = torch.isfinite(squares).all(-1, keepdim=True).all(-2, keepdim=True)
     squares = torch.where(finite, squares, 0.0)
     values, vectors = torch.linalg.eigh(squares)
@@ -105,10 +105,10 @@ def principal(y: Tensor, rank: int, total: Total = _alone, first: int = 0) -> tu
 
 def _principal64(y: Tensor, rank: int, total: Total, first: int) -> tuple[Tensor, Tensor]:
     """`principal` by a second set of products and the singular vectors of a small matrix."""
-    size = total(y.square().sum((-2, -1), keepdim=True))
+    size = total(lambda y: y.square().sum((-2, -1), keepdim=True), y)
     finite = torch.isfinite(size)
     q = orthonormalize(y, total, first)
-    small = torch.where(finite, total(q.mT @ y), 0.0)
+    small = torch.where(finite, total(lambda q, y: q.mT @ y, q, y), 0.0)
     return q @ torch.linalg.svd(small)[0][..., :rank], finite & (size > 0)
 
 
@@ -126,15 +126,18 @@ def gram(y: Tensor) -> Tensor:
 def noise(like: Tensor, total: Total, first: int) -> Tensor:
     """Random columns of length 1 on average, of the shape `(m, k)` of `like`; the same for all matrices of a stack."""
     rows, columns = like.shape[-2:]
-    here = torch.full((), float(rows), dtype=torch.float64, device=like.device)
     drawn = normal((rows, columns), 0, stream_of("completion", 0), like.device, first * columns)
-    return (drawn * total(here).rsqrt()).to(like.dtype)
+    return (drawn * total(_count, drawn).rsqrt()).to(like.dtype)
+
+
+def _count(x: Tensor) -> Tensor:
+    return torch.full((), float(x.shape[-2]), dtype=torch.float64, device=x.device)
 
 
 def _pass(y: Tensor, total: Total, shift: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """`Y L^-T` with `L L^T = Y^T Y`; whether there is such an L, and whether it lets rounding errors be, both `()`.
     `shift` is added to the squares of columns of length 1."""
-    squares = total(gram(y))
+    squares = total(gram, y)
     size = squares.diagonal(dim1=-2, dim2=-1).sqrt()
     inverse_size = torch.where(size > 0, 1 / size, 0.0)
     unit = squares * inverse_size.unsqueeze(-1) * inverse_size.unsqueeze(-2)
@@ -157,7 +160,7 @@ def _times(y: Tensor, mix: Tensor) -> Tensor:
 def _completed(y: Tensor, total: Total, first: int) -> Tensor:
     """`orthonormalize` of a y that may lack rank: noise makes up for it, and a shift for noise that is nearly in y."""
     y = torch.where(torch.isfinite(y), y, 0.0)
-    size = total(y.double().square().sum(-2, keepdim=True)).sqrt()
+    size = total(lambda y: y.double().square().sum(-2, keepdim=True), y).sqrt()
     q = (y / torch.where(size > 0, size, 1.0)).to(y.dtype) + _NOISE * noise(y, total, first)
     for shift in (1e-13, 1e-13, 0.0, 0.0):
         q = _pass(q, total, shift)[0]

@@ -45,7 +45,8 @@ class Dictionary(OneSided):
         return {"index": Spec((rank,), steady=True, store=Exact(torch.int32))}
 
     def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
-        return {"index": top(algebra.total(scores(self.kind, g, self.power, self._by_fft(g.shape[0])), -1), rank)}
+        here = scores(self.kind, algebra.once(g, -1), self.power, self._by_fft(g.shape[0]))
+        return {"index": top(algebra.total(here, -1), rank)}
 
     def derive(self, algebra: Algebra, g: Tensor, kept: State, rank: int, draw: Draw) -> dict[str, Tensor]:
         m = g.shape[-2]

@@ -99,8 +99,8 @@ class Rows(Basis):
         if "mine" not in st:
             return widened(_lines(g, st["index"].long()))
         if not g.shape[-2]:
-            return algebra.completed(widened(g).new_zeros(*st["rows"].shape, g.shape[-1]))
-        return algebra.completed(widened(_lines(g, st["rows"])).masked_fill_(~st["mine"], 0))
+            return algebra.completed(widened(g).new_zeros(*st["rows"].shape, g.shape[-1]), st["rows"])
+        return algebra.completed(widened(_lines(g, st["rows"])).masked_fill_(~st["mine"], 0), st["rows"])
 
     def add_up_(
         self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float, columns: Columns | None = None

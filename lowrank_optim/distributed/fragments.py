@@ -1,0 +1,391 @@
+"""Parameters of which a flat tensor holds a range of elements, as under ZeRO.
+
+Cuts fall anywhere, also within a row. The rows of a matrix that a range touches are worked on whole: once per step all
+ranks add up the few rows of gradients that are cut, and from then on each rank has some rows of the matrix, those at
+its borders as well as its neighbours. Both update them alike, each writes the elements that are its own, and sums over
+ranks count every row once, where its first element is. What is elementwise needs no rows, and is left flat.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..kept import Shape, Side
+from ..plan import Plan
+from .algebra import WHOLE, Algebra
+from .deepspeed import Range
+from .layout import Cut, Layout
+from .lockstep import Peers, total
+from .pieces import Piece
+from .shards import Shards, Traffic, dims
+
+
+class Fragment(NamedTuple):
+    """A piece of a parameter that is updated by itself.
+
+    Args:
+        key: of its state.
+        offset, length: of its elements in the flat tensor.
+    """
+
+    key: str
+    plan: Plan
+    layout: Layout
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
+class Inside(Layout):
+    """All elements are in one flat tensor, that of this process.
+
+    Attributes:
+        shape: of the parameter.
+        index: its number, where it is a matrix of a stack that is cut elsewhere.
+    """
+
+    shape: Shape
+    index: int = 0
+
+    @property
+    def key(self) -> tuple[Any, ...]:  # type: ignore[override]
+        return (self.index,)
+
+    def enter(self, x: Tensor) -> Tensor:
+        return x.view(self.shape)
+
+    def first(self, plan: Plan) -> int:
+        return self.index
+
+    @property
+    def place(self) -> str:
+        return "whole"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Fragment(Cut):
+    """Here is a piece of the one side that is cut."""
+
+    mesh: Any = None
+    placements: tuple[Any, ...] = ()
+    rows: int = 0
+
+    @property
+    def key(self) -> tuple[Any, ...]:  # type: ignore[override]
+        return (id(self),)
+
+    @property
+    def side(self) -> int:
+        return next(iter(self.pieces))
+
+    @property
+    def piece(self) -> Piece:
+        return self.pieces[self.side]
+
+    def zeros(self, batch: Shape, shape: Shape, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        return torch.zeros(batch + tuple(map(int, self._shape_here(shape))), dtype=dtype, device=device)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Stretch(_Fragment):
+    """Some elements of a parameter whose shape the rule does not look at."""
+
+    def plan(self, plan: Plan) -> Plan:
+        return replace(plan, shape=(self.piece.length,), batch=(), matrix=(self.piece.length,))
+
+    def most(self, plan: Plan) -> int:
+        return self.piece.most
+
+    def matrix(self, plan: Plan) -> Shape:
+        return (Side(self.piece.whole, -1),)
+
+    def weight(self, plan: Plan) -> Shape:
+        return self._shape_here(self.matrix(plan))
+
+    @property
+    def place(self) -> str:
+        return f"{self.piece.length} of {self.piece.whole} elements"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Rows(_Fragment):
+    """The rows that a range of elements touches.
+
+    Attributes:
+        width: elements of a row.
+        skipped: elements before the range in its first row.
+        elements: of the range.
+        edges: numbers of the rows that are cut, anywhere.
+        index: its number, where it is a matrix of a stack.
+        completed: those rows of the gradient of this step.
+    """
+
+    width: int
+    skipped: int
+    elements: int
+    edges: tuple[int, ...] = ()
+    index: int = 0
+    completed: list[Tensor] = field(default_factory=list)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The elements within whole rows, zero where others have them."""
+        if self._partly:
+            rows = x.new_zeros(self.piece.length * self.width)
+            rows[self._own] = x
+            x = rows
+        return x.view(self.piece.length, self.width)
+
+    def enter_gradient(self, x: Tensor) -> Tensor:
+        rows = self.enter(x)
+        for edge, row in zip(self.edges, self.completed.pop() if self.edges else (), strict=True):
+            if self.piece.start <= edge < self.piece.start + self.piece.length:
+                rows[edge - self.piece.start] = row
+        return rows
+
+    def leave_(self, p: Tensor, rows: Tensor) -> None:
+        if self._partly:
+            p.copy_(rows.view(-1)[self._own])
+
+    def first(self, plan: Plan) -> int:
+        return self.index
+
+    def plan(self, plan: Plan) -> Plan:
+        return replace(super().plan(plan), shape=(self.piece.length, self.width))
+
+    def algebra(self, layouts: Sequence[Layout]) -> Algebra:
+        return Overlapping(self.pieces, Traffic([self.meter]), int(self.skipped > 0), self)
+
+    def own(self, x: Tensor) -> Tensor | None:
+        """The elements of the range, of something like the matrix; None if x is nothing like it."""
+        shape = self.piece.length, self.width
+        if tuple(x.shape[-2:]) != (shape[::-1] if self.side == -1 else shape):
+            return None
+        return (x.mT if self.side == -1 else x).reshape(*x.shape[:-2], -1)[..., self._own]
+
+    def add_edges_(self, rows: Tensor, x: Tensor) -> None:
+        """Adds what is here of the rows that are cut, to zeros `(edges, width)`; `x` are the elements of the range."""
+        begin = self.piece.start * self.width + self.skipped
+        for edge, row in zip(self.edges, rows, strict=True):
+            first = max(edge * self.width, begin)
+            last = max(first, min((edge + 1) * self.width, begin + self.elements))
+            row[first - edge * self.width : last - edge * self.width] = x[first - begin : last - begin]
+
+    @property
+    def place(self) -> str:
+        return f"{self.elements} of {self.piece.whole * self.width} elements"
+
+    @property
+    def _own(self) -> slice:
+        return slice(self.skipped, self.skipped + self.elements)
+
+    @property
+    def _partly(self) -> bool:
+        """Of some row only a part is here."""
+        return self.elements < self.piece.length * self.width
+
+
+class Overlapping(Shards):
+    """Shards whose first row may also be the last of another: sums leave out a row that does not begin here.
+
+    Args:
+        twice: rows at the beginning that are counted elsewhere, 0 or 1.
+        rows: of the matrix; None: of some columns of it.
+    """
+
+    def __init__(self, pieces: Mapping[int, Piece], traffic: Traffic, twice: int, rows: Rows | None = None) -> None:
+        super().__init__(pieces, None, traffic)
+        self.twice, self.rows = twice, rows
+
+    def project(self, basis: Tensor, g: Tensor) -> Tensor:
+        return super().project(self._once(basis, -2, -2), self._once(g, -2, -2))
+
+    def sketch(self, g: Tensor, thin: Tensor) -> Tensor:
+        return super().sketch(self._once(g, -1, -1), self._once(thin, -1, -2))
+
+    def inner(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().inner(self._once(x, -1, -1), self._once(y, -1, -2))
+
+    def size(self, x: Tensor) -> Tensor:
+        own = None if self.rows is None else self.rows.own(x)
+        if own is None:
+            return super().size(x)
+        # Here x may be the weight, of which this process has the elements of its own range and no others.
+        total = self._completed(own.double().square().sum(-1)[..., None, None], *self.pieces)
+        count = math.prod(map(int, self.shape(x)))
+        return (total / count).sqrt().to(torch.promote_types(x.dtype, torch.float32))
+
+    def energy(self, x: Tensor, dim: int, power: int = 2) -> Tensor:
+        return super().energy(self.once(x, dim), dim, power)
+
+    def norm(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+        return super().norm(self._counted(x, dim), dim)
+
+    def mean(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+        return super().mean(self._counted(x, dim), dim)
+
+    def once(self, g: Tensor, dim: int) -> Tensor:
+        return self._once(g, dim, dim)
+
+    def completed(self, r: Tensor, rows: Tensor) -> Tensor:
+        if -2 in self.pieces:
+            r = r.masked_fill((rows < self.twice).unsqueeze(-1), 0)
+        return super().completed(r, rows)
+
+    def projected(self) -> Algebra:
+        return self if -1 in self.pieces else WHOLE
+
+    def columns(self, g: Tensor, spans: Sequence[tuple[int, int]]) -> tuple[Algebra, Tensor]:
+        shards, block = super().columns(g, spans)
+        if -1 not in self.pieces:
+            return self, block
+        start = self.pieces[-1].start
+        twice = self.twice if any(first <= start < last for first, last in spans) else 0
+        return Overlapping(cast(Shards, shards).pieces, self.traffic, twice), block
+
+    def _lines(self, side: int) -> tuple[Callable[..., Tensor], int]:
+        complete, first = super()._lines(side)
+
+        def total(summed: Callable[..., Tensor], *thin: Tensor) -> Tensor:
+            return complete(summed, *(self._once(x, side, -2) for x in thin))
+
+        return total, first
+
+    def _joined(self, y: Tensor, side: int) -> Tensor:
+        y = self._once(y, side, -2)
+        piece = self.pieces[side]
+        whole = y.new_zeros(*y.shape[:-2], piece.whole, y.shape[-1])
+        end = piece.start + piece.length
+        whole[..., end - y.shape[-2] : end, :] = y
+        return self._completed(whole, side)
+
+    def _counted(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+        for one in self.pieces.keys() & dims(dim):
+            x = self._once(x, one, one)
+        return x
+
+    def _once(self, x: Tensor, side: int, dim: int) -> Tensor:
+        """Without the row that is counted elsewhere, if dimension `dim` of x is that side of the matrix, and cut."""
+        return x.narrow(dim, self.twice, x.shape[dim] - self.twice) if self.twice and side in self.pieces else x
+
+
+def complete_edges(gradients: Iterable[tuple[Layout, Tensor]]) -> None:
+    """Adds up the rows of gradients that are cut, of all parameters in one all-reduce per group of processes.
+
+    What travels is at most a row per cut, where whole gradients would have all of them.
+    """
+    same: dict[tuple[Any, ...], list[tuple[Rows, Tensor]]] = {}
+    for layout, x in gradients:
+        if isinstance(layout, Rows) and layout.edges:
+            same.setdefault((layout.everyone, x.dtype, x.device), []).append((layout, x))
+    for (peers, dtype, device), some in same.items():
+        sizes = [len(rows.edges) * rows.width for rows, _ in some]
+        buffer = torch.zeros(sum(sizes), dtype=dtype, device=device)
+        for (rows, x), part in zip(some, torch.split(buffer, sizes), strict=True):
+            rows.add_edges_(part.view(-1, rows.width), x)
+        for (rows, _), part in zip(some, torch.split(total(buffer, peers), sizes), strict=True):
+            rows.completed[:] = [part.view(-1, rows.width)]
+            rows.meter.between += part.nbytes
+
+
+def fragments(
+    ranges: Sequence[Range],
+    plans: Sequence[Plan],
+    elementwise: Sequence[bool],
+    keys: Sequence[str],
+    device: torch.device,
+) -> Iterator[Fragment]:
+    """The fragments of one flat tensor, in an order that all ranks share. All ranks call it.
+
+    Args:
+        elementwise: rules that look at no shape.
+    """
+    everywhere = _everywhere(ranges, device)
+    for one, there, plan, flat, key in zip(ranges, everywhere, plans, elementwise, keys, strict=True):
+        size = math.prod(plan.shape)
+        whole = any(length == size for _, length in there)
+        if whole:
+            if one.length:
+                yield Fragment(key, plan, Inside(plan.shape), one.offset, one.length)
+        elif flat or len(plan.matrix) == 1:
+            yield Fragment(key, replace(plan, batch=()), _stretch(one, there, size, device), one.offset, one.length)
+        elif plan.batch:
+            yield from _of_stack(one, there, plan, key, device)
+        else:
+            yield Fragment(key, plan, _rows(one, there, plan, device), one.offset, one.length)
+
+
+def _of_stack(
+    one: Range, there: list[tuple[int, int]], plan: Plan, key: str, device: torch.device
+) -> Iterator[Fragment]:
+    """Each matrix of a stack, in one place or cut as a matrix is."""
+    size = math.prod(plan.matrix)
+    part = replace(plan, shape=plan.shape[-2:], batch=())
+    for number in range(plan.count):
+        here, *all_ = (_within(start, length, number * size, size) for start, length in [one[1:3], *there])
+        own = one._replace(start=here[0], length=here[1], offset=one.offset + max(0, number * size - one.start))
+        if any(length == size for _, length in all_):
+            if own.length:
+                yield Fragment(f"{key}.{number}", part, Inside(part.shape, number), own.offset, own.length)
+        else:
+            layout = replace(_rows(own, all_, part, device), index=number)
+            yield Fragment(f"{key}.{number}", part, layout, own.offset, own.length)
+
+
+def _within(start: int, length: int, first: int, size: int) -> tuple[int, int]:
+    """(start, length) of a range within another one that begins at `first`, counted from there."""
+    begin, end = max(start, first), min(start + length, first + size)
+    return (begin - first, end - begin) if end > begin else (0, 0)
+
+
+def _stretch(one: Range, there: list[tuple[int, int]], size: int, device: torch.device) -> Stretch:
+    piece = _piece(one, size, one.start, one.length, max(length for _, length in there), device)
+    return Stretch(pieces={-1: piece}, natural={-1: 0}, everyone=piece.peers)
+
+
+def _rows(one: Range, there: list[tuple[int, int]], plan: Plan, device: torch.device) -> Rows:
+    height, width = plan.matrix[::-1] if plan.side == "right" else plan.matrix
+    touched = [_touched(start, length, width) for start, length in there]
+    start, stop = _touched(one.start, one.length, width)
+    piece = _piece(one, height, start, stop - start, max(b - a for a, b in touched), device)
+    side = -1 if plan.side == "right" else -2
+    return Rows(
+        pieces={side: piece}, natural={side: 0}, everyone=piece.peers, width=width,
+        skipped=one.start % width if one.length else 0, elements=one.length,
+        edges=tuple(sorted({start // width for start, length in there if length and start % width})),
+    )  # fmt: skip
+
+
+def _touched(start: int, length: int, width: int) -> tuple[int, int]:
+    """(first, last + 1) of the rows that a range touches."""
+    first = start // width
+    return first, -(-(start + length) // width) if length else first
+
+
+def _piece(one: Range, whole: int, start: int, length: int, most: int, device: torch.device) -> Piece:
+    place, count = dist.get_rank(one.group), dist.get_world_size(one.group)
+    return Piece(whole, start, length, most, place, count, peers_in(one.group, device))
+
+
+def peers_in(group: dist.ProcessGroup, device: torch.device) -> Peers:
+    """NCCL adds up on GPUs alone, also where flat tensors are offloaded."""
+    return Peers(group, "cuda" if dist.get_backend(group) == "nccl" else device.type)
+
+
+def _everywhere(ranges: Sequence[Range], device: torch.device) -> list[list[tuple[int, int]]]:
+    """(start, length) of each parameter on all ranks of its group."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for group in dict.fromkeys(one.group for one in ranges):
+        same = [i for i, one in enumerate(ranges) if one.group is group]
+        own = torch.tensor([ranges[i][1:3] for i in same], device=peers_in(group, device).device)
+        everyone = own.new_empty(dist.get_world_size(group), *own.shape)
+        dist.all_gather(list(everyone.unbind(0)), own, group=group)
+        for i, numbers in zip(same, everyone.unbind(1), strict=True):
+            found[i] = [(int(start), int(length)) for start, length in numbers.tolist()]
+    return [found[i] for i in range(len(ranges))]
