@@ -288,7 +288,7 @@ def test_round_robin_gradients_are_refused(results):
 # -- every method ------------------------------------------------------------------------------------------------------
 
 # What a method says that cannot have the projected side of a matrix cut, or no side of it.
-REFUSED = {"frugal": "single lines of the gradient", "dct": "a sum along that side", "galore_plus": "take density=0"}
+REFUSED = {"dct": "a sum along that side", "galore_plus": "take density=0"}
 
 
 def matrix(rank, world, folder):
