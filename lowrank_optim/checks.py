@@ -409,7 +409,7 @@ def same_plans(same: bool, rank: int, plans: Sequence[Any]) -> None:
     if not same:
         raise RuntimeError(
             f"ranks have different parameters, shapes, ranks or sides; nothing was updated. Rank {rank} has "
-            f"{len(plans)} sharded ones, which begin with {', '.join(map(str, plans[:3]))}"
+            f"{len(plans)} of them, which begin with {', '.join(map(str, plans[:3]))}"
         )
 
 

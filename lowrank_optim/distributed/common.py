@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,15 @@ from torch import Tensor
 from .. import checks
 from ..plan import Plan
 from .layout import Cut, Layout, local
+
+
+def agree(table: Sequence[Any], group: Any, device: torch.device) -> None:
+    """Raises a RuntimeError on all ranks of a group if not all of them have the same table."""
+    digest = hashlib.blake2b(repr(table).encode(), digest_size=8).digest()
+    own = torch.tensor([int.from_bytes(digest, "little") >> 1], device=device)
+    everyone = own.new_empty(group.size())
+    dist.all_gather(list(everyone.chunk(group.size())), own, group=group)
+    checks.same_plans(bool((everyone == own).all()), dist.get_rank(), table)
 
 
 class Common:
@@ -31,11 +40,7 @@ class Common:
         """Once: do all ranks mean the same matrices, in the same order?"""
         for group, params in () if self._agreed else self.groups.items():
             table = [(plan.name, plan.shape, plan.rank, plan.side) for plan in map(self.plans.__getitem__, params)]
-            digest = hashlib.blake2b(repr(table).encode(), digest_size=8).digest()
-            own = torch.tensor([int.from_bytes(digest, "little") >> 1], device=params[0].device)
-            everyone = own.new_empty(group.size())
-            dist.all_gather(list(everyone.chunk(group.size())), own, group=group)
-            checks.same_plans(bool((everyone == own).all()), dist.get_rank(), table)
+            agree(table, group, params[0].device)
         self._agreed = True
 
     def norms(self, grads: Iterable[tuple[Tensor, float]]) -> dict[Tensor, float]:

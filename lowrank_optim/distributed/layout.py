@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import checks
@@ -58,6 +59,14 @@ class Layout:
         """A new tensor of state: one of `shape`, as `matrix` led to it, for each matrix."""
         return torch.zeros(batch + shape, dtype=dtype, device=device)
 
+    def gather(self, x: Tensor) -> Tensor | None:
+        """The whole of a tensor of state, a copy on the CPU of rank 0; None on other ranks. All ranks call it."""
+        return None if _others() else x.detach().to("cpu", copy=True)
+
+    def part(self, whole: Tensor, ours: Tensor) -> Tensor:
+        """What of a whole tensor belongs where `ours` is, in its dtype and layout; new memory. All ranks call it."""
+        return like(whole, ours)
+
     def number(self, shape: Shape, element: int) -> int | Places:
         """The number in the whole tensor of an element of what is here of it, `shape` as from `spec`."""
         return element
@@ -86,6 +95,9 @@ class Replicated(Layout):
 
     def here_all(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key: local(tensor) for key, tensor in state.items()}
+
+    def gather(self, x: Tensor) -> Tensor | None:
+        return super().gather(cast(Any, x).full_tensor() if hasattr(x, "device_mesh") else x)
 
     @property
     def place(self) -> str:
@@ -178,9 +190,7 @@ class Cut(Replicated):
 
     @property
     def sent(self) -> tuple[float | None, float | None]:
-        meter = self.meter
-        per_step = meter.between / meter.steps if meter.steps else None
-        return per_step, meter.refreshing / meter.refreshes if meter.refreshes else None
+        return self.meter.sent
 
     def _shape_here(self, shape: Shape) -> Shape:
         return tuple(Side(self.length, side.which) if isinstance(side, Side) else side for side in shape)
@@ -220,6 +230,11 @@ def layout_of(p: Tensor, plan: Plan) -> Layout:
 def local(x: Tensor) -> Tensor:
     """What of a tensor is in this process; the same memory."""
     return cast(Any, x).to_local() if hasattr(x, "device_mesh") else x
+
+
+def _others() -> bool:
+    """Is this another rank than 0?"""
+    return dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
 
 
 def like(x: Tensor, example: Tensor) -> Tensor:

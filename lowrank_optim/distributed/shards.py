@@ -27,6 +27,12 @@ class Meter:
     between: float = 0.0
     refreshing: float = 0.0
 
+    @property
+    def sent(self) -> tuple[float | None, float | None]:
+        """Per step and per refresh, on average; None where there was none yet."""
+        per_step = self.between / self.steps if self.steps else None
+        return per_step, self.refreshing / self.refreshes if self.refreshes else None
+
 
 class Shards(Algebra):
     """Every rank has some rows (`cut` -2) or some columns (-1) of the turned matrix, and has whole what is not cut.
