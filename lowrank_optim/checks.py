@@ -189,6 +189,7 @@ def _alpha(name: str, value: Any) -> None:
 
 _CHECKS: dict[str, Check] = {
     "accumulation_steps": _whole(1),
+    "world_size": _whole(1),
     "alpha": _alpha,
     "base": _one_of("dense", "int8", "nf4", "none"),
     "exact_base": _flag,

@@ -26,7 +26,7 @@ def everything(model: object, optimizer: object, options: dict[str, object]) -> 
     _one_way(optimizer)
     _plain_wrapper(model)
     _own_parameters(model, optimizer)
-    _something_thin(optimizer)
+    something_thin(optimizer)
 
 
 def _one_way(optimizer: LowRankOptimizer) -> None:
@@ -63,7 +63,7 @@ def _own_parameters(model: nn.Module, optimizer: LowRankOptimizer) -> None:
         raise ValueError(f"{checks.few(outside)} of the optimizer is no parameter of this model. Was the model copied?")
 
 
-def _something_thin(optimizer: LowRankOptimizer) -> None:
+def something_thin(optimizer: LowRankOptimizer) -> None:
     """A method that reads all of a gradient cannot do with its coordinates."""
     method, reason = type(optimizer).__name__, "nothing is projected"
     for p, group in optimizer._members():
