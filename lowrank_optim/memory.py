@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -145,10 +145,11 @@ def estimate_memory(
         groups = [{"params": [(name, _lines(p, world_size)) for name, p in group["params"]]} for group in groups]
     params = [p for group in groups for _, p in group["params"]]
     weights = sum(getattr(p, "packed_bytes", p.nbytes) for p in params)
-    instance = optimizer(groups, **options)
+    instance = optimizer(_masters(groups) if strategy in shares.ZERO else groups, **options)
     if not isinstance(instance, LowRankOptimizer):
         gradients = whole_gradients([p.nbytes for p in params], accumulation_steps)
-        one = MemoryEstimate(weights, gradients, _bytes_after_step(instance, params), 0, 0, 0, 0)
+        updated = [p for group in instance.param_groups for p in group["params"]]
+        one = MemoryEstimate(weights, gradients, _bytes_after_step(instance, updated), 0, 0, 0, 0)
         return _of_torch(one, params, strategy, world_size)
     if step_in_backward:
         return expected(instance, weights, most_gradients(instance, accumulation_steps))
@@ -183,10 +184,15 @@ def _of_torch(one: MemoryEstimate, params: list[nn.Parameter], strategy: str | N
     """An optimizer whose state is like its parameters, and cut like them."""
     if strategy in ("ddp", "ddp_project"):
         return replace(one, **_fields(shares.averaged(params)))
-    if strategy in ("zero1", "zero2", "zero3"):
+    if strategy in shares.ZERO:
         parts = {**shares.partitions(params, strategy, world_size), "states": -(-one.states // world_size)}
         return replace(one, **_fields(parts))
     return one
+
+
+def _masters(groups: Groups) -> Groups:
+    """What DeepSpeed lets an optimizer update: float32 copies."""
+    return [{**group, "params": [(name, nn.Parameter(p.float())) for name, p in group["params"]]} for group in groups]
 
 
 def _fields(changes: shares.Changes) -> dict[str, Any]:
@@ -239,18 +245,40 @@ def expected(optimizer: LowRankOptimizer, weights: int, gradients: int) -> Memor
     step, refresh = 0, optimizer.restart_workspace()
     kept: Counter[str] = Counter()
     shared: dict[str, int] = {}
+    seen: dict[tuple[Any, ...], _Needs] = {}
     for p, group in optimizer._members():
-        plan, layout, working = optimizer._plans[p], optimizer._layouts[p], working_dtype(p)
-        recipe = optimizer._recipe_of(plan, group)
-        kept.update(expected_state(optimizer, p, group))
-        plan = layout.plan(plan)
-        step = max(step, _step_bytes(layout.here(p), plan, recipe, group))
-        if plan.projected:
-            m, n = plan.matrix
-            shared |= {key: count * working.itemsize for key, count in recipe.basis.shared(plan.matrix).items()}
-            refresh = max(refresh, recipe.basis.fit_workspace(m, n, plan.rank or 0) * working.itemsize)
+        plan, layout = optimizer._plans[p], optimizer._layouts[p]
+        has_state = p.requires_grad or bool(optimizer.state.get(p))
+        equal = id(group), plan.shape, plan.matrix, plan.side, plan.rank, layout.key, p.dtype, is_packed(p), has_state
+        if equal not in seen:  # the layers of a large model are
+            seen[equal] = _needs(optimizer, p, group)
+        one = seen[equal]
+        kept.update(one.state)
+        shared |= one.shared
+        step, refresh = max(step, one.step), max(refresh, one.refresh)
     bases = kept.pop(BASES, 0)
     return MemoryEstimate(weights, gradients, kept.total(), bases, sum(shared.values()), step, refresh)
+
+
+class _Needs(NamedTuple):
+    """Bytes of one parameter: state by kind, shared tensors by name, workspaces."""
+
+    state: Counter[str]
+    shared: dict[str, int]
+    step: int
+    refresh: int
+
+
+def _needs(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any]) -> _Needs:
+    layout, working = optimizer._layouts[p], working_dtype(p)
+    recipe, plan = optimizer._recipe_of(optimizer._plans[p], group), layout.plan(optimizer._plans[p])
+    shared, refresh = dict[str, int](), 0
+    if plan.projected:
+        m, n = plan.matrix
+        shared = {key: count * working.itemsize for key, count in recipe.basis.shared(plan.matrix).items()}
+        refresh = recipe.basis.fit_workspace(m, n, plan.rank or 0) * working.itemsize
+    step = _step_bytes(layout.here(p), plan, recipe, group)
+    return _Needs(expected_state(optimizer, p, group), shared, step, refresh)
 
 
 def expected_state(

@@ -13,6 +13,7 @@ from .optimizer import LowRankOptimizer
 
 Strategy = Literal["ddp", "ddp_project", "fsdp2", "zero1", "zero2", "zero3"]
 STRATEGIES = get_args(Strategy)
+ZERO = ("zero1", "zero2", "zero3")
 _MASTER = 4  # bytes of an element in float32
 Changes = dict[str, float | None]  # of fields of a MemoryEstimate
 

@@ -179,6 +179,9 @@ def test_optimizers_of_torch():
     assert shards.optimizer == 2 * 4 * (8 * 8 + 2) + 2 * 4
     zero = estimate_memory(shapes, adamw, world_size=4, strategy="zero3")
     assert zero.optimizer == -(-whole.optimizer // 4)
+    narrow = estimate_memory(shapes, adamw, world_size=4, strategy="zero1", dtype=torch.bfloat16)
+    assert narrow.optimizer == zero.optimizer, "DeepSpeed's optimizers update float32 masters"
+    assert narrow.weights == 2 * (31 * 8 + 7)
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,10 @@ class Planned(Cut):
 
     shape: Shape = ()
 
+    @property
+    def key(self) -> tuple[Any, ...]:  # type: ignore[override]
+        return self.cut, self.whole, self.start, self.length
+
     def here(self, x: Tensor) -> Tensor:
         return x.narrow(self.natural, self.start, self.length) if tuple(x.shape) == self.shape else x
 
