@@ -32,6 +32,7 @@ from .update import Move, refresh_due, update_
 
 if TYPE_CHECKING:
     from .backward import StepInBackward
+    from .distributed.ddp import DDPProject
 
 Rescale = Callable[[Member, float], float]
 _GROUP_ONLY = {"skip_embeddings": True, "as_matrix": "auto"}  # hyper-parameters that only groups set
@@ -52,6 +53,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     shardable = True  # False: the method is for parameters that every process has whole
     # How a step is run; copies and pickles of an optimizer do not inherit it.
     _in_backward: StepInBackward | None = None
+    _projecting: DDPProject | None = None
     _move: Move | None = None
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], *, strict: bool = False) -> None:
@@ -173,7 +175,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """A GradScaler then calls `step` at once, without looking for gradients that backward has used already."""
-        return self._in_backward is not None
+        return self._in_backward is not None or self._projecting is not None
 
     def _members(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         for group in self.param_groups:
@@ -196,6 +198,9 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     def _step(self) -> None:
         if self._in_backward is not None:
             self._in_backward._finish()
+            return
+        if self._projecting is not None:
+            self._projecting._finish()
             return
         members = [Member(p, group, p.grad) for p, group in self._members() if p.grad is not None]
         if any(group["capturable"] for group in self.param_groups):
@@ -247,10 +252,11 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         self._move = CompiledMove(options)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch.optim; with step_in_backward also forgets what was accumulated since the last step."""
+        """As in torch.optim; step_in_backward and ddp_project also forget what they gathered since the last step."""
         super().zero_grad(set_to_none)
-        if self._in_backward is not None:
-            self._in_backward._forget()
+        for way in (self._in_backward, self._projecting):
+            if way is not None:
+                way._forget()
 
     def _recheck(self) -> None:
         """Edits of a group are checked like what it was made with, once."""
@@ -402,7 +408,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         finally:
             self._incoming = None
             self._optimizer_load_state_dict_pre_hooks = hooks
-        if self._in_backward is not None:
+        if self._in_backward is not None or self._projecting is not None:
             self.zero_grad()  # what was accumulated belongs to the weights before
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -440,7 +446,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         for key, (p, group) in zip(saved, self._members(), strict=True):
             if state_dict["state"].get(key):
                 like = self._fresh_state(p, group)
-                new[p] = loaded(self._plans[p].name, state_dict["state"][key], like)
+                new[p] = loaded(self._plans[p].name, state_dict["state"][key], like, self._layouts[p])
             elif p.requires_grad:
                 new[p] = self._fresh_state(p, group)
         self.state.clear()
