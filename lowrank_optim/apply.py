@@ -58,13 +58,13 @@ def _write_(chunk: Chunk, i: int, x: Tensor, keep: Clock, columns: Columns, turn
     width = x.shape[-1] if turned else columns.whole
     origin, pitch = _numbers(chunk._number(WEIGHT, math.prod(plan.matrix)), width)
     noisy = p.dtype == torch.bfloat16 and chunk.group["bf16_update"] == "stochastic"
-    for row, first, piece in _pieces(x, plan.count, columns, turned):
+    for row, first, piece in _pieces(x, columns, turned):
         w, rest = (None if y is None else y.view(-1, width)[row : row + len(piece)] for y in (p, owed))
         noise = plan.key, ops.stream_of(WEIGHT, chunk.time), origin + row * pitch + first, pitch
         ops.add_rounded_(cast(Tensor, w), piece, keep, first=first, owed=rest, noise=noise if noisy else None)
 
 
-def _pieces(x: Tensor, count: int, columns: Columns, turned: bool) -> Iterator[tuple[int, int, Tensor]]:
+def _pieces(x: Tensor, columns: Columns, turned: bool) -> Iterator[tuple[int, int, Tensor]]:
     """(row, column, x) of what lies together in the rows of a parameter, which turned columns are."""
     rows = x.reshape(-1, x.shape[-1])
     if not turned or columns.stop - columns.first == columns.whole:

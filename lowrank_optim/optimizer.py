@@ -310,11 +310,16 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             for batch in in_cache(members) if alone else [members]:
                 finite = self._finite(batch, rescale)
                 told = self._counted_elsewhere(finite, asked)
-                for some in waves(piece for chunk in self._chunks(finite, asked) for piece in chunk.pieces()):
+                for some in waves(self._pieces(finite, asked)):
                     together([partial(update_, piece, piece.algebra, self._move) for piece in some])
                 together([partial(self._layouts[p].tell_all_, self.state[p]) for p in told])
-                if finite:
-                    torch._foreach_add_([self.state[one.p]["step"] for one in finite], 1)
+
+    def _pieces(self, members: list[Member], asked: Asked) -> Iterator[Chunk]:
+        """What is updated at once. A parameter counts its step once it is updated."""
+        for chunk in self._chunks(members, asked):
+            yield from chunk.pieces()
+            for state in chunk.states:
+                state["step"] += 1
 
     def _chunks(self, members: list[Member], asked: Asked) -> Iterator[Chunk]:
         return form_chunks(members, self._plans, self._layouts, self.state, self._recipe_of, asked, self._watch)

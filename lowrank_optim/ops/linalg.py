@@ -54,8 +54,8 @@ def orthonormalize(y: Tensor, total: Total = _alone, first: int = 0) -> Tensor:
         total: completes sums over rows, where this process has some of them only.
         first: the number of the first row that is here.
     """
-    q, fits = _pass(y, total)
-    q, again = _pass(q, total)
+    q, fits, _ = _pass(y, total)
+    q, again, _ = _pass(q, total)
     fits = fits & again
     if y.device.type == "cpu" and bool(fits.all()):
         return q
@@ -65,10 +65,13 @@ def orthonormalize(y: Tensor, total: Total = _alone, first: int = 0) -> Tensor:
 def whitened(y: Tensor, total: Total = _alone) -> Tensor:
     """Nearly orthonormal columns `(m, k)` that span those of `y (m, k)`: what an iteration needs in between.
 
-    One pass. Directions that are rounding errors beside their neighbours fade out instead of being blown up, so that a
-    y that lacks rank, or is zero, needs no exception.
+    One pass, or a second where rounding errors would grow. Directions that are rounding errors beside their neighbours
+    fade out instead of being blown up, so that a y that lacks rank, or is zero, needs no exception.
     """
-    return _pass(y, total, _FADE[y.dtype])[0]
+    q, _, smooth = _pass(y, total, _FADE[y.dtype])
+    if y.device.type == "cpu" and bool(smooth.all()):
+        return q
+    return _pass(q, total, _FADE[y.dtype])[0]
 
 
 def principal(y: Tensor, rank: int, total: Total = _alone, first: int = 0) -> tuple[Tensor, Tensor]:
@@ -77,13 +80,15 @@ def principal(y: Tensor, rank: int, total: Total = _alone, first: int = 0) -> tu
     From the eigenvectors of the k x k Gram matrix in float64, which holds all digits that a product in float32 has.
     Where y lacks rank they are completed at random; a y that is zero or not finite has none.
     """
+    if y.dtype == torch.float64:  # whose digits a Gram matrix in float64 would halve
+        return _principal64(y, rank, total, first)
     squares = total(gram(y))
     finite = torch.isfinite(squares).all(-1, keepdim=True).all(-2, keepdim=True)
     squares = torch.where(finite, squares, 0.0)
     values, vectors = torch.linalg.eigh(squares)
     values, vectors = values[..., -rank:].flip(-1), vectors[..., -rank:].flip(-1)
     largest = values[..., :1].clamp(min=0)
-    least = max(32 * torch.finfo(y.dtype).eps, 1e-7) ** 2
+    least = (32 * torch.finfo(y.dtype).eps) ** 2
     there = (values > least * largest) & (values > 0)
     gain = torch.where(there, (largest / values).sqrt(), 0.0).unsqueeze(-2)
     size = torch.where(largest > 0, largest.sqrt(), 1.0).unsqueeze(-1).to(y.dtype)
@@ -92,10 +97,19 @@ def principal(y: Tensor, rank: int, total: Total = _alone, first: int = 0) -> tu
     # Column i is a sum of columns of y that cancel: its rounding error has grown by the length of the summands.
     lengths = squares.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) @ vectors.square()
     steep = lengths * gain.square() > _STEEP**2 * largest.unsqueeze(-1)
-    if y.device.type == "cpu" and y.dtype == torch.float32 and bool(there.all()) and not bool(steep.any()):
+    if y.device.type == "cpu" and bool(there.all()) and not bool(steep.any()):
         return q, found
     q = torch.where(there.unsqueeze(-2) & finite, q, noise(q, total, first))
     return orthonormalize(q, total, first), found
+
+
+def _principal64(y: Tensor, rank: int, total: Total, first: int) -> tuple[Tensor, Tensor]:
+    """`principal` by a second set of products and the singular vectors of a small matrix."""
+    size = total(y.square().sum((-2, -1), keepdim=True))
+    finite = torch.isfinite(size)
+    q = orthonormalize(y, total, first)
+    small = torch.where(finite, total(q.mT @ y), 0.0)
+    return q @ torch.linalg.svd(small)[0][..., :rank], finite & (size > 0)
 
 
 def gram(y: Tensor) -> Tensor:
@@ -117,9 +131,9 @@ def noise(like: Tensor, total: Total, first: int) -> Tensor:
     return (drawn * total(here).rsqrt()).to(like.dtype)
 
 
-def _pass(y: Tensor, total: Total, shift: float = 0.0) -> tuple[Tensor, Tensor]:
-    """`Y L^-T` with `L L^T = Y^T Y`, and whether there is such an L: `()`. `shift` is added to the squares of columns
-    of length 1."""
+def _pass(y: Tensor, total: Total, shift: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """`Y L^-T` with `L L^T = Y^T Y`; whether there is such an L, and whether it lets rounding errors be, both `()`.
+    `shift` is added to the squares of columns of length 1."""
     squares = total(gram(y))
     size = squares.diagonal(dim1=-2, dim2=-1).sqrt()
     inverse_size = torch.where(size > 0, 1 / size, 0.0)
@@ -131,7 +145,8 @@ def _pass(y: Tensor, total: Total, shift: float = 0.0) -> tuple[Tensor, Tensor]:
     largest = torch.where(size > 0, size, 1.0).amax(-1)[..., None, None]
     mix = inverse.mT * (inverse_size.unsqueeze(-1) * largest)
     q = _times(y, mix.to(y.dtype)).div_(largest.to(y.dtype))
-    return q, (info == 0) & torch.isfinite(size).all(-1)
+    smooth = (inverse.square().sum(-1) <= _STEEP**2).all(-1)
+    return q, (info == 0) & torch.isfinite(size).all(-1), smooth
 
 
 def _times(y: Tensor, mix: Tensor) -> Tensor:

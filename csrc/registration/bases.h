@@ -1,0 +1,64 @@
+// Gram matrices, signs and selections of bases.
+#pragma once
+
+#include "checks.h"
+
+namespace lro {
+namespace {
+
+#ifndef LRO_ONLY_SHARED
+void gram_(Tensor out, Tensor y, bool across) {
+  check_type(y, "y", ScalarType::Float, "float32");
+  check_type(out, "out", ScalarType::Double, "float64");
+  check_contiguous(y, "y");
+  check_contiguous(out, "out");
+  check_device(out, "out", y, "y");
+  STD_TORCH_CHECK(y.dim() >= 2, "y must have two dimensions or more, got ", shape_of(y));
+  const int64_t rows = y.size(y.dim() - (across ? 1 : 2)), columns = y.size(y.dim() - (across ? 2 : 1));
+  bool fits = out.dim() == y.dim();
+  for (int64_t i = 0; fits && i + 2 < y.dim(); ++i) fits = out.size(i) == y.size(i);
+  for (int64_t i = 1; fits && i <= 2; ++i) fits = out.size(out.dim() - i) == columns;
+  STD_TORCH_CHECK(fits, "out must have one number per two columns of y ", shape_of(y), ", got ", shape_of(out));
+  if (!out.numel()) return;
+  const On on(y);
+  const Thin shape{rows, columns, across ? 1 : columns, across ? rows : 1};
+  gram(on.queue, write<double>(out), read<float>(y), out.numel() / (columns * columns), shape);
+}
+#endif
+
+void fix_signs_(Tensor basis) {
+  STD_TORCH_CHECK(is(basis, ScalarType::Float) || is(basis, ScalarType::Double),
+                  "basis must be float32 or float64, got ", type_of(basis));
+  check_contiguous(basis, "basis");
+  STD_TORCH_CHECK(basis.dim() >= 2, "basis must have two dimensions or more, got ", shape_of(basis));
+  if (!basis.numel()) return;
+  const On on(basis);
+  const int64_t rows = basis.size(basis.dim() - 2), columns = basis.size(basis.dim() - 1);
+  const int64_t matrices = basis.numel() / (rows * columns);
+  if (is(basis, ScalarType::Float)) fix_signs(on.queue, write<float>(basis), matrices, rows, columns);
+  else fix_signs(on.queue, write<double>(basis), matrices, rows, columns);
+}
+
+void select_top_(Tensor index, Tensor scores) {
+  check_type(index, "index", ScalarType::Int, "int32");
+  STD_TORCH_CHECK(is(scores, ScalarType::Float) || is(scores, ScalarType::Double),
+                  "scores must be float32 or float64, got ", type_of(scores));
+  check_contiguous(index, "index");
+  check_contiguous(scores, "scores");
+  check_device(index, "index", scores, "scores");
+  const int64_t last = scores.dim() - 1;
+  bool fits = last >= 0 && index.dim() == scores.dim() && index.size(last) <= scores.size(last);
+  for (int64_t i = 0; fits && i < last; ++i) fits = index.size(i) == scores.size(i);
+  STD_TORCH_CHECK(fits, "index must have the shape of scores ", shape_of(scores),
+                  ", its last dimension not longer, got ", shape_of(index));
+  STD_TORCH_CHECK(scores.size(last) < (1ll << 30), "scores must have fewer than 2^30 numbers in a line, got ",
+                  shape_of(scores));
+  if (!index.numel()) return;
+  const On on(scores);
+  const int64_t n = scores.size(last), rows = scores.numel() / n, r = index.size(last);
+  if (is(scores, ScalarType::Float)) select_top(on.queue, write<int32_t>(index), read<float>(scores), rows, n, r);
+  else select_top(on.queue, write<int32_t>(index), read<double>(scores), rows, n, r);
+}
+
+}  // namespace
+}  // namespace lro

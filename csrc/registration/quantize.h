@@ -1,0 +1,116 @@
+// Codes in a byte or half a byte.
+#pragma once
+
+#include "blocks.h"
+
+namespace lro {
+namespace {
+
+void quantize_blockwise_(Tensor codes, Tensor absmax, Tensor x, Tensor code_map, Tensor lower, Tensor midpoint,
+                         int64_t block, bool signed_peak, OptionalTensor noise) {
+  check_codes(codes, x);
+  const Blocks blocks = blocks_of(codes, block);
+  check_numbers(absmax, "absmax", codes, blocks);
+  check_map(code_map, "code_map", codes, "codes");
+  check_table(lower, "lower", ScalarType::Byte, "uint8", codes, "codes");
+  check_table(midpoint, "midpoint", ScalarType::Float, "float32", codes, "codes");
+  const float* dither = noise_of(noise, codes);
+  if (!codes.numel()) return;
+  const On on(codes);
+  const CodeMap map{read<float>(code_map), read<uint8_t>(lower), read<float>(midpoint),
+                    static_cast<int32_t>(code_map.numel())};
+  by_type(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    quantize_blockwise(on.queue, write<uint8_t>(codes), write<float>(absmax), read<T>(x), map, blocks, signed_peak,
+                       dither);
+  });
+}
+
+void quantize_affine_(Tensor codes, Tensor scale, Tensor low, Tensor x, int64_t bits, int64_t block,
+                      OptionalTensor noise) {
+  check_codes(codes, x);
+  STD_TORCH_CHECK(bits >= 1 && bits <= 8, "bits must be 1 to 8, got ", bits);
+  const Blocks blocks = blocks_of(codes, block);
+  check_numbers(scale, "scale", codes, blocks);
+  check_numbers(low, "low", codes, blocks);
+  const float* dither = noise_of(noise, codes);
+  if (!codes.numel()) return;
+  const On on(codes);
+  by_type(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    quantize_affine(on.queue, write<uint8_t>(codes), write<float>(scale), write<float>(low), read<T>(x),
+                    static_cast<int>(bits), blocks, dither);
+  });
+}
+
+void quantize_sixteenths_(Tensor codes, Tensor largest, Tensor x, int64_t block, OptionalTensor noise) {
+  check_codes(codes, x);
+  const Blocks blocks = blocks_of(codes, block);
+  check_numbers(largest, "largest", codes, blocks);
+  const float* dither = noise_of(noise, codes);
+  if (!codes.numel()) return;
+  const On on(codes);
+  by_type(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    quantize_sixteenths(on.queue, write<uint8_t>(codes), write<float>(largest), read<T>(x), blocks, dither);
+  });
+}
+
+void dequantize_blockwise_(Tensor x, Tensor codes, Tensor absmax, Tensor code_map, int64_t block) {
+  check_codes(codes, x);
+  const Blocks blocks = blocks_of(codes, block);
+  check_numbers(absmax, "absmax", codes, blocks);
+  check_map(code_map, "code_map", codes, "codes");
+  if (!codes.numel()) return;
+  const On on(codes);
+  by_type(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    dequantize_blockwise(on.queue, write<T>(x), read<uint8_t>(codes), read<float>(absmax), read<float>(code_map),
+                         blocks);
+  });
+}
+
+void dequantize_affine_(Tensor x, Tensor codes, Tensor scale, Tensor low, int64_t block) {
+  check_codes(codes, x);
+  const Blocks blocks = blocks_of(codes, block);
+  check_numbers(scale, "scale", codes, blocks);
+  check_numbers(low, "low", codes, blocks);
+  if (!codes.numel()) return;
+  const On on(codes);
+  by_type(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    dequantize_affine(on.queue, write<T>(x), read<uint8_t>(codes), read<float>(scale), read<float>(low), blocks);
+  });
+}
+
+void check_pack4(const Tensor& packed, const Tensor& codes) {
+  check_type(packed, "packed", ScalarType::Byte, "uint8");
+  check_contiguous(packed, "packed");
+  check_type(codes, "codes", ScalarType::Byte, "uint8");
+  check_contiguous(codes, "codes");
+  check_device(packed, "packed", codes, "codes");
+  STD_TORCH_CHECK(codes.dim() >= 1, "codes must have a last dimension, got a scalar");
+  bool fits = packed.dim() == codes.dim();
+  for (int64_t i = 0; fits && i + 1 < codes.dim(); ++i) fits = packed.size(i) == codes.size(i);
+  fits = fits && packed.size(codes.dim() - 1) == (codes.size(codes.dim() - 1) + 1) / 2;
+  STD_TORCH_CHECK(fits, "packed must have one byte for two codes ", shape_of(codes), ", got ", shape_of(packed));
+}
+
+void pack4_(Tensor packed, Tensor codes) {
+  check_pack4(packed, codes);
+  if (!codes.numel()) return;
+  const On on(codes);
+  const int64_t k = codes.size(codes.dim() - 1);
+  pack4(on.queue, write<uint8_t>(packed), read<uint8_t>(codes), codes.numel() / k, k);
+}
+
+void unpack4_(Tensor codes, Tensor packed) {
+  check_pack4(packed, codes);
+  if (!codes.numel()) return;
+  const On on(codes);
+  const int64_t k = codes.size(codes.dim() - 1);
+  unpack4(on.queue, write<uint8_t>(codes), read<uint8_t>(packed), codes.numel() / k, k);
+}
+
+}  // namespace
+}  // namespace lro

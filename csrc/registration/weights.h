@@ -1,0 +1,56 @@
+// Weights in bfloat16, stepped and rounded once.
+#pragma once
+
+#include "random.h"
+
+namespace lro {
+namespace {
+
+void check_weight(const Tensor& w, const char* name) {
+  check_type(w, name, ScalarType::BFloat16, "bfloat16");
+  check_contiguous(w, name);
+}
+
+Columns columns_of(const Tensor& w, const Tensor& x, int64_t first) {
+  check_weight(w, "w");
+  check_type(x, "x", ScalarType::Float, "float32");
+  check_contiguous(x, "x");
+  check_device(x, "x", w, "w");
+  STD_TORCH_CHECK(w.dim() == 2, "w must have two dimensions, got ", shape_of(w));
+  const bool fits = x.dim() == 2 && x.size(0) == w.size(0) && first >= 0 && first + x.size(1) <= w.size(1);
+  STD_TORCH_CHECK(fits, "x must have the rows of w ", shape_of(w), " and fit into its columns from ", first, " on, got ",
+                  shape_of(x));
+  return {w.size(0), x.size(1), w.size(1), first};
+}
+
+void add_nearest_(Tensor w, Tensor x, double keep, OptionalTensor factor, int64_t first) {
+  const Columns columns = columns_of(w, x, first);
+  const Step step = step_of(keep, factor, w, "factor", "w");
+  if (!x.numel()) return;
+  const On on(w);
+  add_nearest(on.queue, write<bfloat16>(w), read<float>(x), columns, step);
+}
+
+void add_kahan_(Tensor w, Tensor owed, Tensor x, double keep, OptionalTensor factor, int64_t first) {
+  const Columns columns = columns_of(w, x, first);
+  const Step step = step_of(keep, factor, w, "factor", "w");
+  check_weight(owed, "owed");
+  check_shape(owed, "owed", w, "w");
+  check_device(owed, "owed", w, "w");
+  if (!x.numel()) return;
+  const On on(w);
+  add_kahan(on.queue, write<bfloat16>(w), write<bfloat16>(owed), read<float>(x), columns, step);
+}
+
+void add_stochastic_(Tensor w, Tensor x, double keep, int64_t key, int64_t purpose, int64_t time, OptionalTensor at,
+                     int64_t start, int64_t pitch, OptionalTensor factor, int64_t first) {
+  const Columns columns = columns_of(w, x, first);
+  const Step step = step_of(keep, factor, w, "factor", "w");
+  const Draw numbers = draw_of(w, key, purpose, time, at, start, "w");
+  if (!x.numel()) return;
+  const On on(w);
+  add_stochastic(on.queue, write<bfloat16>(w), read<float>(x), columns, step, numbers, pitch);
+}
+
+}  // namespace
+}  // namespace lro
