@@ -59,7 +59,8 @@ class MemoryEstimate:
         sent_per_step: with a strategy, bytes that this process hands to collectives in a step without a refresh: for
             the update (as `report()` counts, so beside the norms of gradients), and under DistributedDataParallel for
             gradients. What FSDP2 and DeepSpeed send of their own accord is not in it. None: not known.
-        sent_per_refresh: in addition, when all bases are refitted, not for the first time.
+        sent_per_refresh: in addition, when all bases are refitted, not for the first time; as on accelerators. On CPUs
+            it is less: there ranks look whether a basis needs a second pass, which costs nothing, and sends.
     """
 
     weights: int

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from cases import CASES, Net, every_case
-from processes import spawn
+from processes import message, spawn
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -16,9 +16,17 @@ from weight_cases import net
 
 import lowrank_optim
 from lowrank_optim import ddp_project, estimate_memory, param_groups, state_bytes
+from lowrank_optim.ops import linalg
 
-SHAPES = {"tall": (24, 10), "wide": (9, 22), "square": (12, 12), "uneven": (31, 16), "bias": (13,)}
-SIDES = ("left", "right")
+SHAPES = {"tall": (24, 10), "wide": (9, 22), "square": (12, 12), "uneven": (31, 16), "bias": (13,), "stack": (5, 6, 4)}
+SIDES, DTYPES = ("left", "right"), (torch.float32, torch.bfloat16)
+OTHERS = {  # that are in no case
+    "both sides": (lowrank_optim.GaLoreAdamW, {"rank": 3, "proj_type": "full", "stagger": False}),
+    "heads": (
+        lowrank_optim.GaLorePlusAdamW,
+        {"rank": 3, "density": 0.0, "heads": 2, "proj_type": "left", "stagger": False},
+    ),
+}
 GALORE = next(case for case in CASES if case.name == "galore_adamw")
 
 
@@ -50,13 +58,13 @@ def deltas(meters):
 # -- FSDP2 -------------------------------------------------------------------------------------------------------------
 
 
-def measured(case, mesh, side, dtype):
+def measured(make, mesh, dtype, options):
     """(state bytes here, sent per step, sent by a later refresh), or what was refused."""
     torch.manual_seed(0)
     params = [(name, nn.Parameter(distribute_tensor(torch.randn(shape).to(dtype), mesh, [Shard(0)])))
               for name, shape in SHAPES.items()]  # fmt: skip
     try:
-        optimizer = case.make(params, **options_of(case, side), bf16_update="kahan")
+        optimizer = make(params, **options, bf16_update="kahan")
     except NotImplementedError as error:
         return str(error)
     last = deltas([layout.meter for layout in optimizer._layouts.values()])
@@ -94,11 +102,19 @@ def hooked():
 
 def worker(rank, world, folder):
     mesh, found = init_device_mesh("cpu", (world,)), {}
+    found["cpu"] = measured(GALORE.make, mesh, torch.float32, options_of(GALORE, "left"))
+    linalg._looks = lambda x: False  # from here on as on an accelerator
     for case in CASES:
         for side in SIDES:
-            for dtype in (torch.float32, torch.bfloat16):
-                found[case.name, side, dtype] = measured(case, mesh, side, dtype)
+            for dtype in DTYPES:
+                found[case.name, side, dtype] = measured(case.make, mesh, dtype, options_of(case, side))
+    for name, (make, options) in OTHERS.items():
+        for dtype in DTYPES:
+            found[name, dtype] = measured(make, mesh, dtype, options)
     found["hook"] = hooked()
+    shard = nn.Parameter(distribute_tensor(torch.randn(6, 4), mesh, [Shard(0)]))
+    sharing = {"rank": 2, "world_size": world, "strategy": "fsdp2"}
+    found["twice"] = message(ValueError, estimate_memory, [{"params": [("shard", shard)]}], GALORE.make, **sharing)
     if rank == 0:
         torch.save(found, f"{folder}/{world}.pt")
 
@@ -114,7 +130,7 @@ def found(request, tmp_path_factory):
 @pytest.mark.parametrize("side", SIDES)
 def test_shards_hold_and_send_what_was_estimated(case, side, found):
     """Or are refused for the same reason."""
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         options = {**options_of(case, side), "bf16_update": "kahan", "dtype": dtype}
         sharing = {"world_size": found["world"], "strategy": "fsdp2"}
         got = found[case.name, side, dtype]
@@ -126,6 +142,28 @@ def test_shards_hold_and_send_what_was_estimated(case, side, found):
             assert (one.optimizer, one.sent_per_step, one.sent_per_refresh) == got
             lines = sum(torch.empty(shape)[: -(-shape[0] // found["world"])].numel() for shape in SHAPES.values())
             assert one.weights == one.gradients == lines * dtype.itemsize
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_so_do_other_options(name, found):
+    make, options = OTHERS[name]
+    for dtype in DTYPES:
+        sharing = {"world_size": found["world"], "strategy": "fsdp2", "dtype": dtype, "bf16_update": "kahan"}
+        one = estimate_memory(SHAPES, make, **sharing, **options)
+        assert (one.optimizer, one.sent_per_step, one.sent_per_refresh) == found[name, dtype]
+
+
+def test_refreshes_on_cpu_send_less(found):
+    held, per_step, per_refresh = found["cpu"]
+    sharing = {"world_size": found["world"], "strategy": "fsdp2"}
+    one = estimate_memory(SHAPES, GALORE.make, **sharing, **options_of(GALORE, "left"), bf16_update="kahan")
+    assert (one.optimizer, one.sent_per_step) == (held, per_step)
+    assert 0 < per_refresh < one.sent_per_refresh
+
+
+def test_a_model_that_is_sharded_says_so_itself(found):
+    """Without a strategy; with one it would be shared twice."""
+    assert "is a DTensor" in found["twice"]
 
 
 def test_the_hook_sends_what_was_estimated(found):

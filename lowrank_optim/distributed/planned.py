@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..chunk import Asked, Member, form_chunks, working_dtype
 from ..kept import Shape
-from ..ops.linalg import gram
 from ..optimizer import LowRankOptimizer
 from ..plan import Plan
 from ..recipe import Clock, Recipe, Refresh, State
@@ -56,19 +55,10 @@ class _Tally(Traffic):
 
 
 class _Counting(Shards):
-    """Shards of tensors without values, which go the way that usual values would."""
+    """Shards of tensors without values. What accelerators compute whatever the values are, is counted."""
 
     def told(self, x: Tensor) -> list[Any]:
         return torch.ones(x.shape, dtype=x.dtype).tolist()  # no gradient is zero; any order of heads costs the same
-
-    def orthonormal(self, y: Tensor, side: int) -> Tensor:
-        for _ in range(2):  # CholeskyQR2, without what a y that lacks rank needs
-            self._completed(gram(y), side)
-        return torch.empty_like(y)
-
-    def principal(self, y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        self._completed(gram(y), -2)
-        return torch.empty_like(y[..., :rank]), y.new_ones((), dtype=torch.bool)
 
     def leading(self, g: Tensor, rank: int) -> Tensor:
         cast(_Tally, self.traffic).unknown = True
