@@ -2,6 +2,8 @@
 
 from .accumulate import CompressedAccumulation
 from .backward import StepInBackward, step_in_backward
+from .distributed.checkpoint import full_state, load_full_state
+from .distributed.ddp import DDPProject, ddp_project
 from .groups import param_groups
 from .layers.convert import convert, merge
 from .layers.linear import LowRankLinear, ReparameterizedLinear
@@ -52,6 +54,7 @@ __all__ = [
     "Composed",
     "CompressedAccumulation",
     "DCTAdamW",
+    "DDPProject",
     "FiraAdamW",
     "Flora",
     "GaLoreAdafactor",
@@ -86,8 +89,11 @@ __all__ = [
     "backend_info",
     "compose",
     "convert",
+    "ddp_project",
     "estimate_memory",
+    "full_state",
     "jagged_cosine",
+    "load_full_state",
     "memory_report",
     "merge",
     "param_groups",

@@ -189,6 +189,7 @@ def _alpha(name: str, value: Any) -> None:
 
 _CHECKS: dict[str, Check] = {
     "accumulation_steps": _whole(1),
+    "world_size": _whole(1),
     "alpha": _alpha,
     "base": _one_of("dense", "int8", "nf4", "none"),
     "exact_base": _flag,
@@ -465,7 +466,7 @@ def same_plans(same: bool, rank: int, plans: Sequence[Any]) -> None:
     if not same:
         raise RuntimeError(
             f"ranks have different parameters, shapes, ranks or sides; nothing was updated. Rank {rank} has "
-            f"{len(plans)} sharded ones, which begin with {', '.join(map(str, plans[:3]))}"
+            f"{len(plans)} of them, which begin with {', '.join(map(str, plans[:3]))}"
         )
 
 

@@ -6,14 +6,14 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import checks
+from . import checks, shares
 from .blocks import largest_block
 from .chunk import CHUNK_BYTES, SLICE, is_packed, working_dtype
 from .distributed.dtensors import local, meta
@@ -27,6 +27,7 @@ from .parts import fused
 from .plan import Plan
 from .recipe import Recipe
 from .report import human, state_bytes
+from .shares import Strategy
 from .state import COUNTERS as COUNTER_KEYS
 from .state import fresh
 from .weight_space import WeightSpaceOptimizer
@@ -54,6 +55,12 @@ class MemoryEstimate:
         refresh_workspace: the most that refitting one basis, or restarting one layer, holds (LAPACK's own buffers not
             counted), with moments in few bits that it turns or resets. Sharded matrices are refitted together, up to
             64 MiB of gradients at once.
+        masters: the float32 copies of its part of the weights that DeepSpeed keeps.
+        sent_per_step: with a strategy, bytes that this process hands to collectives in a step without a refresh: for
+            the update (as `report()` counts, so beside the norms of gradients), and under DistributedDataParallel for
+            gradients. What FSDP2 and DeepSpeed send of their own accord is not in it. None: not known.
+        sent_per_refresh: in addition, when all bases are refitted, not for the first time; as on accelerators. On CPUs
+            it is less: there ranks look whether a basis needs a second pass, which costs nothing, and sends.
     """
 
     weights: int
@@ -63,6 +70,9 @@ class MemoryEstimate:
     shared: int
     step_workspace: int
     refresh_workspace: int
+    masters: int = 0
+    sent_per_step: float | None = 0
+    sent_per_refresh: float | None = 0
 
     @property
     def optimizer(self) -> int:
@@ -72,12 +82,12 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """Everything at the moment when it is most: while the largest matrix refits its basis within a step."""
-        return (
-            self.weights + self.gradients + self.optimizer + self.shared + self.step_workspace + self.refresh_workspace
-        )
+        workspaces = self.step_workspace + self.refresh_workspace
+        return self.weights + self.masters + self.gradients + self.optimizer + self.shared + workspaces
 
     def __str__(self) -> str:
-        rows = ("weights", "gradients", "states", "bases", "shared", "step_workspace", "refresh_workspace", "total")
+        rows = ["weights", "gradients", "states", "bases", "shared", "step_workspace", "refresh_workspace", "total"]
+        rows += [row for row in ("masters", "sent_per_step", "sent_per_refresh") if getattr(self, row)]
         return "\n".join(f"{row.replace('_', ' '):<18}{human(getattr(self, row)):>12}" for row in rows)
 
 
@@ -88,6 +98,8 @@ def estimate_memory(
     dtype: torch.dtype | None = None,
     step_in_backward: bool = False,
     accumulation_steps: int = 1,
+    world_size: int = 1,
+    strategy: Strategy | None = None,
     **options: Any,
 ) -> MemoryEstimate:
     """What training with `optimizer(..., **options)` will hold.
@@ -107,6 +119,11 @@ def estimate_memory(
         step_in_backward: with `lowrank_optim.step_in_backward`, which takes classes of this package only.
         accumulation_steps: backward passes per step. Without `step_in_backward` gradients accumulate whole, and the
             newest one is beside them for a moment.
+        world_size: number of processes; the estimate is of the one that holds most.
+        strategy: how they share the work. "ddp": DistributedDataParallel (with `gradient_as_bucket_view=True`, or its
+            buckets are there beside gradients); "ddp_project": with our hook; "fsdp2": `fully_shard`, whose state is
+            counted exactly, and whose refusals are raised; "zero1" to "zero3": DeepSpeed, for any method, whether it is
+            served there or not. Whole layers that are gathered for a moment are not counted.
         options: keyword arguments of the optimizer.
 
     Example::
@@ -114,6 +131,8 @@ def estimate_memory(
         with torch.device("meta"):
             model = LlamaForCausalLM(config)
         print(lowrank_optim.estimate_memory(model, lowrank_optim.GaLoreAdamW, rank=1024, dtype=torch.bfloat16))
+        sharing = {"world_size": 8, "strategy": "fsdp2", "proj_type": "right"}
+        print(lowrank_optim.estimate_memory(model, lowrank_optim.GaLoreAdamW, rank=1024, **sharing))
     """
     if not isinstance(optimizer, type):
         raise TypeError(f"optimizer must be a class, and its options keywords, got {optimizer!r:.60}")
@@ -124,23 +143,75 @@ def estimate_memory(
             f"step_in_backward takes optimizers of lowrank_optim, got {optimizer.__name__}. Leave it out, or estimate "
             "a class of this package"
         )
+    converts = issubclass(optimizer, WeightSpaceOptimizer)
+    shares.check(strategy, world_size, optimizer.__name__ if converts else "", step_in_backward)
     if issubclass(optimizer, WeightSpaceOptimizer):
-        return _of_converted(source, optimizer, dtype, step_in_backward, accumulation_steps, options)
+        return _of_converted(source, optimizer, dtype, step_in_backward, accumulation_steps, options, strategy)
     groups = _meta_groups(source, dtype, low_rank)
+    for name, p in () if low_rank else (entry for group in groups for entry in group["params"]):
+        checks.whole(name, p, f"estimate_memory of {optimizer.__name__}")
+    shares.bare(groups, strategy)
+    if strategy == "fsdp2" and not low_rank:
+        groups = [{"params": [(name, _lines(p, world_size)) for name, p in group["params"]]} for group in groups]
     params = [p for group in groups for _, p in group["params"]]
-    if not low_rank:
-        for group in groups:
-            for name, p in group["params"]:
-                checks.whole(name, p, f"estimate_memory of {optimizer.__name__}")
     sizes = [local(p).nbytes for p in params]
     weights = sum(getattr(p, "packed_bytes", size) for p, size in zip(params, sizes, strict=True))
-    instance = optimizer(groups, **options)
+    instance = optimizer(_masters(groups) if strategy in shares.ZERO else groups, **options)
+    gradients = whole_gradients(sizes, accumulation_steps)
     if not isinstance(instance, LowRankOptimizer):
-        gradients = whole_gradients(sizes, accumulation_steps)
-        return MemoryEstimate(weights, gradients, _bytes_after_step(instance, params), 0, 0, 0, 0)
+        updated = [p for group in instance.param_groups for p in group["params"]]
+        one = MemoryEstimate(weights, gradients, _bytes_after_step(instance, updated), 0, 0, 0, 0)
+        return _of_torch(one, params, strategy, world_size)
     if step_in_backward:
         return expected(instance, weights, most_gradients(instance, accumulation_steps))
-    return expected(instance, weights, whole_gradients(sizes, accumulation_steps))
+    if strategy is None:
+        return expected(instance, weights, gradients)
+    return _of_rank(instance, params, strategy, world_size, weights, gradients)
+
+
+def _of_rank(
+    instance: LowRankOptimizer,
+    params: list[nn.Parameter],
+    strategy: str,
+    world_size: int,
+    weights: int,
+    gradients: int,
+) -> MemoryEstimate:
+    """The process that holds most."""
+    if strategy == "ddp":
+        return replace(expected(instance, weights, gradients), **_fields(shares.averaged(params)))
+    if strategy == "ddp_project":
+        return replace(expected(instance, weights, gradients), **_fields(shares.projected(instance)))
+    if strategy == "fsdp2":
+        here, sent = shares.sharded(instance, world_size)
+        return replace(expected(instance, here, here), **_fields(sent))
+    ranks = [expected(instance, 0, 0) for _ in shares.rank_by_rank(instance, strategy, world_size)]
+    most = max(ranks, key=lambda one: one.optimizer)
+    return replace(most, **_fields(shares.partitions(params, strategy, world_size)))
+
+
+def _of_torch(one: MemoryEstimate, params: list[nn.Parameter], strategy: str | None, world_size: int) -> MemoryEstimate:
+    """An optimizer whose state is like its parameters, and cut like them."""
+    if strategy in ("ddp", "ddp_project"):
+        return replace(one, **_fields(shares.averaged(params)))
+    if strategy in shares.ZERO:
+        parts = {**shares.partitions(params, strategy, world_size), "states": -(-one.states // world_size)}
+        return replace(one, **_fields(parts))
+    return one
+
+
+def _masters(groups: Groups) -> Groups:
+    """What DeepSpeed lets an optimizer update: float32 copies."""
+    return [{**group, "params": [(name, nn.Parameter(p.float())) for name, p in group["params"]]} for group in groups]
+
+
+def _fields(changes: shares.Changes) -> dict[str, Any]:
+    return dict(changes)
+
+
+def _lines(p: nn.Parameter, world_size: int) -> nn.Parameter:
+    """What fully_shard leaves of a parameter in the first process."""
+    return nn.Parameter(p[: -(-len(p) // world_size)].detach()) if p.dim() else p
 
 
 def _of_converted(
@@ -150,6 +221,7 @@ def _of_converted(
     in_backward: bool,
     accumulation_steps: int,
     options: dict[str, Any],
+    strategy: str | None,
 ) -> MemoryEstimate:
     """Methods that change how weights are kept: the model is converted, on the meta device."""
     model = _meta_copy(checks.whole_model(source), dtype)
@@ -159,7 +231,8 @@ def _of_converted(
     if in_backward:
         return expected(instance, weights, most_gradients(instance, accumulation_steps))
     trained = [p.nbytes for p, _ in instance._members() if p.requires_grad]
-    return expected(instance, weights, whole_gradients(trained, accumulation_steps))
+    one = expected(instance, weights, whole_gradients(trained, accumulation_steps))
+    return one if strategy is None else replace(one, sent_per_step=sum(trained))
 
 
 def _meta_copy(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
@@ -182,19 +255,41 @@ def expected(optimizer: LowRankOptimizer, weights: int, gradients: int) -> Memor
     step, refresh = 0, optimizer.restart_workspace()
     kept: Counter[str] = Counter()
     shared: dict[str, int] = {}
+    seen: dict[tuple[Any, ...], _Needs] = {}
     for p, group in optimizer._members():
-        layout, working = optimizer._layouts[p], working_dtype(p)
-        plan = layout.plan(optimizer._plans[p])
-        recipe = optimizer._recipe_of(plan, group)
-        kept.update(expected_state(optimizer, p, group))
-        if not plan.count:
-            continue  # other processes have all of a stack
-        step = max(step, _step_bytes(layout.here(p), plan, recipe, group))
-        if plan.projected:
-            shared |= {key: count * working.itemsize for key, count in recipe.basis.shared(plan.matrix).items()}
-            refresh = max(refresh, _refresh_bytes(p, plan, recipe))
+        plan, layout = optimizer._plans[p], optimizer._layouts[p]
+        has_state = p.requires_grad or bool(optimizer._state(p))
+        equal = id(group), plan.shape, plan.matrix, plan.side, plan.rank, layout.key, p.dtype, is_packed(p), has_state
+        if equal not in seen:  # the layers of a large model are
+            seen[equal] = _needs(optimizer, p, group)
+        one = seen[equal]
+        kept.update(one.state)
+        shared |= one.shared
+        step, refresh = max(step, one.step), max(refresh, one.refresh)
     bases = kept.pop(BASES, 0)
     return MemoryEstimate(weights, gradients, kept.total(), bases, sum(shared.values()), step, refresh)
+
+
+class _Needs(NamedTuple):
+    """Bytes of one parameter: state by kind, shared tensors by name, workspaces."""
+
+    state: Counter[str]
+    shared: dict[str, int]
+    step: int
+    refresh: int
+
+
+def _needs(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any]) -> _Needs:
+    layout, state = optimizer._layouts[p], expected_state(optimizer, p, group)
+    plan = layout.plan(optimizer._plans[p])
+    if not plan.count:  # other processes have all of a stack
+        return _Needs(state, {}, 0, 0)
+    recipe, shared, refresh = optimizer._recipe_of(plan, group), dict[str, int](), 0
+    if plan.projected:
+        size = working_dtype(p).itemsize
+        shared = {key: count * size for key, count in recipe.basis.shared(plan.matrix).items()}
+        refresh = _refresh_bytes(layout.here(p), plan, recipe)
+    return _Needs(state, shared, _step_bytes(layout.here(p), plan, recipe, group), refresh)
 
 
 def expected_state(

@@ -34,6 +34,7 @@ from .update import Move, refresh_due, update_
 
 if TYPE_CHECKING:
     from .backward import StepInBackward
+    from .distributed.ddp import DDPProject
 
 Rescale = Callable[[Member, float], float]
 _GROUP_ONLY = {"skip_embeddings": True, "as_matrix": "auto"}  # hyper-parameters that only groups set
@@ -55,6 +56,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     replaceable = True  # False: it works on parameters beyond their steps, so no copies may be updated in their place
     # How a step is run; copies and pickles of an optimizer do not inherit it.
     _in_backward: StepInBackward | None = None
+    _projecting: DDPProject | None = None
     _move: Move | None = None
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], *, strict: bool = False) -> None:
@@ -188,7 +190,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """A GradScaler then calls `step` at once, without looking for gradients that backward has used already."""
-        return self._in_backward is not None
+        return self._in_backward is not None or self._projecting is not None
 
     def _members(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         return self._stand_ins.all()
@@ -212,6 +214,9 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     def _step(self) -> None:
         if self._in_backward is not None:
             self._in_backward._finish()
+            return
+        if self._projecting is not None:
+            self._projecting._finish()
             return
         self._stand_ins.adopt()
         members = self._with_gradients()
@@ -263,10 +268,11 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         self._move = CompiledMove(options)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch.optim; with step_in_backward also forgets what was accumulated since the last step."""
+        """As in torch.optim; step_in_backward and ddp_project also forget what they gathered since the last step."""
         super().zero_grad(set_to_none)
-        if self._in_backward is not None:
-            self._in_backward._forget()
+        for way in (self._in_backward, self._projecting):
+            if way is not None:
+                way._forget()
 
     def _recheck(self) -> None:
         """Edits of a group are checked like what it was made with, once."""
@@ -438,7 +444,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         finally:
             self._incoming = None
             self._optimizer_load_state_dict_pre_hooks = hooks
-        if self._in_backward is not None:
+        if self._in_backward is not None or self._projecting is not None:
             self.zero_grad()  # what was accumulated belongs to the weights before
 
     def __getstate__(self) -> dict[str, Any]:
@@ -489,7 +495,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             if was and pieces is not None:
                 new[p] = self._taken_apart(was, pieces, group)
             elif was:
-                new[p] = loaded(self._plans[p].name, was, self._fresh_state(p, group))
+                new[p] = loaded(self._plans[p].name, was, self._fresh_state(p, group), self._layouts[p])
             elif p.requires_grad and pieces is None:
                 new[p] = self._fresh_state(p, group)
         self.state.clear()
@@ -499,4 +505,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         """The state of a flat tensor, which is that of each of its fragments."""
         ours = {self._stand_ins.homes[piece].fragment.key: piece for piece in pieces}
         checks.same_fragments(saved.keys() == ours.keys())
-        return {key: loaded(self._plans[p].name, saved[key], self._fresh_state(p, group)) for key, p in ours.items()}
+        return {
+            key: loaded(self._plans[p].name, saved[key], self._fresh_state(p, group), self._layouts[p])
+            for key, p in ours.items()
+        }

@@ -27,7 +27,8 @@ class Row:
         state_bytes, full_bytes: in this process.
         layout: what of a DTensor is in this process; "" for ordinary tensors.
         sent_per_step, sent_per_refresh: bytes that this process handed to collectives for it, on average, beside the
-            norms of gradients; None where nothing was measured yet.
+            norms of gradients; None where nothing was measured yet. Of shards a refresh sends its bytes in addition,
+            with `ddp_project` instead.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Report(list[Row]):
 
     def __str__(self) -> str:
         head: tuple[str, ...] = ("parameter", "shape", "method", "rank", "side", "state", "remarks")
-        right, sharded = {3, 5}, any(row.layout for row in self)
+        right, sharded = {3, 5}, any(row.layout or row.sent_per_step or row.sent_per_refresh for row in self)
         if sharded:
             right, head = {3, 5, 7, 8}, (*head[:-1], "here", "sent/step", "per refresh", head[-1])
         cells = [head, *(_cells(row, sharded) for row in self)]
@@ -81,6 +82,8 @@ def report(optimizer: LowRankOptimizer) -> Report:
     table = Report(_rows(optimizer))
     if optimizer._in_backward is not None:
         table.note = f"steps during backward, after {optimizer._in_backward.accumulation_steps} of them"
+    if optimizer._projecting is not None:
+        table.note = "gradients travel projected between refreshes"
     sharded = sum(layout.sharded for layout in optimizer._layouts.values())
     if sharded:
         table.note = f"of this process; norms of gradients: {human(_NORM_BYTES * sharded)} sent per step"
@@ -94,7 +97,8 @@ def _rows(optimizer: LowRankOptimizer) -> Iterator[Row]:
 def parameter_row(optimizer: LowRankOptimizer, p: Tensor) -> Row:
     plan, state = optimizer._plans[p], optimizer._state(p)
     layout = optimizer._layouts[p]
-    per_step, per_refresh = layout.sent
+    projecting = optimizer._projecting
+    per_step, per_refresh = projecting.meters[p].sent if projecting and p in projecting.meters else layout.sent
     frozen = "" if state or p.requires_grad else "frozen: no state yet"
     return Row(
         name=plan.name,

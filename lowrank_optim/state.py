@@ -10,7 +10,6 @@ from torch import Tensor
 
 from . import checks
 from .chunk import COMPENSATION, is_packed, working_dtype
-from .distributed.dtensors import like
 from .distributed.layout import Layout
 from .kept import Store
 from .plan import Plan
@@ -69,11 +68,11 @@ def _compensated(p: Tensor, group: dict[str, Any]) -> bool:
     return group["bf16_update"] == "kahan" and rounded
 
 
-def loaded(name: str, saved: Mapping[str, Any], ours: dict[str, Tensor]) -> dict[str, Tensor]:
+def loaded(name: str, saved: Mapping[str, Any], ours: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """Saved state in the dtypes, places and layouts of `ours`, or a ValueError if it does not fit.
 
     Copies: the saved dict may belong to a live optimizer, whose counters must not move with ours. State for parameters
     that have no memory yet (meta) waits where it was.
     """
     checks.loaded_state(name, saved, ours)
-    return {key: like(saved[key], new) for key, new in ours.items()}
+    return {key: layout.part(saved[key], new) for key, new in ours.items()}

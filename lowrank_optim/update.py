@@ -162,7 +162,7 @@ def _refresh(chunk: Chunk, algebra: Algebra, due: list[Due], g: Tensor, st: Stat
     if not due:
         return False
     with algebra.refreshing():
-        largest = algebra.largest(g).view(-1).tolist()  # finite: the norms were; one synchronisation for all
+        largest = algebra.told(algebra.largest(g).view(-1))  # finite: the norms were; one synchronisation for all
         due = [one for one in due if largest[one[3]] > 0]
         with chunk.watch.refreshing():
             fitted = fits(chunk, algebra, due, g, st, _draws, _time)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import socket
+import copy
 
+import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from cases import CASES, Net
+from cases import CASES, Net, every_case
+from processes import Chosen, same_everywhere, shared_gradients, spawn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-STEPS = 9
+STEPS = 16  # refreshes before steps 0, 7 and 14, for most methods
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def loss_of(model, tokens):
@@ -23,37 +23,64 @@ def batch(step):
     return torch.randint(0, 11, (8, 9), generator=torch.Generator().manual_seed(step))
 
 
-def worker(rank, world, port, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    for case in CASES:
-        torch.manual_seed(0)
-        model = DistributedDataParallel(Net().double())
-        optimizer = case.build(model.named_parameters(), moments="rotate")
-        for step in range(STEPS):
-            optimizer.zero_grad()
-            loss_of(model, batch(step).chunk(world)[rank]).backward()
-            optimizer.step()
-        torch.save(model.module.state_dict(), f"{folder}/{case.name}.{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+def trained(model, optimizer, rank=0, world=1):
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(model, batch(step).chunk(world)[rank]).backward()
+        optimizer.step()
 
 
-def test_two_processes_equal_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, (2, port, str(tmp_path)), nprocs=2)
-    for case in CASES:
-        torch.manual_seed(0)
-        model = Net().double()
-        optimizer = case.build(model.named_parameters(), moments="rotate")
-        for step in range(STEPS):
+def from_data(case, rank, world):
+    """The largest difference from one process with the joined batch, in float64; None if ranks differ."""
+    torch.manual_seed(0)
+    one = Net().double()
+    model = DistributedDataParallel(copy.deepcopy(one))
+    trained(model, case.build(model.named_parameters(), moments="rotate"), rank, world)
+    if not same_everywhere(model.parameters()):
+        return None
+    trained(one, case.build(one.named_parameters(), moments="rotate"))
+    return max((p - q).abs().max().item() for p, q in zip(model.parameters(), one.parameters(), strict=True))
+
+
+def from_chosen_gradients(case, rank, dtype):
+    """The same where averaging rounds nothing, so that every bit must be that of one process."""
+    torch.manual_seed(0)
+    one = Chosen(dtype)
+    model, grads = DistributedDataParallel(copy.deepcopy(one)), shared_gradients(one, STEPS)
+    for twin, shift in ((model, (-1) ** rank / 8), (one, 0)):
+        options = {"rank": 4, "state_dtype": "bfloat16"} if dtype == torch.bfloat16 else {"rank": 4}
+        optimizer = case.build(twin.named_parameters(), **options)
+        for some in grads:
             optimizer.zero_grad()
-            loss_of(model, batch(step)).backward()
+            twin([(g + shift).to(dtype) for g in some]).backward()
             optimizer.step()
-        first, second = (torch.load(tmp_path / f"{case.name}.{rank}.pt") for rank in (0, 1))
-        for name, one in model.state_dict().items():
-            assert torch.equal(first[name], second[name]), f"{case.name}: {name} differs between ranks"
-            assert (first[name] - one).abs().max() < 1e-9, f"{case.name}: {name} differs from one process"
+    if not same_everywhere(model.parameters()):
+        return None
+    return max((p - q).abs().max().item() for p, q in zip(model.parameters(), one.parameters(), strict=True))
+
+
+def worker(rank, world, folder):
+    found = {(case.name, "data"): from_data(case, rank, world) for case in CASES}
+    found |= {(case.name, dtype): from_chosen_gradients(case, rank, dtype) for case in CASES for dtype in DTYPES}
+    if rank == 0:
+        torch.save(found, f"{folder}/results.pt")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    spawn(worker, 2, str(folder))
+    return torch.load(folder / "results.pt", weights_only=False)
+
+
+@every_case
+def test_two_processes_equal_one(case, results):
+    got = results[case.name, "data"]
+    assert got is not None, "ranks differ"
+    assert got < 1e-9
+
+
+@every_case
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_bit_is_that_of_one_process_where_averaging_rounds_nothing(case, dtype, results):
+    assert results[case.name, dtype] == 0

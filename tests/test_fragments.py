@@ -400,6 +400,8 @@ def refused(rank):
     optimizer.param_groups[0]["params"][0][:1].add_(1)
     copied, zero_too = one_matrix("right")
     zero_too.step([[torch.ones(256, 96)]])
+    found["full state"] = message(NotImplementedError, lowrank_optim.full_state, copied)
+    found["load full state"] = message(NotImplementedError, lowrank_optim.load_full_state, copied, None)
     found["copy"] = message(NotImplementedError, copy.deepcopy, copied)
     moved = copied.state_dict()
     moved["state"] = {0: {"m5": moved["state"][0]["m0"]}}
@@ -413,6 +415,8 @@ def refused(rank):
     [
         ("blocks", 'quantized in blocks that depend on the number of ranks.*"bfloat16"'),
         ("capturable", "capturable=True of GaLoreAdamW does not work under a wrapper"),
+        ("full state", "flat tensors of a wrapper.*the engine's checkpoint instead"),
+        ("load full state", "flat tensors of a wrapper.*the engine's checkpoint instead"),
         ("copy", "cannot be copied or pickled"),
         ("other pieces", "of other pieces of the parameters"),
         ("wrong map", "does not match its master weights.*round_robin_gradients to false"),

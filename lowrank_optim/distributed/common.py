@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
-from typing import cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,14 @@ from .. import checks
 from ..plan import Plan
 from .layout import Cut, Layout
 from .lockstep import Peers, total
+
+
+def agree(table: Sequence[Any], peers: Peers) -> None:
+    """Raises a RuntimeError on all ranks of a group if not all of them have the same table."""
+    digest = hashlib.blake2b(repr(table).encode(), digest_size=8).digest()
+    own = torch.tensor([int.from_bytes(digest, "little") >> 1])
+    both = total(torch.cat([own, -own]), peers, dist.ReduceOp.MAX)  # the largest, and minus the smallest
+    checks.same_plans(int(both[0]) == -int(both[1]), dist.get_rank(), table)
 
 
 class Common:
@@ -32,10 +40,7 @@ class Common:
         """Once: do all ranks mean the same matrices, in the same order?"""
         for peers, params in () if self._agreed else self.groups.items():
             table = [(plan.name, plan.shape, plan.rank, plan.side) for plan in map(self.plans.__getitem__, params)]
-            digest = hashlib.blake2b(repr(table).encode(), digest_size=8).digest()
-            own = torch.tensor([int.from_bytes(digest, "little") >> 1])
-            both = total(torch.cat([own, -own]), peers, dist.ReduceOp.MAX)  # the largest, and minus the smallest
-            checks.same_plans(int(both[0]) == -int(both[1]), dist.get_rank(), table)
+            agree(table, peers)
         self._agreed = True
 
     def norms(self, grads: Iterable[tuple[Tensor, float]]) -> dict[Tensor, float]:

@@ -160,7 +160,7 @@ class Rows(_Fragment):
         return replace(super().plan(plan), shape=(self.piece.length, self.width))
 
     def algebra(self, layouts: Sequence[Layout]) -> Algebra:
-        return Overlapping(self.pieces, Traffic([self.meter]), int(self.skipped > 0), self)
+        return Overlapping(self.pieces, None, Traffic([self.meter]), int(self.skipped > 0), self)
 
     def own(self, x: Tensor) -> Tensor | None:
         """The elements of the range, of something like the matrix; None if x is nothing like it."""
@@ -199,8 +199,15 @@ class Overlapping(Shards):
         rows: of the matrix; None: of some columns of it.
     """
 
-    def __init__(self, pieces: Mapping[int, Piece], traffic: Traffic, twice: int, rows: Rows | None = None) -> None:
-        super().__init__(pieces, None, traffic)
+    def __init__(
+        self,
+        pieces: Mapping[int, Piece],
+        both: Peers | None,
+        traffic: Traffic,
+        twice: int = 0,
+        rows: Rows | None = None,
+    ) -> None:
+        super().__init__(pieces, both, traffic)
         self.twice, self.rows = twice, rows
 
     def project(self, basis: Tensor, g: Tensor) -> Tensor:
@@ -247,7 +254,7 @@ class Overlapping(Shards):
             return self, block
         start = self.pieces[-1].start
         twice = self.twice if any(first <= start < last for first, last in spans) else 0
-        return Overlapping(cast(Shards, shards).pieces, self.traffic, twice), block
+        return Overlapping(cast(Shards, shards).pieces, None, self.traffic, twice), block
 
     def _lines(self, side: int) -> tuple[Callable[..., Tensor], int]:
         complete, first = super()._lines(side)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import checks
@@ -19,7 +20,8 @@ from ..kept import Shape, Side, Spec, Store
 from ..ops.philox import Places
 from ..plan import Plan
 from .algebra import WHOLE, Algebra
-from .dtensors import from_local, local, moved
+from .dtensors import from_local, like, local, moved
+from .dtensors import whole as whole_tensor
 from .lockstep import Peers, total
 from .pieces import Piece, peers_of, pieces
 from .shards import Meter, Shards, Traffic
@@ -86,6 +88,14 @@ class Layout:
         """A new tensor of state: one of `shape`, as `matrix` led to it, for each matrix."""
         return torch.zeros(batch + shape, dtype=dtype, device=device)
 
+    def gather(self, x: Tensor) -> Tensor | None:
+        """The whole of a tensor of state, a copy on the CPU of rank 0; None on other ranks. All ranks call it."""
+        return None if _others() else x.detach().to("cpu", copy=True)
+
+    def part(self, whole: Tensor, ours: Tensor) -> Tensor:
+        """What of a whole tensor belongs where `ours` is, in its dtype and layout; new memory. All ranks call it."""
+        return like(whole, ours)
+
     def number(self, shape: Shape, element: int, several: bool) -> int | Places:
         """The number in the whole tensor of an element of what is here of it, `shape` as from `spec`; `several`: of
         tensors of that shape one after the other."""
@@ -115,6 +125,9 @@ class Replicated(Layout):
 
     def here_all(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key: local(tensor) for key, tensor in state.items()}
+
+    def gather(self, x: Tensor) -> Tensor | None:
+        return super().gather(whole_tensor(x))
 
     @property
     def place(self) -> str:
@@ -213,9 +226,10 @@ class Cut(Replicated):
 
     def algebra(self, layouts: Sequence[Layout]) -> Algebra:
         sides = {side: piece for side, piece in self.pieces.items() if side != _BATCH}
-        if not sides:
-            return WHOLE
-        return Shards(sides, self.both, Traffic([cast(Cut, one).meter for one in layouts]))
+        return self._shards(sides, [cast(Cut, one).meter for one in layouts]) if sides else WHOLE
+
+    def _shards(self, sides: Mapping[int, Piece], meters: Sequence[Meter]) -> Algebra:
+        return Shards(sides, self.both, Traffic(meters))
 
     def cut_blocks(self, spec: dict[str, Spec]) -> list[str]:
         """State that is cut and quantized in blocks, which a cut would divide."""
@@ -231,9 +245,7 @@ class Cut(Replicated):
 
     @property
     def sent(self) -> tuple[float | None, float | None]:
-        meter = self.meter
-        per_step = meter.between / meter.steps if meter.steps else None
-        return per_step, meter.refreshing / meter.refreshes if meter.refreshes else None
+        return self.meter.sent
 
     def _matrices(self) -> slice:
         """Which of a batch are here."""
@@ -286,6 +298,11 @@ def _both(mesh: Any, placements: Sequence[Any], natural: Mapping[int, int]) -> P
     sides = {at for side, at in natural.items() if side != _BATCH}
     inside = [None if one.is_replicate() or one.dim not in sides else one for one in placements]
     return peers_of(mesh, inside) if len(sides) == 2 else None
+
+
+def _others() -> bool:
+    """Is this another rank than 0?"""
+    return dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
 
 
 def _dimension(plan: Plan, natural: int) -> int:

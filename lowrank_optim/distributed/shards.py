@@ -32,6 +32,12 @@ class Meter:
     between: float = 0.0
     refreshing: float = 0.0
 
+    @property
+    def sent(self) -> tuple[float | None, float | None]:
+        """Per step and per refresh, on average; None where there was none yet."""
+        per_step = self.between / self.steps if self.steps else None
+        return per_step, self.refreshing / self.refreshes if self.refreshes else None
+
 
 class Traffic:
     """What the matrices of one chunk send in one step, for their meters."""
@@ -51,12 +57,15 @@ class Traffic:
         self._in_refresh = False
 
     def total(self, x: Tensor, peers: Peers, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        self.note(x)
+        return lockstep.total(x, peers, op)
+
+    def note(self, x: Tensor) -> None:
         for meter in self.meters:
             if self._in_refresh:
                 meter.refreshing += x.nbytes / len(self.meters)
             else:
                 meter.between += x.nbytes / len(self.meters)
-        return lockstep.total(x, peers, op)
 
 
 class Shards(Algebra):
@@ -129,7 +138,7 @@ class Shards(Algebra):
 
     def projected(self) -> Algebra:
         columns = {d: piece for d, piece in self.pieces.items() if d == -1}
-        return Shards(columns, None, self.traffic) if columns else WHOLE
+        return type(self)(columns, None, self.traffic) if columns else WHOLE
 
     def columns(self, g: Tensor, spans: Sequence[tuple[int, int]]) -> tuple[Algebra, Tensor]:
         if -1 not in self.pieces:
@@ -140,7 +149,7 @@ class Shards(Algebra):
         before = sum(min(last, piece.start) - min(first, piece.start) for first, last in spans)
         length = sum(last - first for first, last in here)
         some = {-1: replace(piece, whole=whole, start=before, length=length, most=whole)}
-        return Shards({**self.pieces, **some}, self.both, self.traffic), beside([g[..., a:b] for a, b in here])
+        return type(self)({**self.pieces, **some}, self.both, self.traffic), beside([g[..., a:b] for a, b in here])
 
     # -- lines ---------------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,11 @@ def _alone(summed: Callable[..., Tensor], *thin: Tensor) -> Tensor:
     return summed(*thin)
 
 
+def _looks(x: Tensor) -> bool:
+    """Does it cost nothing to read numbers of this tensor, so that needless work can be left out?"""
+    return x.device.type == "cpu"
+
+
 def fix_signs(basis: Tensor) -> Tensor:
     """Makes the largest entry of each column of `basis (m, r)` positive.
 
@@ -57,7 +62,7 @@ def orthonormalize(y: Tensor, total: Total = _alone, first: int = 0) -> Tensor:
     q, fits, _ = _pass(y, total)
     q, again, _ = _pass(q, total)
     fits = fits & again
-    if y.device.type == "cpu" and bool(fits.all()):
+    if _looks(y) and bool(fits.all()):
         return q
     return torch.where(fits[..., None, None], q, _completed(y, total, first))
 
@@ -69,7 +74,7 @@ def whitened(y: Tensor, total: Total = _alone) -> Tensor:
     fade out instead of being blown up, so that a y that lacks rank, or is zero, needs no exception.
     """
     q, _, smooth = _pass(y, total, _FADE[y.dtype])
-    if y.device.type == "cpu" and bool(smooth.all()):
+    if _looks(y) and bool(smooth.all()):
         return q
     return _pass(q, total, _FADE[y.dtype])[0]
 
@@ -97,7 +102,7 @@ def principal(y: Tensor, rank: int, total: Total = _alone, first: int = 0) -> tu
     # Column i is a sum of columns of y that cancel: its rounding error has grown by the length of the summands.
     lengths = squares.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) @ vectors.square()
     steep = lengths * gain.square() > _STEEP**2 * largest.unsqueeze(-1)
-    if y.device.type == "cpu" and bool(there.all()) and not bool(steep.any()):
+    if _looks(y) and bool(there.all()) and not bool(steep.any()):
         return q, found
     q = torch.where(there.unsqueeze(-2) & finite, q, noise(q, total, first))
     return orthonormalize(q, total, first), found

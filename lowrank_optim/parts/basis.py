@@ -239,8 +239,8 @@ class SharedHead(OneSided):
         width = algebra.shape(g)[1] // self.heads
         spans = [(head * width, (head + 1) * width) for head in range(self.heads)]
         sizes = torch.stack([part.largest(block) for part, block in (algebra.columns(g, [span]) for span in spans)])
-        order = draw((self.heads,), "head").argsort().tolist()
-        order.sort(key=(sizes == 0).tolist().__getitem__)  # stable: masked heads have no subspace to share
+        order = algebra.told(draw((self.heads,), "head").argsort())
+        order.sort(key=algebra.told(sizes == 0).__getitem__)  # stable: masked heads have no subspace to share
         some, block = algebra.columns(g, [spans[head] for head in sorted(order[: -(-rank // width)])])
         return self.inner.fit(some, block, old, rank, draw, at)
 

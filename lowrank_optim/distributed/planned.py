@@ -1,0 +1,224 @@
+"""Sharding that is only planned: what one rank will hold and send, counted on the meta device by the step itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..chunk import Asked, Member, form_chunks, working_dtype
+from ..kept import Shape
+from ..optimizer import LowRankOptimizer
+from ..plan import Plan
+from ..recipe import Clock, Recipe, Refresh, State
+from ..turns import Turn
+from ..update import update_
+from .algebra import WHOLE, Algebra
+from .layout import HERE, Cut, Layout, _dimension
+from .lockstep import Peers
+from .pieces import Piece
+from .shards import Meter, Shards, Traffic
+
+
+class Sent(NamedTuple):
+    """Bytes that one rank hands to collectives.
+
+    Args:
+        per_step: in a step without a refresh.
+        per_refresh: in addition, for a later refresh (the first one has no basis to begin with). None where that
+            depends on the gradients.
+    """
+
+    per_step: float
+    per_refresh: float | None
+
+
+_PEERS = Peers(cast(Any, None), "meta")  # nobody: nothing is sent
+
+
+class _Tally(Traffic):
+    """What would be sent.
+
+    Attributes:
+        unknown: something was asked for whose cost depends on values.
+    """
+
+    unknown = False
+
+    def total(self, x: Tensor, peers: Peers, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        self.note(x)
+        return x
+
+
+class _Counting(Shards):
+    """Shards of tensors without values. What accelerators compute whatever the values are, is counted."""
+
+    def told(self, x: Tensor) -> list[Any]:
+        return torch.ones(x.shape, dtype=x.dtype).tolist()  # no gradient is zero; any order of heads costs the same
+
+    def leading(self, g: Tensor, rank: int) -> Tensor:
+        cast(_Tally, self.traffic).unknown = True
+        return g.new_empty(g.shape[-2], rank)
+
+
+@dataclass(frozen=True)
+class _Unlearning(Refresh):
+    """A schedule that learns nothing from turns, which have no values."""
+
+    schedule: Refresh
+
+    @property
+    def restarts(self) -> bool:
+        return self.schedule.restarts
+
+    @property
+    def turns(self) -> bool:
+        return self.schedule.turns
+
+    @property
+    def entrywise(self) -> bool:  # type: ignore[override]
+        return self.schedule.entrywise
+
+    def counters(self) -> dict[str, Tensor]:
+        return self.schedule.counters()
+
+    def due(self, step: int, last: int, place: int, counters: Mapping[str, Tensor]) -> bool:
+        return self.schedule.due(step, last, place, counters)
+
+    def carry_(self, algebra: Algebra, recipe: Recipe, st: State, turn: Turn, t: Clock) -> None:
+        self.schedule.carry_(algebra, recipe, st, turn, t)
+
+
+@dataclass(frozen=True, eq=False)
+class Planned(Cut):
+    """A `Cut` of a tensor on the meta device along its first dimension, without a mesh.
+
+    Attributes:
+        shape: of the whole parameter.
+    """
+
+    shape: Shape = ()
+
+    def here(self, x: Tensor) -> Tensor:
+        (piece,) = self.pieces.values()
+        return x[piece.start : piece.start + piece.length] if tuple(x.shape) == self.shape else x
+
+    def here_all(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: self.here(x) for key, x in state.items()}
+
+    def _shards(self, sides: Mapping[int, Piece], meters: Sequence[Meter]) -> Algebra:
+        return _Counting(sides, self.both, _Tally(meters))
+
+    def _distributed(self, x: Tensor, shape: Shape, cut: Mapping[int, int]) -> Tensor:
+        return x
+
+
+def rows(plan: Plan, start: int, stop: int, world_size: int) -> Layout:
+    """Here are some lines of the first dimension of a parameter."""
+    if not plan.shape or (start, stop) == (0, plan.shape[0]):
+        return HERE
+    side, length = _dimension(plan, 0), stop - start
+    piece = Piece(plan.shape[0], start, length, length, 0, world_size, _PEERS)
+    return Planned(None, (), {side: piece}, {side: 0}, len(plan.batch), _PEERS, shape=plan.shape)
+
+
+def lay_out(optimizer: LowRankOptimizer, world_size: int) -> None:
+    """As `fully_shard` will, on rank 0, which has no less than others; raises what it will raise there."""
+    for p, group in optimizer._members():
+        plan = optimizer._plans[p]
+        layout = rows(plan, 0, -(-plan.shape[0] // world_size) if plan.shape else 0, world_size)
+        if layout.sharded:
+            optimizer._admit_shard(plan, cast(Cut, layout), group)
+        optimizer._layouts[p] = layout
+
+
+def fragments(optimizer: LowRankOptimizer, stage: int, world_size: int) -> Iterator[dict[Tensor, tuple[int, int]]]:
+    """What DeepSpeed ZeRO gives each rank in turn: a range of elements of each parameter.
+
+    Stage 3 cuts every parameter into equal parts; stages 1 and 2 cut each group, put in a row, so that most parameters
+    are whole on one rank.
+    """
+    for rank in range(world_size):
+        found: dict[Tensor, tuple[int, int]] = {}
+        for group in optimizer.param_groups:
+            before = 0
+            part = -(-sum(p.numel() for p in group["params"]) // world_size)
+            for p in group["params"]:
+                share, first = (-(-p.numel() // world_size), 0) if stage == 3 else (part, before)
+                start, stop = (min(max(0, edge * share - first), p.numel()) for edge in (rank, rank + 1))
+                found[p] = start, stop
+                before += p.numel()
+        yield found
+
+
+def lay_out_fragment(optimizer: LowRankOptimizer, ranges: dict[Tensor, tuple[int, int]], world_size: int) -> None:
+    """A rank works on every row of which it has a part, so rows at a cut are on both sides of it; a parameter of which
+    it has nothing is as good as frozen."""
+    for p, (start, stop) in ranges.items():
+        plan = optimizer._plans[p]
+        columns = p.numel() // plan.shape[0] if plan.shape else 1
+        optimizer._layouts[p] = rows(plan, start // columns, -(-stop // columns), world_size)
+        p.requires_grad_(stop > start)
+
+
+def traffic(optimizer: LowRankOptimizer) -> Sent:
+    """Of all parameters, beside the norms of gradients (16 bytes for each that is sharded)."""
+    found: dict[tuple[Any, ...], Sent] = {}
+    total: list[Sent] = []
+    for p, group in optimizer._members():
+        plan, layout = optimizer._plans[p], optimizer._layouts[p]
+        if layout.sharded and p.requires_grad:
+            equal = id(group), plan.shape, plan.side, plan.rank, p.dtype
+            if equal not in found:
+                found[equal] = _of_one(optimizer, p, group, cast(Cut, layout))
+            total.append(found[equal])
+    refreshes = [one.per_refresh for one in total]
+    per_refresh = None if None in refreshes else sum(cast(list[float], refreshes))
+    return Sent(sum(one.per_step for one in total), per_refresh)
+
+
+def _of_one(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], layout: Cut) -> Sent:
+    """Three steps: with the first refresh, without one, with a later one."""
+    if layout.algebra([layout]) is WHOLE:
+        return Sent(0.0, 0.0)  # every process has some matrices of a stack
+    layout = replace(layout, meter=Meter())
+    state, unknown, meter = optimizer._fresh_state(p, group), False, layout.meter
+    plans, states = {p: optimizer._plans[p]}, {p: state}
+    layouts: dict[Tensor, Layout] = {p: layout}
+    counts: list[tuple[float, float]] = []
+
+    def unlearning(plan: Plan, group: dict[str, Any]) -> Recipe:
+        recipe = optimizer._recipe_of(plan, group)
+        return replace(recipe, refresh=_Unlearning(recipe.refresh))
+
+    for due in (True, False, True):
+        if due and "refreshed_at" in state:
+            state["refreshed_at"].fill_(-1)
+        member = Member(p, group, torch.empty_like(p))
+        for chunk in form_chunks([member], plans, layouts, states.__getitem__, unlearning, Asked(), optimizer._watch):
+            update_(chunk, chunk.algebra)
+            unknown = cast(_Tally, cast(_Counting, chunk.algebra).traffic).unknown
+        state["step"] += 1
+        counts.append((meter.between, meter.refreshing))
+    first, quiet, last = counts
+    return Sent(quiet[0] - first[0], None if unknown else last[1] - quiet[1])
+
+
+def projected_traffic(optimizer: LowRankOptimizer) -> Sent:
+    """Of `ddp_project`: coordinates, or whole gradients."""
+    per_step, whole = 0.0, 0.0
+    for p, group in optimizer._members():
+        if p.requires_grad:
+            plan = optimizer._plans[p]
+            recipe = optimizer._recipe_of(plan, group)
+            size = p.numel() * p.element_size()
+            whole += size
+            if recipe.thin:
+                coordinates = torch.Size(recipe.basis.coordinates(plan.matrix, plan.rank or 0)).numel()
+                size = plan.count * coordinates * working_dtype(p).itemsize
+            per_step += size
+    return Sent(per_step, whole - per_step)
