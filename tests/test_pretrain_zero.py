@@ -46,8 +46,7 @@ def jobs(folder, cache):
     for label, flags in (("adamw", ADAMW), ("galore", GALORE)):
         one = make_job(command(folder, cache, *SIZES, *flags))
         for name in strategy.STAGES:
-            job = dataclasses.replace(one, strategy=name, world=2)
-            made |= {} if refusal(job) else {(label, name): job}
+            made[label, name] = dataclasses.replace(one, strategy=name, world=2)
     return made
 
 
@@ -73,9 +72,7 @@ def alone(jobs, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", strategy.STAGES)
 @pytest.mark.parametrize("label", ["adamw", "galore"])
-def test_losses_are_those_of_one_process(found, alone, jobs, label, name):
-    if (label, name) not in jobs:
-        pytest.skip("this version of lowrank_optim needs whole parameters")
+def test_losses_are_those_of_one_process(found, alone, label, name):
     assert_close(found[label, name], alone[label])
     assert_close(found["resumed", (label, name)], found[label, name], 1e-6)
 

@@ -85,9 +85,8 @@ def check(job: Job) -> None:
 
 def _refusals(job: Job) -> list[tuple[bool, str]]:
     optimizer = optimizers.find(job.optimizer)
-    lowrank, converts = optimizers.is_low_rank(optimizer), optimizers.is_weight_space(optimizer)
+    converts = optimizers.is_weight_space(optimizer)
     whole, engine = job.strategy in WHOLE, job.strategy in STAGES
-    flat = STAGES.get(job.strategy, 0) > 0 or job.dtype != "fp32"  # what DeepSpeed gives the optimizer
     return [
         (
             job.batch % job.world != 0,
@@ -113,10 +112,6 @@ def _refusals(job: Job) -> list[tuple[bool, str]]:
             job.keywords.get("heads") == "ranks",
             "heads='ranks' keeps other weights in every process, and checkpoints here are written by the first one; "
             "give a number of heads",
-        ),
-        (
-            engine and lowrank and flat and importlib.util.find_spec("lowrank_optim.distributed.deepspeed") is None,
-            "this version of lowrank_optim needs whole parameters; take ddp, fsdp2, or zero0 with --dtype fp32",
         ),
         (
             job.optimizer in NEEDS_MATRICES and STAGES.get(job.strategy, 0) > 0,
