@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import copy
 import re
-import tempfile
-import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from cases import CASES, every_case, gradients
+from processes import message, same_everywhere, spawn
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -27,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from wrapped import Small, apart, steps
 
 import lowrank_optim
 from lowrank_optim import ops
@@ -44,23 +43,6 @@ ROWWISE = (Shard(0),)
 # What a method says that cannot have the projected side of a matrix sharded, or no side of it.
 ROWS = {"dct": "a sum along that side"}
 NEVER = {"galore_plus": "take density=0"}
-
-
-# -- processes ---------------------------------------------------------------------------------------------------------
-
-
-def spawn(worker, world, *args):
-    with tempfile.TemporaryDirectory() as folder:  # processes meet in a file, for which nobody else can be quicker
-        mp.spawn(_entry, (world, folder, worker, args), nprocs=world)
-
-
-def _entry(rank, world, folder, worker, args):
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    worker(rank, world, *args)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 # -- one optimizer, sharded or not -------------------------------------------------------------------------------------
@@ -114,17 +96,9 @@ def difference(case, dtype, mesh, placements=ROWWISE, side="std", last=STEPS, **
     train(ours, one, grads, last=last)
     for state in optimizer.state.values():
         for key, tensor in state.items():
-            assert same_everywhere(tensor), f"{case.name}: {key} differs between ranks"
+            assert isinstance(tensor, DTensor) or same_everywhere([tensor]), f"{case.name}: {key} differs between ranks"
     pairs = zip(params, ours, strict=True)
     return max((p.full_tensor().double() - q.double()).abs().max().item() for p, q in pairs)
-
-
-def same_everywhere(x):
-    if isinstance(x, DTensor):
-        return True
-    first = x.clone()
-    dist.broadcast(first, 0)
-    return torch.equal(first, x)
 
 
 # -- what two processes do ---------------------------------------------------------------------------------------------
@@ -260,14 +234,6 @@ def decisions(rank, mesh):
     return found
 
 
-def message(kind, call, *args, **kwargs):
-    try:
-        call(*args, **kwargs)
-    except kind as error:
-        return str(error)
-    return ""
-
-
 def test_ranks_decide_together(results):
     found = results["decisions"]
     assert found["zero first step"] == [0, 0]
@@ -373,20 +339,6 @@ def test_other_layouts(results):
 # -- a model under fully_shard, and its checkpoints --------------------------------------------------------------------
 
 
-class Small(nn.Module):
-    def __init__(self, hidden=21):
-        super().__init__()
-        self.embed = nn.Embedding(11, 12)
-        self.up = nn.Linear(12, hidden)
-        self.down = nn.Linear(hidden, 12, bias=False)
-        self.norm = nn.LayerNorm(12)
-        self.lm_head = nn.Linear(12, 11, bias=False)
-
-    def forward(self, tokens):
-        x = self.embed(tokens)
-        return self.lm_head(self.norm(x + self.down(torch.tanh(self.up(x)))))
-
-
 def small(mesh=None, hidden=21, **options):
     torch.manual_seed(0)
     model = Small(hidden)
@@ -396,15 +348,6 @@ def small(mesh=None, hidden=21, **options):
         fully_shard(model, mesh=mesh)
     options = {"lr": 0.01, "rank": 3, "update_proj_gap": 4, "moments": "rotate", "state_dtype": "bfloat16", **options}
     return model, lowrank_optim.GaLoreAdamW(model.named_parameters(), **options)
-
-
-def steps(model, optimizer, first, last, rank=0, world=1):
-    for step in range(first, last):
-        tokens = torch.randint(0, 11, (12, 9), generator=torch.Generator().manual_seed(step)).chunk(world)[rank]
-        optimizer.zero_grad()
-        logits = model(tokens[:, :-1])
-        nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        optimizer.step()
 
 
 def saved(model, optimizer, **options):
@@ -476,10 +419,6 @@ def sharded_from_one(mesh, way):
         set_optimizer_state_dict(model, optimizer, state, options=full)
     steps(model, optimizer, 6, 11, dist.get_rank(), dist.get_world_size())
     return whole(model)
-
-
-def apart(one, other):
-    return max((one[key] - other[key]).abs().max().item() for key in one)
 
 
 def test_a_model_under_fully_shard_equals_one_process(results):

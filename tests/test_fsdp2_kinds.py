@@ -6,12 +6,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from cases import CASES, gradients
-from test_fsdp2 import Small, laid_out, message, spawn
+from processes import message, spawn
+from test_fsdp2 import laid_out
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
+from wrapped import Small
 
 import lowrank_optim
 

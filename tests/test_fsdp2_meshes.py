@@ -7,13 +7,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from cases import CASES
-from test_fsdp2 import NEVER, ROWS, Small, apart, difference, saved, small, spawn, steps, whole, whole_from
+from processes import spawn
+from test_fsdp2 import NEVER, ROWS, difference, saved, small, whole, whole_from
 from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
+from wrapped import Small, apart, steps
 
 import lowrank_optim
 

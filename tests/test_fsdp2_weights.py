@@ -6,11 +6,13 @@ import re
 
 import pytest
 import torch
-from test_fsdp2 import apart, message, spawn, whole
+from processes import message, spawn
+from test_fsdp2 import whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from wrapped import apart
 
 import lowrank_optim
 

@@ -12,16 +12,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class Small(nn.Module):
-    def __init__(self):
+    def __init__(self, hidden=21):
         super().__init__()
         self.embed = nn.Embedding(11, 12)
-        self.up = nn.Linear(12, 21)
-        self.down = nn.Linear(21, 12, bias=False)
+        self.up = nn.Linear(12, hidden)
+        self.down = nn.Linear(hidden, 12, bias=False)
+        self.norm = nn.LayerNorm(12)
         self.lm_head = nn.Linear(12, 11, bias=False)
 
     def forward(self, tokens):
         x = self.embed(tokens)
-        return self.lm_head(x + self.down(torch.tanh(self.up(x))))
+        return self.lm_head(self.norm(x + self.down(torch.tanh(self.up(x)))))
 
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
