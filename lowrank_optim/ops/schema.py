@@ -52,7 +52,7 @@ def _checked(check: Check, plain: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-# -- checks: the same texts as in csrc/registration/ --------------------------------------------------------------------
+# -- checks: the same texts as in csrc/registration/ -------------------------------------------------------------------
 
 
 def _demand(holds: bool, message: str) -> None:
