@@ -4,12 +4,13 @@ from . import reference, schema
 from .apply import add_rounded_
 from .linalg import fix_signs, leading_left_vectors, orthonormalize, principal, subspace_iteration, whitened
 from .philox import key_of, normal, random_bits16, sample, stream_of, uniform
-from .products import product
+from .products import add_product_, product
 from .rounding import round_to_bfloat16
 from .sparse import add_at_, gather_at, sampled_product
 
 __all__ = [
     "add_at_",
+    "add_product_",
     "add_rounded_",
     "fix_signs",
     "gather_at",

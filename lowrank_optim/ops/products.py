@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
+
+from ..blocks import blocks, largest_block
+
+_LEAST = 1 << 20  # multiplications that are worth the call
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -20,10 +25,30 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return result
 
 
+def add_product_(w: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> None:
+    """`W <- beta W + alpha A B`, for a matrix or a stack, in place; where beta is 0, w is not read.
+
+    In one pass over w. oneDNN cannot add to what there is, so there the product is made a block at a time, which is
+    still in cache when it is added.
+    """
+    if torch.compiler.is_compiling() or not _suits(a, b):
+        (w.addmm_ if w.dim() == 2 else w.baddbmm_)(a, b, beta=beta, alpha=alpha)
+        return
+    for columns in blocks(w.shape):
+        some, place = columns.of(b), columns.of(w)
+        block = product(a, some) if w.is_contiguous() else product(some.mT, a.mT).mT  # laid out like w
+        torch.mul(block, alpha, out=place) if beta == 0 else place.mul_(beta).add_(block, alpha=alpha)
+
+
+def scratch(shape: tuple[int, ...], rank: int) -> int:
+    """Elements that `add_product_` holds for `(m, rank)` times `(rank, n)`, `shape` being (m, n)."""
+    return largest_block(shape) if onednn_is_faster() and math.prod(shape) * rank >= _LEAST else 0
+
+
 def _suits(a: Tensor, b: Tensor) -> bool:
     """oneDNN has no stacks, float64 or empty matrices, and what is small is not worth its call."""
     matrices = a.dim() == 2 and b.dim() == 2 and a.dtype == b.dtype == torch.float32
-    return matrices and a.device.type == "cpu" and a.shape[0] * b.numel() >= 1 << 20 and onednn_is_faster()
+    return matrices and a.device.type == "cpu" and a.shape[0] * b.numel() >= _LEAST and onednn_is_faster()
 
 
 @functools.lru_cache(maxsize=1)

@@ -12,8 +12,9 @@ from torch import Tensor
 from ..blocks import Columns
 from ..distributed.algebra import WHOLE, Algebra
 from ..kept import Shape, Spec
-from ..ops import subspace_iteration
+from ..ops import add_product_, subspace_iteration
 from ..ops.philox import BLOCK
+from ..ops.products import scratch
 from ..recipe import Basis, Draw, State, Time
 from ..turns import Turn
 
@@ -72,7 +73,10 @@ class OneSided(Basis):
     def add_up_(
         self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float, columns: Columns | None = None
     ) -> None:
-        _add_matmul_(w, st["basis"], d if columns is None else columns.of(d), alpha, beta)
+        add_product_(w, st["basis"], d if columns is None else columns.of(d), alpha, beta)
+
+    def step_workspace(self, shape: Shape, rank: int) -> int:
+        return scratch(shape, rank)
 
 
 @dataclass(frozen=True)
@@ -192,10 +196,10 @@ class TwoSided(Basis):
         self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float, columns: Columns | None = None
     ) -> None:
         right = st["basis_right"].mT
-        _add_matmul_(w, st["basis"], d @ (right if columns is None else columns.of(right)), alpha, beta)
+        add_product_(w, st["basis"], d @ (right if columns is None else columns.of(right)), alpha, beta)
 
     def step_workspace(self, shape: Shape, rank: int) -> int:
-        return rank * shape[1]
+        return rank * shape[1] + scratch(shape, rank)
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         return max(self.inner.fit_workspace(m, n, rank), 2 * rank * n + rank * rank)
@@ -248,8 +252,3 @@ class SharedHead(OneSided):
         width = n // self.heads
         columns = n if self.heads == 1 else -(-rank // width) * width
         return self.inner.fit_workspace(m, columns, rank) + (m * columns if self.heads > 1 else 0)
-
-
-def _add_matmul_(w: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> None:
-    """`W <- beta W + alpha A B`, for a matrix or a stack, in place and in one pass over W."""
-    (w.addmm_ if w.dim() == 2 else w.baddbmm_)(a, b, beta=beta, alpha=alpha)
