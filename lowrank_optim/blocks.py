@@ -25,18 +25,22 @@ class Columns(NamedTuple):
         return x[..., self.first : self.stop]
 
 
-def blocks(shape: torch.Size | tuple[int, ...], device: str = "cpu") -> Iterator[Columns]:
-    """Cuts matrices `(..., n)` on a kind of device between columns: into blocks of a size, or some columns."""
+def blocks(shape: torch.Size | tuple[int, ...], device: str = "cpu", most: int | None = None) -> Iterator[Columns]:
+    """Cuts matrices `(..., n)` between columns, into blocks of at most so many elements; some columns are the least.
+
+    `most`: unless given, what suits the kind of device.
+    """
     rows, n = math.prod(shape[:-1]), shape[-1]
-    size = max(1, (BLOCK if device == "cpu" else LARGE_BLOCK) // max(1, rows))
+    size = max(1, (most or (BLOCK if device == "cpu" else LARGE_BLOCK)) // max(1, rows))
     size = max(_UNIT, size // _UNIT * _UNIT) if len(shape) > 1 else size
     for first in range(0, n, size):
         yield Columns(first, min(first + size, n), n)
 
 
-def largest_block(shape: torch.Size | tuple[int, ...]) -> int:
+def largest_block(shape: torch.Size | tuple[int, ...], most: int | None = None) -> int:
     """Elements of the largest of them, on CPU."""
-    return math.prod(shape[:-1]) * max((columns.stop - columns.first for columns in blocks(shape)), default=0)
+    widths = (columns.stop - columns.first for columns in blocks(shape, most=most))
+    return math.prod(shape[:-1]) * max(widths, default=0)
 
 
 def widened(x: Tensor) -> Tensor:

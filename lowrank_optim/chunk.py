@@ -146,8 +146,9 @@ class Chunk:
     @property
     def narrow(self) -> bool:
         """W is kept in 16 bits where a block of it can be written, so no step needs all of it in 32."""
-        if self.partial and isinstance(self._number(WEIGHT, 1), Places):
-            return False
+        numbers = self._number(WEIGHT, 1)
+        if isinstance(numbers, Places) and (self.partial or numbers.run != self.params[0].shape[-1]):
+            return False  # whose random numbers do not go on evenly from row to row
         kept = [*self.params, *(state[COMPENSATION] for state in self.states if COMPENSATION in state)]
         return all(x.dtype != self.working and x.is_contiguous() and not is_packed(x) for x in kept)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..blocks import blocks, largest_block
 
 _LEAST = 1 << 20  # multiplications that are worth the call
+_BLOCK = 1 << 18  # elements of a product that wait to be added
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -21,6 +22,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or not _suits(a, b):
         return torch.matmul(a, b)
+    if not (b.is_contiguous() or b.mT.is_contiguous()):
+        b = b.contiguous()  # oneDNN takes hundreds of times as long for a part of a matrix
     result: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, b.mT, None, "none", [], "")
     return result
 
@@ -29,20 +32,20 @@ def add_product_(w: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> 
     """`W <- beta W + alpha A B`, for a matrix or a stack, in place; where beta is 0, w is not read.
 
     In one pass over w. oneDNN cannot add to what there is, so there the product is made a block at a time, which is
-    still in cache when it is added.
+    still in cache when it is added; where there is nothing to add to, its block would only be one more.
     """
-    if torch.compiler.is_compiling() or not _suits(a, b):
+    if torch.compiler.is_compiling() or beta == 0 or not _suits(a, b):
         (w.addmm_ if w.dim() == 2 else w.baddbmm_)(a, b, beta=beta, alpha=alpha)
         return
-    for columns in blocks(w.shape):
+    for columns in blocks(w.shape, most=_BLOCK):
         some, place = columns.of(b), columns.of(w)
         block = product(a, some) if w.is_contiguous() else product(some.mT, a.mT).mT  # laid out like w
-        torch.mul(block, alpha, out=place) if beta == 0 else place.mul_(beta).add_(block, alpha=alpha)
+        place.mul_(beta).add_(block, alpha=alpha)
 
 
 def scratch(shape: tuple[int, ...], rank: int) -> int:
     """Elements that `add_product_` holds for `(m, rank)` times `(rank, n)`, `shape` being (m, n)."""
-    return largest_block(shape) if onednn_is_faster() and math.prod(shape) * rank >= _LEAST else 0
+    return largest_block(shape, _BLOCK) if onednn_is_faster() and math.prod(shape) * rank >= _LEAST else 0
 
 
 def _suits(a: Tensor, b: Tensor) -> bool:
