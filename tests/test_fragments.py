@@ -518,6 +518,11 @@ def test_copies_take_the_place_of_parameters():
     assert [row.name for row in optimizer.report()] == [row.name for row in one.report()]
     restored = build(ADAMW, torch.float32)
     restored.load_state_dict(optimizer.state_dict())
+    lowrank_optim.load_full_state(restored, lowrank_optim.full_state(optimizer))
+    for p, q in zip((p for group in restored.param_groups for p in group["params"]), copies, strict=True):
+        state, saved = restored.state[p], optimizer.state[q]
+        assert saved["step"] == 1
+        assert all(torch.equal(state[key], saved[key]) for key in saved)
 
 
 def test_the_number_of_a_group_survives_and_is_ours():

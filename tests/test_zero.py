@@ -292,17 +292,22 @@ REFUSED = {"dct": "a sum along that side", "galore_plus": "take density=0"}
 
 
 def matrix(rank, world, folder):
-    """Of every method: the difference of each stage from one process, and in bfloat16 from stage 0."""
+    """Of every method: the difference of each stage from one process, and in bfloat16 from the first stage.
+
+    That is stage 1 for three processes: stage 0 divides the sum of gradients and the others add thirds, which bfloat16
+    rounds to other gradients.
+    """
     results = {}
     for case in CASES:
         for dtype in (torch.float32, torch.bfloat16):
             grads = whole_gradients(dtype)
-            for stage in STAGES:
+            stages = STAGES if dtype == torch.float32 or world == 2 else STAGES[1:]
+            for stage in stages:
                 try:
                     got = under_zero(case, stage, grads, dtype)
                 except NotImplementedError as error:
                     got = str(error)
-                if stage == 0 or isinstance(got, str):
+                if stage == stages[0] or isinstance(got, str):
                     expected = got if dtype == torch.bfloat16 or isinstance(got, str) else alone(case, grads)
                 results[case.name, stage, dtype] = got if isinstance(got, str) else apart(expected, got)
     if rank == 0:
