@@ -125,6 +125,10 @@ class Basis(abc.ABC):
         """Elements that `down` and `add_up_` hold beyond R and W; for `estimate_memory`, like the next ones."""
         return 0
 
+    def add_workspace(self, shape: Shape, rank: int) -> int:
+        """And `add_up_` where it adds to all of W in place, which is not in 16 bits."""
+        return 0
+
     def derived(self, shape: Shape, rank: int) -> int:
         """Elements that `derive` gives for one matrix."""
         return 0

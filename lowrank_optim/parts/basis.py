@@ -75,7 +75,7 @@ class OneSided(Basis):
     ) -> None:
         add_product_(w, st["basis"], d if columns is None else columns.of(d), alpha, beta)
 
-    def step_workspace(self, shape: Shape, rank: int) -> int:
+    def add_workspace(self, shape: Shape, rank: int) -> int:
         return scratch(shape, rank)
 
 
@@ -199,7 +199,10 @@ class TwoSided(Basis):
         add_product_(w, st["basis"], d @ (right if columns is None else columns.of(right)), alpha, beta)
 
     def step_workspace(self, shape: Shape, rank: int) -> int:
-        return rank * shape[1] + scratch(shape, rank)
+        return rank * shape[1]
+
+    def add_workspace(self, shape: Shape, rank: int) -> int:
+        return scratch(shape, rank)
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         return max(self.inner.fit_workspace(m, n, rank), 2 * rank * n + rank * rank)

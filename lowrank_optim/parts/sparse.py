@@ -53,7 +53,8 @@ class Sparse(Residual):
 
     def workspace(self, shape: Shape, coordinates: int) -> int:
         count, rank = round(self.density * math.prod(shape)), coordinates // shape[1]
-        return 2 * math.prod(shape) + coordinates + 12 * count + 3 * min(count * rank, _WORK + rank)
+        choosing = 2 * math.prod(shape)  # once, before the first step
+        return max(choosing, coordinates + 12 * count + 3 * min(count * rank, _WORK + rank))
 
     def begin_(self, algebra: Algebra, recipe: Recipe, st: State, basis: State, g: Tensor) -> None:
         if "entries" in st:
