@@ -117,9 +117,23 @@ def _kernels(bench: Bench, n: int) -> dict[str, tuple[Run, float]]:
     low, half, half_bytes = per_block.clone(), out.bfloat16(), codes[: n // 2].clone()
     levels = quantize.dynamic_map(True, bench.device)
     table = quantize._nearest_table(levels)
+    squares = quantize.dynamic_map(False, bench.device)
+    maps = levels, table[0], squares, quantize._nearest_table(squares)[0]
+    half_sq, codes_sq, peaks_sq = half.abs(), codes.clone(), per_block.abs()
+    w = out.bfloat16().view(-1, 4096)
     numbers = ops.philox.numbers_of(ops.key_of(0, "w"), ops.stream_of("test", 1))
     calls: dict[str, tuple[tuple[Any, ...], float]] = {
         "projected_adam_": ((m, v, r, 0.9, 0.999, 1e-8, 10.0), 24),
+        "projected_adam_bfloat16_list_": (
+            ([half], [half_sq], [r], 0.9, 0.999, 1e-8, 10.0, None, [numbers[0]], 1, 2, 3, None, [0]),
+            16,
+        ),
+        "projected_adam_int8_list_": (
+            ([codes], [per_block], [codes_sq], [peaks_sq], [r], *maps, 256, 0.9, 0.999, 1e-8, 10.0),
+            12 + 16 / 256,
+        ),
+        "add_nearest_": ((w, x.view(w.shape), 0.99), 8),
+        "add_stochastic_": ((w, x.view(w.shape), 0.99, *numbers, 0, w.shape[1]), 8),
         "round_to_bfloat16_": ((half, x, *numbers), 6),
         "philox_normal_": ((out, *numbers), 4),
         "quantize_blockwise_": ((codes, per_block, x, levels, *table, 256, True), 5 + 4 / 256),
@@ -331,39 +345,64 @@ def peer(bench: Bench) -> Found:
 
 
 def one_rank(bench: Bench) -> Found:
-    """FSDP2 in one process: the same weights, and what the wrapping costs per step."""
+    """FSDP2 and the hook for DistributedDataParallel in one process: the same weights, and what a step costs."""
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
     if bench.cuda:
         torch.cuda.set_device(0)
+    found: Found = {}
     with tempfile.TemporaryDirectory() as folder:
         meeting = f"file://{os.path.join(folder, 'meet')}"
         dist.init_process_group("nccl" if bench.cuda else "gloo", init_method=meeting, rank=0, world_size=1)
-        mesh = init_device_mesh(bench.device.type, (1,))
-        hidden, mlp, _, rank = QUICK if bench.quick else SIZES["60M"]
-        models = []
-        for _ in range(2):
-            torch.manual_seed(0)
-            blocks = [nn.Linear(*shape, bias=False) for shape in [(hidden, mlp), (mlp, hidden)] * 8]
-            models.append(nn.Sequential(*blocks).to(bench.device))
-        for module in [*models[1], models[1]]:
-            fully_shard(module, mesh=mesh)
-        optimizers = [lowrank_optim.GaLoreAdamW(list(model.named_parameters()), rank=rank) for model in models]
-        x = bench.randn(16, hidden)
-        for _ in range(3):
-            for model, optimizer in zip(models, optimizers, strict=True):
-                optimizer.zero_grad()
-                model(x).square().mean().backward()
-                optimizer.step()
-        pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
-        apart = max((p - q.full_tensor()).abs().max().item() for p, q in pairs)
-        times = bench.rivals({"plain": optimizers[0].step, "fsdp2": optimizers[1].step}, 10)
+        for name, wrap in {"fsdp2": _sharded, "ddp_project": _hooked}.items():
+            found[name] = _beside_plain(bench, wrap)
         dist.destroy_process_group()
-    ratio = median_ratio(times["fsdp2"], times["plain"])
-    lines = [f"FSDP2 on one rank: weights differ by {apart:.1e}, a step takes {ratio:.2f} plain ones"]
-    return {"largest_difference": apart, "step_over_plain": ratio, "lines": lines}
+    row = "{0}: weights differ by {largest_difference:.1e}, forward, backward and step take {over_plain:.2f} plain ones"
+    return found | {"lines": [row.format(name, **one) for name, one in found.items()]}
+
+
+Wrap = Callable[[Bench, nn.Module, int], "tuple[nn.Module, torch.optim.Optimizer]"]
+
+
+def _beside_plain(bench: Bench, wrap: Wrap) -> Found:
+    hidden, mlp, _, rank = QUICK if bench.quick else SIZES["60M"]
+    models: list[nn.Module] = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        blocks = [nn.Linear(*shape, bias=False) for shape in [(hidden, mlp), (mlp, hidden)] * 8]
+        models.append(nn.Sequential(*blocks).to(bench.device))
+    plain = models[0], lowrank_optim.GaLoreAdamW(models[0].named_parameters(), rank=rank)
+    x = bench.randn(16, hidden)
+
+    def step_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Run:
+        def step() -> None:
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+        return step
+
+    times = bench.rivals({"plain": step_of(*plain), "wrapped": step_of(*wrap(bench, models[1], rank))}, 10)
+    whole = [getattr(p, "full_tensor", lambda p=p: p)() for p in models[1].parameters()]
+    apart = max((p - q).abs().max().item() for p, q in zip(models[0].parameters(), whole, strict=True))
+    return {"largest_difference": apart, "over_plain": median_ratio(times["wrapped"], times["plain"])}
+
+
+def _sharded(bench: Bench, model: nn.Module, rank: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(bench.device.type, (1,))
+    for module in [*model.children(), model]:
+        fully_shard(module, mesh=mesh)
+    return model, lowrank_optim.GaLoreAdamW(model.named_parameters(), rank=rank)
+
+
+def _hooked(bench: Bench, model: nn.Module, rank: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = lowrank_optim.GaLoreAdamW(model.named_parameters(), rank=rank)
+    lowrank_optim.ddp_project(wrapped, optimizer)
+    return wrapped, optimizer
 
 
 SECTIONS: dict[str, Callable[[Bench], Found]] = {
