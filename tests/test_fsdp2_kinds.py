@@ -17,6 +17,8 @@ from wrapped import Small
 
 import lowrank_optim
 
+pytestmark = pytest.mark.slow  # its processes take long
+
 STEPS = 15
 USUAL = ("galore_adamw", "q_galore", "golore", "dct", "frugal")  # of the default run; the slow one has all methods
 

@@ -19,6 +19,8 @@ from wrapped import Small, apart, steps
 
 import lowrank_optim
 
+pytestmark = pytest.mark.slow  # its processes take long
+
 LAYOUTS = {"row": (Shard(0), Shard(1)), "column": (_StridedShard(0, split_factor=2), Shard(0))}
 USUAL = ("galore_adamw", "frugal")  # of the default run; the slow one has all methods
 HIDDEN = 22  # tensor parallelism wants equal parts of it; FSDP makes unequal ones of these

@@ -27,6 +27,8 @@ from pretraining.interrupt import Interrupt  # isort: skip
 from pretraining.log import read  # isort: skip
 from pretraining.team import Team  # isort: skip
 
+pytestmark = pytest.mark.slow  # its processes take long
+
 folder, cache, process = test_pretrain.folder, test_pretrain.cache, test_pretrain.process
 
 GALORE = ["--optimizer", "galore", "--set", "rank=4", "update_proj_gap=3"]

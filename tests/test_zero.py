@@ -16,6 +16,8 @@ import torch.multiprocessing as mp
 from cases import CASES, gradients
 from torch import nn
 
+pytestmark = pytest.mark.slow  # its processes take long
+
 pytest.importorskip("deepspeed")
 
 STEPS = 15  # refreshes before steps 0, 7 and 14, for most methods

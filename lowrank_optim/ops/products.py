@@ -11,7 +11,7 @@ from torch import Tensor
 from ..blocks import blocks, largest_block
 
 _LEAST = 1 << 20  # multiplications that are worth the call
-_BLOCK = 1 << 18  # elements of a product that wait to be added
+_BLOCK = 1 << 17  # elements of a product that wait to be added
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -38,14 +38,16 @@ def add_product_(w: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> 
         (w.addmm_ if w.dim() == 2 else w.baddbmm_)(a, b, beta=beta, alpha=alpha)
         return
     for columns in blocks(w.shape, most=_BLOCK):
-        some, place = columns.of(b), columns.of(w)
-        block = product(a, some) if w.is_contiguous() else product(some.mT, a.mT).mT  # laid out like w
-        place.mul_(beta).add_(block, alpha=alpha)
+        some, place = columns.of(b), columns.of(w).mul_(beta)
+        place.add_(product(a, some) if w.is_contiguous() else product(some.mT, a.mT).mT, alpha=alpha)  # laid out like w
 
 
 def scratch(shape: tuple[int, ...], rank: int) -> int:
     """Elements that `add_product_` holds for `(m, rank)` times `(rank, n)`, `shape` being (m, n)."""
-    return largest_block(shape, _BLOCK) if onednn_is_faster() and math.prod(shape) * rank >= _LEAST else 0
+    if not onednn_is_faster() or math.prod(shape) * rank < _LEAST:
+        return 0
+    block = largest_block(shape, _BLOCK)
+    return block + block // shape[0] * rank  # and the columns that it is made of
 
 
 def _suits(a: Tensor, b: Tensor) -> bool:
