@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import checks
+from .distributed import shard_checks
 from .gradient_memory import ever_thin
 from .optimizer import LowRankOptimizer
 from .plan import Plan
@@ -30,7 +31,7 @@ def everything(handle: StepInBackward) -> None:
     _own_parameters(model, optimizer)
     for p, layout in optimizer._layouts.items():
         if layout.sharded:
-            checks.unsharded(optimizer._plans[p].name, "step_in_backward")
+            shard_checks.unsharded(optimizer._plans[p].name, "step_in_backward")
     _one_process(any(isinstance(module, DistributedDataParallel) for module in model.modules()))
     skips_nonfinite(optimizer.param_groups)
     if handle.scaler is not None:

@@ -7,7 +7,7 @@ import math
 import numbers
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -361,132 +361,6 @@ def whole(name: str, p: Tensor, what: str) -> None:
         )
 
 
-def layout(name: str, placements: Sequence[Any]) -> None:
-    """Refuses DTensors but those that are cut along their dimensions, into pieces that follow each other."""
-    kinds = {type(one).__name__ for one in placements}
-    if not kinds <= {"Replicate", "Shard", "_StridedShard"}:
-        raise NotImplementedError(
-            f"{name} is a DTensor with the placements {tuple(placements)}; Shard and Replicate are understood, as "
-            "fully_shard and tensor parallelism make them. Use these, or DistributedDataParallel"
-        )
-
-
-def cut_stack(name: str, stack: bool, sides: int) -> None:
-    """Refuses stacks of matrices of which both sides are cut."""
-    if stack and sides > 1:
-        raise NotImplementedError(
-            f"{name} is a stack of matrices whose rows and columns are both sharded, which random numbers of single "
-            "elements do not follow. Shard one of them, or the first dimension"
-        )
-
-
-def batch(name: str, dimension: int) -> None:
-    """Refuses stacks of matrices that are cut where this version does not follow."""
-    if dimension:
-        raise NotImplementedError(f"{name} is sharded along dimension {dimension}; shard dimension 0 instead")
-
-
-def cut(method: str, plan: Plan, sides: Iterable[int], why: Mapping[int, str], blocks: Iterable[str]) -> None:
-    """Refuses a sharded parameter whose rule needs more than thin sums over ranks. `blocks`: state that is quantized
-    in blocks, and cut."""
-    sides = set(sides)
-    for side in sides & why.keys():
-        direction = "projected side" if side == -2 else "side that is not projected"
-        other = "left" if plan.side == "right" else "right"
-        turned = {-3 - one for one in sides & {-2, -1}}
-        turn = (
-            f', or project the other side (proj_type="{other}")' if plan.projected and not turned & why.keys() else ""
-        )
-        raise NotImplementedError(
-            f"{method} cannot update {plan.name} {plan.shape}, which is sharded along its {direction}: {why[side]}. "
-            f"Give it to a group with rank=None{turn}, or use DistributedDataParallel"
-        )
-    for key in blocks:
-        raise NotImplementedError(
-            f"{method} cannot update {plan.name} {plan.shape}: its {key} is sharded, and would be quantized in blocks "
-            'that depend on the number of ranks. Use "bfloat16" or "float32" for it (state_dtype, basis_dtype, '
-            "error_feedback), or DistributedDataParallel"
-        )
-
-
-def unsharded(name: str, what: str) -> None:
-    raise NotImplementedError(f"{what} does not work for {name}, which is sharded (DTensor). Use step() as it is")
-
-
-def can_be_replaced(method: str, ways: Mapping[str, bool]) -> None:
-    """For what works on the parameters themselves, where a wrapper has put other tensors in their place."""
-    for way in (way for way, taken in ways.items() if taken):
-        raise NotImplementedError(
-            f"{way} of {method} does not work under a wrapper that keeps the weights elsewhere (DeepSpeed ZeRO, or its "
-            "stage 0 in bfloat16). Use step() as it is, or DistributedDataParallel"
-        )
-
-
-def can_be_copied(method: str, in_pieces: bool) -> None:
-    if in_pieces:
-        raise NotImplementedError(
-            f"{method} cannot be copied or pickled while a wrapper (DeepSpeed ZeRO) has its parameters in flat "
-            "tensors: what these hold is known to this process alone. Save the engine's checkpoint instead"
-        )
-
-
-def flat(method: str, shape: Sequence[int], known: bool) -> None:
-    """Refuses tensors that have taken the place of parameters and are nobody's."""
-    if not known or len(shape) != 1:
-        what = "a flattened 1-D tensor" if len(shape) == 1 else f"a tensor {tuple(shape)}"
-        raise NotImplementedError(
-            f"{method} got {what} in the place of its parameters (FSDP1 or an unknown wrapper). Matrix shapes are "
-            "lost. Use FSDP2 (fully_shard), DistributedDataParallel or DeepSpeed ZeRO 0-3, and build the optimizer "
-            "from model.named_parameters() before deepspeed.initialize"
-        )
-
-
-def deepspeed(feature: str, used: bool, instead: str) -> None:
-    if used:
-        raise NotImplementedError(f"DeepSpeed with {feature} is not supported by low-rank optimizers: {instead}")
-
-
-def master_weights(same: bool) -> None:
-    if not same:
-        raise RuntimeError(
-            "DeepSpeed's parameter map does not match its master weights; nothing was updated. Set "
-            "zero_optimization.round_robin_gradients to false, and change weights before deepspeed.initialize only"
-        )
-
-
-def same_fragments(same: bool) -> None:
-    if not same:
-        raise ValueError(
-            "the state dict is of other pieces of the parameters than are here; nothing was loaded. DeepSpeed's own "
-            "checkpoints go on with the ZeRO stage, number of ranks and groups that they were saved with"
-        )
-
-
-def same_plans(same: bool, rank: int, plans: Sequence[Any]) -> None:
-    if not same:
-        raise RuntimeError(
-            f"ranks have different parameters, shapes, ranks or sides; nothing was updated. Rank {rank} has "
-            f"{len(plans)} of them, which begin with {', '.join(map(str, plans[:3]))}"
-        )
-
-
-def gradient_on_all(name: str, ranks: int, world: int) -> None:
-    if 0 < ranks < world:
-        raise RuntimeError(
-            f"{name} is sharded and has a gradient on {ranks} of {world} ranks; nothing was updated. All ranks must "
-            "run the same parts of the model"
-        )
-
-
-def same_layout(name: str, grad: Any, placements: Sequence[Any]) -> None:
-    got = tuple(getattr(grad, "placements", ()))
-    if got != tuple(placements):
-        raise RuntimeError(
-            f"{name} has the placements {tuple(placements)}, and its gradient {got or 'none: a plain tensor'}; "
-            "redistribute the gradient"
-        )
-
-
 def gradient(name: str, grad: Tensor) -> None:
     if grad.is_sparse or grad.layout != torch.strided:
         raise RuntimeError(
@@ -584,21 +458,6 @@ def loaded_state(name: str, got: Mapping[str, Any], expected: Mapping[str, Tenso
             )
 
 
-def thin(name: str, rank: int, shape: tuple[int, ...]) -> None:
-    if rank >= min(shape):
-        raise ValueError(
-            f"{name or 'this layer'} {shape} at rank {rank} would not be thin; take a rank below {min(shape)}"
-        )
-
-
-def sparse(name: str, count: int, density: float, shape: tuple[int, ...]) -> None:
-    if not count:
-        raise ValueError(
-            f"{name or 'this layer'} {shape} has no entries at density {density:g}; take a higher one, leave the layer "
-            "out with `exclude`, or use LowRankAdamW, which has none anywhere"
-        )
-
-
 def heads(value: Any) -> tuple[int, bool]:
     """LTE: (heads in this process, whether every process has its own)."""
     if isinstance(value, str):
@@ -618,30 +477,6 @@ def no_grad_scaler(optimizer: Any) -> None:
         )
 
 
-def same_weights(name: str, same: bool) -> None:
-    """One head per rank: merges add the same to all, so weights that differ would differ for good."""
-    if not same:
-        raise RuntimeError(
-            f"{name}: the weight differs between ranks after a merge. Load equal weights on every rank before the "
-            "optimizer is made, or wrap the model by DistributedDataParallel, which sends those of rank 0"
-        )
-
-
-def whole_model(model: Any) -> torch.nn.Module:
-    """The model itself, or an error that says that it must be one."""
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(
-            f"this method changes how weights are kept, so it takes the model, got {type(model).__name__}. Pass the "
-            "nn.Module itself, not its parameters"
-        )
-    return model
-
-
-def given(name: str, value: Any) -> None:
-    if value is None:
-        raise ValueError(f"{name} must be given here, got None")
-
-
 def not_captured(method: str, group: Mapping[str, Any]) -> None:
     if group["capturable"]:
         raise ValueError(
@@ -655,97 +490,3 @@ def no_rank(method: str, group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"a group of {method} has no rank, got {group['rank']!r}: layers are converted when the optimizer is made"
         )
-
-
-def convertible(model: Any) -> None:
-    """Refuses what cannot be converted in place, before anything is."""
-    whole_model(model)
-    if hasattr(model, "_orig_mod") or isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        raise ValueError(
-            f"the model is wrapped ({type(model).__name__}); convert the bare model first, and wrap it then"
-        )
-    for name, module in model.named_modules():
-        if hasattr(module, "leader") and hasattr(module, "factors"):
-            raise ValueError(
-                f"{name or 'the model'} is converted already ({type(module).__name__}); take it back to plain layers "
-                "first, with lowrank_optim.merge(model)"
-            )
-        weight = module._parameters.get("weight") if isinstance(module, torch.nn.Linear) else None
-        if weight is not None and (hasattr(weight, "pack_") or not weight.is_floating_point()):
-            raise ValueError(
-                f"{name}.weight is quantized ({type(weight).__name__}); convert the model with its float weights, and "
-                'let the method quantize them (base="int8" or "nf4", where it has one)'
-            )
-        if weight is not None and hasattr(weight, "device_mesh"):
-            raise NotImplementedError(
-                f"{name}.weight is a DTensor; convert the bare model first (lowrank_optim.convert), shard it then, and "
-                "make the optimizer last"
-            )
-    if isinstance(model, torch.nn.Linear):
-        raise ValueError("the model is one nn.Linear, which cannot be replaced in place; put it into a nn.Sequential")
-
-
-def shards_of_rows(layer: str, base: str, exact: bool, cut: Sequence[Any]) -> None:
-    """Refuses sharded layers but those whose factor B and dense base are cut along the same rows."""
-    if base not in ("none", "dense") or exact:
-        raise NotImplementedError(
-            f"{layer} with base={base!r} is sharded, and its codes stand for blocks that a shard divides. Use "
-            'base="dense", or DistributedDataParallel'
-        )
-    placements = {tuple(x.placements) for x in cut if hasattr(x, "device_mesh")}
-    if len(placements) > 1 or any(getattr(one, "dim", 0) for some in placements for one in some):
-        raise NotImplementedError(
-            f"{layer} is sharded as {sorted(map(str, placements))}; shard dimension 0 of all its parameters, as "
-            "fully_shard does by default"
-        )
-
-
-def adopted(method: str, name: str, wanted: type[Any], layer: Any, options: Mapping[str, Any]) -> None:
-    """Refuses a layer that was converted for another method, or otherwise than the optimizer is told."""
-    how = f"convert the bare model with lowrank_optim.convert(model, lowrank_optim.{wanted.__name__}, ...) for it"
-    if not isinstance(layer, wanted):  # fully_shard makes a subclass of it
-        raise ValueError(f"{name} is converted to {type(layer).__name__}, which {method} does not know; {how}")
-    for key, value in layer.made_with().items():
-        if value != options.get(key, value):
-            raise ValueError(f"{name} is converted with {key}={value!r}, and {method} was told {options[key]!r}; {how}")
-
-
-def shards_restarted(method: str, known: bool, patterns: Iterable[str]) -> None:
-    if not known:
-        raise NotImplementedError(
-            f"{method} restarts its layers from whole weights, which a sharded model does not have; ReLoRA, SLTrain "
-            "and LowRankAdamW send thin factors only. Use these, or DistributedDataParallel"
-        )
-    if patterns := list(patterns):
-        raise ValueError(f"the model is converted already, and {patterns} would choose layers; give it to convert()")
-
-
-def unsharded_layer(p: Any) -> None:
-    if hasattr(p, "device_mesh"):
-        raise NotImplementedError(
-            "merge needs whole layers, and these are sharded. Save the full state dict (StateDictOptions("
-            "full_state_dict=True)), load it into a converted model in one process, and merge that"
-        )
-
-
-def whole_restart(method: str, reset: str) -> None:
-    raise NotImplementedError(
-        f'{method} with reset={reset!r} needs all entries of a factor at once, which is sharded. Use reset="drop"'
-    )
-
-
-def bare_linear(name: str, twins: Iterable[torch.nn.Linear]) -> None:
-    """Refuses layers of which something would be lost."""
-    for plain in twins:
-        hooks = (plain._forward_hooks, plain._forward_pre_hooks, plain._backward_hooks, plain._backward_pre_hooks)
-        if any(hooks):
-            raise ValueError(f"{name.removesuffix('.weight')} has hooks, which a new layer would lose; add them after")
-        if not plain.weight.is_meta and not bool(plain.weight.isfinite().all()):
-            raise ValueError(f"{name} has entries that are not finite; nothing was converted")
-
-
-def something_converted(model: str, left: Iterable[tuple[str, str]]) -> None:
-    listed = list(left)
-    shown = "".join(f"\n  {name}: {reason}" for name, reason in listed[:5])
-    more = f"\n  and {len(listed) - 5} more" if len(listed) > 5 else ""
-    raise ValueError(f"{model} has no linear layer to convert:{shown}{more}\nLower `rank`, or name layers in `include`")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -377,13 +378,14 @@ def form_chunks(
         limit = max(1, CHUNK_BYTES // (working_dtype(p).itemsize * max(1, most)))
         for start in range(0, len(bucket), limit):
             some = bucket[start : start + limit]
+            homes = [one.p.detach() for one in some]
             yield Chunk(
                 recipe=recipes[kind],
                 group=group,
                 step=step,
                 spec=spec,
                 plans=[layout.plan(plans[one.p]) for one in some],
-                params=[layouts[one.p].enter(one.p.detach()) for one in some],
+                params=[layouts[one.p].enter(home) for one, home in zip(some, homes, strict=True)],
                 grads=[layouts[one.p].enter_gradient(one.grad.detach()) for one in some],
                 states=[layout.here_all(state_of(one.p)) for one in some],
                 working=working_dtype(p),
@@ -394,7 +396,7 @@ def form_chunks(
                 algebra=layout.algebra([layouts[one.p] for one in some]),
                 most=most,
                 shapes=shapes,
-                homes=[one.p.detach() for one in some],
+                homes=homes,
             )
 
 
@@ -446,10 +448,10 @@ def gradient_norms(grads: list[Tensor]) -> list[float]:
     for same in kinds.values():
         working = working_dtype(grads[same[0]])
         limit = torch.finfo(working).max ** 0.5
-        parts = [part for i in same for part in _norm_parts(grads[i])]
-        values = iter(torch.stack(torch._foreach_norm(parts, 2, dtype=working)).tolist())
-        for i in same:
-            norm = math.hypot(*(next(values) for _ in _norm_parts(grads[i])))
+        parts = [_norm_parts(grads[i]) for i in same]
+        values = iter(torch.stack(torch._foreach_norm(list(chain(*parts)), 2, dtype=working)).tolist())
+        for i, own in zip(same, parts, strict=True):
+            norm = math.hypot(*islice(values, len(own)))
             norms[i] = norm if norm < limit else math.inf
     return norms
 

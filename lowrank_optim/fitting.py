@@ -1,4 +1,4 @@
-"""Bases of equal matrices are fitted as one stack where that is faster."""
+"""What fitting a basis is given, and bases of equal matrices fitted as one stack where that is faster."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from . import ops
 from .chunk import CHUNK_BYTES, Chunk
 from .distributed.algebra import Algebra
 from .opened import OfMatrix
@@ -16,18 +17,9 @@ from .recipe import Draw, State, Time
 
 # A plan, its state, the number of a matrix within its parameter and within its chunk, the counters of its schedule.
 Due = tuple[Plan, dict[str, Tensor], int, int, dict[str, Tensor]]
-Draws = Callable[[Algebra, Plan, int, Tensor], Callable[[int | Tensor], Draw]]
 
 
-def fits(
-    chunk: Chunk,
-    algebra: Algebra,
-    due: list[Due],
-    g: Tensor,
-    st: State,
-    draws: Draws,
-    time: Callable[[Chunk, Tensor, int], Time],
-) -> Iterator[dict[str, Tensor] | None]:
+def fits(chunk: Chunk, algebra: Algebra, due: list[Due], g: Tensor, st: State) -> Iterator[dict[str, Tensor] | None]:
     """The new tensors of each basis that is due, or None for all where they are to be fitted one by one.
 
     Small factorisations are latency on an accelerator, and take about the same time for one matrix and for many. On a
@@ -44,7 +36,7 @@ def fits(
         together = slice(outer, outer + len(run))
         old = OfMatrix(st, together) if _count(run[0]) else None
         drawn = _stacked([draws(algebra, one[0], chunk.first + one[2], g)(_count(one)) for one in run])
-        at = time(chunk, state["refreshed_at"].view(-1), inner)
+        at = time_of(chunk, state["refreshed_at"].view(-1), inner)
         fitted = basis.fit(algebra, g[together], old, rank, drawn, at)
         yield from ({key: x[i] for key, x in fitted.items()} for i in range(len(run)))
 
@@ -76,3 +68,23 @@ def _stacked(draws: list[Draw]) -> Draw:
         return torch.stack([one(shape, purpose) for one in draws])
 
     return draw
+
+
+def time_of(chunk: Chunk, last: Tensor, inner: int) -> Time:
+    """When matrix `inner` of its parameter is fitted; `last`: when its parameter's were before."""
+    since = max(0, int(last[inner])) if chunk.recipe.refresh.restarts else 0
+    return Time(chunk.step - 1, float(chunk.step - 1 - since))
+
+
+def draws(algebra: Algebra, plan: Plan, expert: int, g: Tensor) -> Callable[[int | Tensor], Draw]:
+    """The random numbers of one matrix, for refresh number `count`."""
+
+    def of(count: int | Tensor) -> Draw:
+        def draw(shape: tuple[int, ...], purpose: str = "sketch") -> Tensor:
+            stream = ops.stream_of(f"{purpose} {expert}", count)
+            here, start = algebra.own(shape)
+            return ops.normal(here, plan.key, stream, g.device, start).to(g.dtype)
+
+        return draw
+
+    return of

@@ -20,6 +20,7 @@ from .distributed.dtensors import local, meta
 from .gradient_memory import most_gradients
 from .groups import param_groups
 from .kept import Spec, Store
+from .layers import layer_checks
 from .ops.philox import WORKSPACE
 from .ops.quantize import PIECE
 from .optimizer import LowRankOptimizer
@@ -224,7 +225,7 @@ def _of_converted(
     strategy: str | None,
 ) -> MemoryEstimate:
     """Methods that change how weights are kept: the model is converted, on the meta device."""
-    model = _meta_copy(checks.whole_model(source), dtype)
+    model = _meta_copy(layer_checks.whole_model(source), dtype)
     instance = optimizer(model, **options)
     tensors: set[Tensor] = {*model.parameters(), *model.buffers()}
     weights = sum(cast(Any, x).stored_bytes() if is_packed(x) else x.nbytes for x in tensors)

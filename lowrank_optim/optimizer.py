@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from . import captured, checks
 from .chunk import Asked, Chunk, Member, form_chunks, gradient_norms, in_cache, one_by_one, waves
+from .distributed import shard_checks
 from .distributed.common import Common
 from .distributed.fragments import complete_edges
 from .distributed.layout import HERE, Cut, Layout, layout_of
@@ -168,10 +169,10 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             type(self).__name__: not self.shardable,
         }
         for what in (way for way, taken in ways.items() if taken):
-            checks.unsharded(plan.name, what)
+            shard_checks.unsharded(plan.name, what)
         recipe = self._recipe_of(plan, group)
         spec = recipe.spec(layout.matrix(plan), plan.rank or 0, plan.small)
-        checks.cut(type(self).__name__, plan, layout.pieces, recipe.uncut(), layout.cut_blocks(spec))
+        shard_checks.cut(type(self).__name__, plan, layout.pieces, recipe.uncut(), layout.cut_blocks(spec))
 
     def _fresh_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         plan = self._plans[p]
@@ -264,7 +265,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
 
         for p, layout in self._layouts.items():
             if layout.sharded:
-                checks.unsharded(self._plans[p].name, "compile()")
+                shard_checks.unsharded(self._plans[p].name, "compile()")
         self._move = CompiledMove(options)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -298,7 +299,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         for p, group, grad, _ in members:
             checks.gradient(self._plans[p].name, grad)
             if self._layouts[p] is not HERE and hasattr(p, "device_mesh"):
-                checks.same_layout(self._plans[p].name, grad, cast(Any, p).placements)
+                shard_checks.same_layout(self._plans[p].name, grad, cast(Any, p).placements)
             if not self._state(p):
                 self._stand_ins.keep(p, self._fresh_state(p, group))
             follow(self._state(p), p, group)
@@ -448,7 +449,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             self.zero_grad()  # what was accumulated belongs to the weights before
 
     def __getstate__(self) -> dict[str, Any]:
-        checks.can_be_copied(type(self).__name__, bool(self._stand_ins.pieces))
+        shard_checks.can_be_copied(type(self).__name__, bool(self._stand_ins.pieces))
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -504,7 +505,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     def _taken_apart(self, saved: dict[str, Any], pieces: list[Tensor], group: dict[str, Any]) -> dict[str, Any]:
         """The state of a flat tensor, which is that of each of its fragments."""
         ours = {self._stand_ins.homes[piece].fragment.key: piece for piece in pieces}
-        checks.same_fragments(saved.keys() == ours.keys())
+        shard_checks.same_fragments(saved.keys() == ours.keys())
         return {
             key: loaded(self._plans[p].name, saved[key], self._fresh_state(p, group), self._layouts[p])
             for key, p in ours.items()

@@ -9,11 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from . import ops
 from .apply import apply_, apply_narrow_
 from .chunk import Chunk
 from .distributed.algebra import WHOLE, Algebra
-from .fitting import Due, fits
+from .fitting import Due, draws, fits, time_of
 from .kept import Store
 from .opened import OfMatrix
 from .parts import fused
@@ -165,7 +164,7 @@ def _refresh(chunk: Chunk, algebra: Algebra, due: list[Due], g: Tensor, st: Stat
         largest = algebra.told(algebra.largest(g).view(-1))  # finite: the norms were; one synchronisation for all
         due = [one for one in due if largest[one[3]] > 0]
         with chunk.watch.refreshing():
-            fitted = fits(chunk, algebra, due, g, st, _draws, _time)
+            fitted = fits(chunk, algebra, due, g, st)
             algebra.each(functools.partial(_refresh_one, chunk, algebra, g, st), zip(due, fitted, strict=True))
     return bool(due)
 
@@ -179,7 +178,7 @@ def _refresh_one(
     count, last = state["refreshes"].view(-1), state["refreshed_at"].view(-1)
     matrix = g if g.dim() == 2 else g[outer]
     view = st if g.dim() == 2 else OfMatrix(st, outer)
-    draw, at = _draws(algebra, plan, chunk.first + inner, matrix), _time(chunk, last, inner)
+    draw, at = draws(algebra, plan, chunk.first + inner, matrix), time_of(chunk, last, inner)
     if fitted is None:
         old = view if count[inner] else None
         fitted = chunk.recipe.basis.fit(algebra, matrix, old, cast(int, plan.rank), draw(int(count[inner])), at)
@@ -188,11 +187,6 @@ def _refresh_one(
         refresh.note_(counters, turn)
     count[inner] += 1
     last[inner] = at.step
-
-
-def _time(chunk: Chunk, last: Tensor, inner: int) -> Time:
-    since = max(0, int(last[inner])) if chunk.recipe.refresh.restarts else 0
-    return Time(chunk.step - 1, float(chunk.step - 1 - since))
 
 
 def _due(chunk: Chunk) -> Iterator[Due]:
@@ -257,23 +251,9 @@ def _derive(chunk: Chunk, algebra: Algebra, g: Tensor, st: State) -> None:
         kept = {key: st[key] if g.dim() == 2 else st[key][outer] for key in basis.spec(plan.matrix, plan.rank or 0)}
         count = state["refreshes"].view(-1)[inner] if chunk.numbers is None else chunk.numbers.counts[outer]
         last = (count - 1).clamp(min=0)
-        draw = _draws(algebra, plan, chunk.first + inner, matrix)(last if chunk.numbers else int(last))
+        draw = draws(algebra, plan, chunk.first + inner, matrix)(last if chunk.numbers else int(last))
         parts[outer] = basis.derive(algebra, matrix, kept, cast(int, plan.rank), draw)
 
     algebra.each(derive, matrices)
     for key in parts[0]:
         st[key] = parts[0][key] if g.dim() == 2 else torch.stack([part[key] for part in parts])
-
-
-def _draws(algebra: Algebra, plan: Plan, expert: int, g: Tensor) -> Callable[[int | Tensor], Draw]:
-    """The random numbers of one matrix, for refresh number `count`."""
-
-    def of(count: int | Tensor) -> Draw:
-        def draw(shape: tuple[int, ...], purpose: str = "sketch") -> Tensor:
-            stream = ops.stream_of(f"{purpose} {expert}", count)
-            here, start = algebra.own(shape)
-            return ops.normal(here, plan.key, stream, g.device, start).to(g.dtype)
-
-        return draw
-
-    return of

@@ -20,6 +20,7 @@ from . import checks
 from .chunk import COMPENSATION, working_dtype
 from .distributed.dtensors import local
 from .distributed.layout import Cut
+from .layers import layer_checks
 from .layers.convert import Conversion, adopt, converted, make_conversion
 from .layers.linear import ReparameterizedLinear
 from .methods._shared import adamw
@@ -43,14 +44,16 @@ class WeightSpaceOptimizer(LowRankOptimizer):
     layer_options: ClassVar[tuple[str, ...]] = ()  # constructor arguments that are the layer's and not the groups'
 
     def __init__(self, model: nn.Module, options: dict[str, Any], *, strict: bool = False) -> None:
-        options, model = dict(options), checks.whole_model(model)
+        options, model = dict(options), layer_checks.whole_model(model)
         how = {key: options.pop(key) for key in (*_HOW_TO_CONVERT, *self.layer_options)}
         rest_lr, seed = options.pop("rest_lr"), options["seed"]
         defaults = {**options, "rank": None, "factors": False}
         checks.hyperparameters({**defaults, **how, "rest_lr": rest_lr}, self.choices)
         self.check(defaults)
         if any(hasattr(layer.leader, "device_mesh") for _, layer in converted(model)):
-            checks.shards_restarted(type(self).__name__, self.shardable, [*how.pop("include"), *how.pop("exclude")])
+            layer_checks.shards_restarted(
+                type(self).__name__, self.shardable, [*how.pop("include"), *how.pop("exclude")]
+            )
             conversion = adopt(model, type(self).__name__, self.layer, **how)
         else:
             conversion = make_conversion(model, self.layer, seed=seed, **how)
@@ -78,7 +81,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
     def _admit_shard(self, plan: Plan, layout: Cut, group: dict[str, Any]) -> None:
         super()._admit_shard(plan, layout, group)
         if group["factors"] and group.get("reset") in PARTIAL:
-            checks.whole_restart(type(self).__name__, group["reset"])
+            layer_checks.whole_restart(type(self).__name__, group["reset"])
 
     @abc.abstractmethod
     def restart(self, name: str, layer: ReparameterizedLinear, count: int, group: dict[str, Any]) -> bool:

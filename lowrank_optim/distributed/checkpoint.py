@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checks import few
 from ..optimizer import LowRankOptimizer
 from ..plan import bare_name
-from .layout import Layout
+from .layout import Layout, others
 
 FORMAT = 1
 _KEYS = ("format", "method", "groups", "state")
@@ -50,7 +50,7 @@ def full_state(optimizer: LowRankOptimizer) -> dict[str, Any] | None:
     for name, layout, tensors in _by_name(optimizer):
         whole = {key: layout.gather(x) for key, x in tensors.items()}
         state[name] = {key: x for key, x in whole.items() if x is not None}
-    if _rank() > 0:
+    if others():
         return None
     return {"format": FORMAT, "method": type(optimizer).__name__, "groups": list(_groups(optimizer)), "state": state}
 
@@ -154,10 +154,6 @@ def _misfit(why: str) -> ValueError:
 
 
 # -- ranks -------------------------------------------------------------------------------------------------------------
-
-
-def _rank() -> int:
-    return dist.get_rank() if _several() else 0
 
 
 def _several() -> bool:

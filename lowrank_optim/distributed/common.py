@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import checks
 from ..plan import Plan
+from . import shard_checks
 from .layout import Cut, Layout
 from .lockstep import Peers, total
 
 
-def agree(table: Sequence[Any], peers: Peers) -> None:
-    """Raises a RuntimeError on all ranks of a group if not all of them have the same table."""
+def agree(plans: Iterable[Plan], peers: Peers) -> None:
+    """Raises a RuntimeError on all ranks of a group if not all of them mean the same matrices, in the same order."""
+    table = [(plan.name, plan.shape, plan.rank, plan.side) for plan in plans]
     digest = hashlib.blake2b(repr(table).encode(), digest_size=8).digest()
     own = torch.tensor([int.from_bytes(digest, "little") >> 1])
     both = total(torch.cat([own, -own]), peers, dist.ReduceOp.MAX)  # the largest, and minus the smallest
-    checks.same_plans(int(both[0]) == -int(both[1]), dist.get_rank(), table)
+    shard_checks.same_plans(int(both[0]) == -int(both[1]), dist.get_rank(), table)
 
 
 class Common:
@@ -39,8 +40,7 @@ class Common:
     def agree(self) -> None:
         """Once: do all ranks mean the same matrices, in the same order?"""
         for peers, params in () if self._agreed else self.groups.items():
-            table = [(plan.name, plan.shape, plan.rank, plan.side) for plan in map(self.plans.__getitem__, params)]
-            agree(table, peers)
+            agree(map(self.plans.__getitem__, params), peers)
         self._agreed = True
 
     def norms(self, grads: Iterable[tuple[Tensor, float]]) -> dict[Tensor, float]:
@@ -50,7 +50,7 @@ class Common:
             numbers = [(here.get(p, 0.0) ** 2, float(p in here)) for p in params]
             whole = total(torch.tensor(numbers, dtype=torch.float64), peers)
             for p, (square, ranks) in zip(params, whole.tolist(), strict=True):
-                checks.gradient_on_all(self.plans[p].name, int(ranks), peers.group.size())
+                shard_checks.gradient_on_all(self.plans[p].name, int(ranks), peers.group.size())
                 found[p] = math.sqrt(square) if square == square else math.nan
         return found
 

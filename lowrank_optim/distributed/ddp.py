@@ -99,9 +99,7 @@ class DDPProject:
         self.group: Any = model.process_group
         self.meters: dict[Tensor, Meter] = {p: Meter() for p in model.parameters()}
         self._sums: dict[Tensor, Tensor] = {}  # R since the last step, averaged over ranks
-        plans = optimizer._plans.values()
-        table = [(plan.name, plan.shape, plan.rank, plan.side) for plan in plans]
-        agree(table, Peers(self.group, next(iter(optimizer._plans)).device.type))
+        agree(optimizer._plans.values(), Peers(self.group, next(iter(optimizer._plans)).device.type))
         model.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))  # DDP does not read quoted annotations
         optimizer._projecting = self
 

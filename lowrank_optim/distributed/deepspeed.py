@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import checks
+from . import shard_checks
 
 
 class Range(NamedTuple):
@@ -37,7 +37,7 @@ def ranges(method: str, flat: Tensor, params: Sequence[Tensor], group: Mapping[s
         RuntimeError: DeepSpeed's map is not as it was in the versions that are known, or is wrong.
     """
     known = [cast(Any, p) for p in params if hasattr(p, "_z3_optimizer") or hasattr(p, "_hp_mapping")]
-    checks.flat(method, flat.shape, bool(known))
+    shard_checks.flat(method, flat.shape, bool(known))
     try:
         _refuse(params, group)
         if hasattr(known[0], "_z3_optimizer"):
@@ -58,7 +58,7 @@ def verify(flat: Tensor, found: Sequence[Range]) -> None:
         whole, start = (one.param, one.start) if shard is None else (shard, 0)
         own = whole.detach().reshape(-1)[start : start + one.length].to(flat.device)
         copy = flat.detach()[one.offset : one.offset + one.length].to(own.dtype)
-        checks.master_weights(torch.equal(copy, own))
+        shard_checks.master_weights(torch.equal(copy, own))
 
 
 def _of_stage_1_and_2(params: Sequence[Any]) -> Iterator[Range]:
@@ -88,7 +88,7 @@ def _refuse(params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
         for feature, used, instead in _features(
             p, getattr(p, "_z3_optimizer", getattr(p, "_zero_optimizer", None)), group
         ):
-            checks.deepspeed(feature, bool(used), instead)
+            shard_checks.deepspeed(feature, bool(used), instead)
 
 
 def _features(p: Any, zero: Any, group: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:

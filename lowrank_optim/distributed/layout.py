@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import checks
 from ..kept import Shape, Side, Spec, Store
 from ..ops.philox import Places
 from ..plan import Plan
+from . import shard_checks
 from .algebra import WHOLE, Algebra
 from .dtensors import from_local, like, local, moved
 from .dtensors import whole as whole_tensor
@@ -90,7 +90,7 @@ class Layout:
 
     def gather(self, x: Tensor) -> Tensor | None:
         """The whole of a tensor of state, a copy on the CPU of rank 0; None on other ranks. All ranks call it."""
-        return None if _others() else x.detach().to("cpu", copy=True)
+        return None if others() else x.detach().to("cpu", copy=True)
 
     def part(self, whole: Tensor, ours: Tensor) -> Tensor:
         """What of a whole tensor belongs where `ours` is, in its dtype and layout; new memory. All ranks call it."""
@@ -282,13 +282,13 @@ def layout_of(p: Tensor, plan: Plan) -> Layout:
     placements, mesh = tuple(dtensor.placements), dtensor.device_mesh
     if all(one.is_replicate() for one in placements):
         return Replicated()
-    checks.layout(plan.name, placements)
+    shard_checks.layout(plan.name, placements)
     cut = pieces(plan.shape, mesh, placements)
     if any(local(p).shape[natural] != piece.length for natural, piece in cut.items()):
         raise NotImplementedError(f"{plan.name} is cut into {placements}, but not into equal parts")
-    natural = {_dimension(plan, i): i for i in cut}
+    natural = {dimension(plan, i): i for i in cut}
     sides = {side: cut[i] for side, i in natural.items()}
-    checks.cut_stack(plan.name, bool(plan.batch), len(sides.keys() & {-2, -1}))
+    shard_checks.cut_stack(plan.name, bool(plan.batch), len(sides.keys() & {-2, -1}))
     everyone = peers_of(mesh, placements)
     return Cut(mesh, placements, sides, natural, len(plan.batch), everyone, _both(mesh, placements, natural))
 
@@ -300,18 +300,18 @@ def _both(mesh: Any, placements: Sequence[Any], natural: Mapping[int, int]) -> P
     return peers_of(mesh, inside) if len(sides) == 2 else None
 
 
-def _others() -> bool:
+def others() -> bool:
     """Is this another rank than 0?"""
     return dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
 
 
-def _dimension(plan: Plan, natural: int) -> int:
+def dimension(plan: Plan, natural: int) -> int:
     """The dimension of the turned matrix that a dimension of the parameter is."""
     if len(plan.matrix) == 1:
         return -1
     rows = len(plan.batch)
     if natural < rows:
-        checks.batch(plan.name, natural)
+        shard_checks.batch(plan.name, natural)
         return _BATCH
     if natural > rows and len(plan.shape) > rows + 2:
         raise NotImplementedError(

@@ -18,7 +18,7 @@ from ..recipe import Clock, Recipe, Refresh, State
 from ..turns import Turn
 from ..update import update_
 from .algebra import WHOLE, Algebra
-from .layout import HERE, Cut, Layout, _dimension
+from .layout import HERE, Cut, Layout, dimension
 from .lockstep import Peers
 from .pieces import Piece
 from .shards import Meter, Shards, Traffic
@@ -121,7 +121,7 @@ def rows(plan: Plan, start: int, stop: int, world_size: int) -> Layout:
     """Here are some lines of the first dimension of a parameter."""
     if not plan.shape or (start, stop) == (0, plan.shape[0]):
         return HERE
-    side, length = _dimension(plan, 0), stop - start
+    side, length = dimension(plan, 0), stop - start
     piece = Piece(plan.shape[0], start, length, length, 0, world_size, _PEERS)
     return Planned(None, (), {side: piece}, {side: 0}, len(plan.batch), _PEERS, shape=plan.shape)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import checks
 from ..plan import shape_of
+from . import shard_checks
 from .deepspeed import Range, ranges, verify
 from .fragments import Fragment, fragments
 from .layout import HERE
@@ -68,7 +69,7 @@ class StandIns:
             given = [p for _, p in self.given[group[GROUP]]]
             if not new or any(p is q for p in group["params"] for q in given):
                 continue  # a parameter that somebody has appended is refused elsewhere
-            checks.can_be_replaced(type(self.optimizer).__name__, self._ways(group))
+            shard_checks.can_be_replaced(type(self.optimizer).__name__, self._ways(group))
             self._check_served()
             trained = [p for p in given if p.requires_grad and shape_of(p).numel()]
             if [p.shape for p in new] == [p.shape for p in trained]:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import checks
 from ..plan import resolve_rank
+from . import layer_checks
 from .choose import linears
 from .linear import LowRankLinear, ReparameterizedLinear
 
@@ -90,8 +91,8 @@ def make_conversion(
     **options: Any,
 ) -> Conversion:
     """`convert`, and what it did."""
-    checks.convertible(model)
-    checks.given("rank", rank)
+    layer_checks.convertible(model)
+    layer_checks.given("rank", rank)
     checks.hyperparameters({"rank": rank}, {})
     chosen, left = _eligible(model, include, exclude, rank, min_dim)
     layers, replaced = {}, {}
@@ -119,7 +120,7 @@ def adopt(
     known: set[nn.Parameter] = set()
     for name, one in converted(model):
         own = {**options, "rank": resolve_rank(rank, one.out_features, one.in_features)}
-        checks.adopted(method, name, layer, one, own)
+        layer_checks.adopted(method, name, layer, one, own)
         one.refuse_shards()
         if one.leader not in known:
             known.add(one.leader)
@@ -157,7 +158,7 @@ def merge(model: nn.Module) -> nn.Module:
         raise ValueError(f"{type(model).__name__} has no converted layers: nothing to merge")
     for _, _, layer in places:
         layer.check_complete()
-        checks.unsharded_layer(layer.leader)
+        layer_checks.unsharded_layer(layer.leader)
     while places:  # let go one by one, so that at no time both forms of all layers are there
         parent, name, layer = places.pop()
         if id(layer) not in plain:
@@ -191,10 +192,10 @@ def _eligible(
         if reason:
             left[name] = reason
         else:
-            checks.bare_linear(name, twins)
+            layer_checks.bare_linear(name, twins)
             chosen[name] = twins
     if not chosen:
-        checks.something_converted(type(model).__name__, left.items())
+        layer_checks.something_converted(type(model).__name__, left.items())
     return chosen, left
 
 

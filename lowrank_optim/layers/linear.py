@@ -16,6 +16,7 @@ from ..chunk import unpacked, working_dtype
 from ..distributed.dtensors import first_row, local, part, whole
 from ..ops.factor import balance, split
 from ..plan import bare_name, resolve_rank
+from . import layer_checks
 from .base import add_to_base_, kind_of
 from .quantized import Int8Weight, NF4Weight
 
@@ -51,7 +52,7 @@ class ReparameterizedLinear(nn.Module, abc.ABC):
         checks.hyperparameters({"rank": rank, "seed": seed}, {})
         self.out_features, self.in_features = plain.weight.shape
         self.rank = resolve_rank(rank, self.out_features, self.in_features)
-        checks.thin(name, self.rank, tuple(plain.weight.shape))
+        layer_checks.thin(name, self.rank, tuple(plain.weight.shape))
         self.key = ops.key_of(seed, bare_name(name))
         self.register_parameter("bias", plain.bias)
         self.train(plain.training)
@@ -227,7 +228,7 @@ class LowRankLinear(ProductLinear):
     def refuse_shards(self) -> None:
         base = "none" if self.base is None else kind_of(self.base)
         cut = [] if self.base is None else [self.B, self.base]
-        checks.shards_of_rows(type(self).__name__, base, self.exact is not None, cut)
+        layer_checks.shards_of_rows(type(self).__name__, base, self.exact is not None, cut)
 
     def restart_workspace(self) -> int:
         if self.base is None:  # two orthonormal bases and what replaces the factors

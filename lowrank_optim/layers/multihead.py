@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 from .. import checks, ops
 from ..chunk import unpacked, working_dtype
 from ..distributed import heads as processes
+from . import layer_checks
 from .base import add_to_base_, kind_of
 from .linear import BASES, ReparameterizedLinear
 
@@ -116,7 +117,7 @@ class MultiHeadLinear(ReparameterizedLinear):
         self.B_merged.copy_(self.B)
         if self.world > 1:
             total = unpacked(self.base, delta.dtype).sum(dtype=torch.float64)
-            checks.same_weights(self.label, processes.same_everywhere(total))
+            layer_checks.same_weights(self.label, processes.same_everywhere(total))
 
     def restart_workspace(self) -> int:
         """Elements that a merge holds at once."""

@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 from .. import checks, ops
 from ..chunk import working_dtype
 from ..hooks import full_precision
+from . import layer_checks
 from .linear import ProductLinear
 
 _SPARSE = 1 / 8  # density at which a product costs as much as its elements one by one
@@ -59,7 +60,7 @@ class SparseLowRankLinear(ProductLinear):
         checks.hyperparameters({"density": density, "alpha": alpha, "init": init}, {})
         w, (m, n, r) = plain.weight.detach(), (self.out_features, self.in_features, self.rank)
         count = int(density * m * n)
-        checks.sparse(name, count, density, (m, n))
+        layer_checks.sparse(name, count, density, (m, n))
         self.scale, self.density = alpha / r, density
         self.register_buffer("support", self._places(count, w.device))
         if init == "spectral":

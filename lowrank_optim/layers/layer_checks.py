@@ -1,0 +1,141 @@
+"""What is refused of models whose layers are to be converted, and of layers that are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+def thin(name: str, rank: int, shape: tuple[int, ...]) -> None:
+    if rank >= min(shape):
+        raise ValueError(
+            f"{name or 'this layer'} {shape} at rank {rank} would not be thin; take a rank below {min(shape)}"
+        )
+
+
+def sparse(name: str, count: int, density: float, shape: tuple[int, ...]) -> None:
+    if not count:
+        raise ValueError(
+            f"{name or 'this layer'} {shape} has no entries at density {density:g}; take a higher one, leave the layer "
+            "out with `exclude`, or use LowRankAdamW, which has none anywhere"
+        )
+
+
+def same_weights(name: str, same: bool) -> None:
+    """One head per rank: merges add the same to all, so weights that differ would differ for good."""
+    if not same:
+        raise RuntimeError(
+            f"{name}: the weight differs between ranks after a merge. Load equal weights on every rank before the "
+            "optimizer is made, or wrap the model by DistributedDataParallel, which sends those of rank 0"
+        )
+
+
+def whole_model(model: Any) -> torch.nn.Module:
+    """The model itself, or an error that says that it must be one."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"this method changes how weights are kept, so it takes the model, got {type(model).__name__}. Pass the "
+            "nn.Module itself, not its parameters"
+        )
+    return model
+
+
+def given(name: str, value: Any) -> None:
+    if value is None:
+        raise ValueError(f"{name} must be given here, got None")
+
+
+def convertible(model: Any) -> None:
+    """Refuses what cannot be converted in place, before anything is."""
+    whole_model(model)
+    if hasattr(model, "_orig_mod") or isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            f"the model is wrapped ({type(model).__name__}); convert the bare model first, and wrap it then"
+        )
+    for name, module in model.named_modules():
+        if hasattr(module, "leader") and hasattr(module, "factors"):
+            raise ValueError(
+                f"{name or 'the model'} is converted already ({type(module).__name__}); take it back to plain layers "
+                "first, with lowrank_optim.merge(model)"
+            )
+        weight = module._parameters.get("weight") if isinstance(module, torch.nn.Linear) else None
+        if weight is not None and (hasattr(weight, "pack_") or not weight.is_floating_point()):
+            raise ValueError(
+                f"{name}.weight is quantized ({type(weight).__name__}); convert the model with its float weights, and "
+                'let the method quantize them (base="int8" or "nf4", where it has one)'
+            )
+        if weight is not None and hasattr(weight, "device_mesh"):
+            raise NotImplementedError(
+                f"{name}.weight is a DTensor; convert the bare model first (lowrank_optim.convert), shard it then, and "
+                "make the optimizer last"
+            )
+    if isinstance(model, torch.nn.Linear):
+        raise ValueError("the model is one nn.Linear, which cannot be replaced in place; put it into a nn.Sequential")
+
+
+def shards_of_rows(layer: str, base: str, exact: bool, cut: Sequence[Any]) -> None:
+    """Refuses sharded layers but those whose factor B and dense base are cut along the same rows."""
+    if base not in ("none", "dense") or exact:
+        raise NotImplementedError(
+            f"{layer} with base={base!r} is sharded, and its codes stand for blocks that a shard divides. Use "
+            'base="dense", or DistributedDataParallel'
+        )
+    placements = {tuple(x.placements) for x in cut if hasattr(x, "device_mesh")}
+    if len(placements) > 1 or any(getattr(one, "dim", 0) for some in placements for one in some):
+        raise NotImplementedError(
+            f"{layer} is sharded as {sorted(map(str, placements))}; shard dimension 0 of all its parameters, as "
+            "fully_shard does by default"
+        )
+
+
+def adopted(method: str, name: str, wanted: type[Any], layer: Any, options: Mapping[str, Any]) -> None:
+    """Refuses a layer that was converted for another method, or otherwise than the optimizer is told."""
+    how = f"convert the bare model with lowrank_optim.convert(model, lowrank_optim.{wanted.__name__}, ...) for it"
+    if not isinstance(layer, wanted):  # fully_shard makes a subclass of it
+        raise ValueError(f"{name} is converted to {type(layer).__name__}, which {method} does not know; {how}")
+    for key, value in layer.made_with().items():
+        if value != options.get(key, value):
+            raise ValueError(f"{name} is converted with {key}={value!r}, and {method} was told {options[key]!r}; {how}")
+
+
+def shards_restarted(method: str, known: bool, patterns: Iterable[str]) -> None:
+    if not known:
+        raise NotImplementedError(
+            f"{method} restarts its layers from whole weights, which a sharded model does not have; ReLoRA, SLTrain "
+            "and LowRankAdamW send thin factors only. Use these, or DistributedDataParallel"
+        )
+    if patterns := list(patterns):
+        raise ValueError(f"the model is converted already, and {patterns} would choose layers; give it to convert()")
+
+
+def unsharded_layer(p: Any) -> None:
+    if hasattr(p, "device_mesh"):
+        raise NotImplementedError(
+            "merge needs whole layers, and these are sharded. Save the full state dict (StateDictOptions("
+            "full_state_dict=True)), load it into a converted model in one process, and merge that"
+        )
+
+
+def whole_restart(method: str, reset: str) -> None:
+    raise NotImplementedError(
+        f'{method} with reset={reset!r} needs all entries of a factor at once, which is sharded. Use reset="drop"'
+    )
+
+
+def bare_linear(name: str, twins: Iterable[torch.nn.Linear]) -> None:
+    """Refuses layers of which something would be lost."""
+    for plain in twins:
+        hooks = (plain._forward_hooks, plain._forward_pre_hooks, plain._backward_hooks, plain._backward_pre_hooks)
+        if any(hooks):
+            raise ValueError(f"{name.removesuffix('.weight')} has hooks, which a new layer would lose; add them after")
+        if not plain.weight.is_meta and not bool(plain.weight.isfinite().all()):
+            raise ValueError(f"{name} has entries that are not finite; nothing was converted")
+
+
+def something_converted(model: str, left: Iterable[tuple[str, str]]) -> None:
+    listed = list(left)
+    shown = "".join(f"\n  {name}: {reason}" for name, reason in listed[:5])
+    more = f"\n  and {len(listed) - 5} more" if len(listed) > 5 else ""
+    raise ValueError(f"{model} has no linear layer to convert:{shown}{more}\nLower `rank`, or name layers in `include`")
