@@ -45,13 +45,18 @@ void emulate(unsigned grid, unsigned threads, const Kernel& kernel) {
 #define blockIdx ::lro::block_index
 #define blockDim ::lro::block_shape
 #define gridDim ::lro::grid_shape
-#ifdef LRO_DROP_BARRIERS  // tests/races.cpp leaves one out, to see it reported
+#ifdef LRO_DROP_BARRIERS  // tests/races.cpp leaves one out, to see it reported, and names every kernel
 namespace lro {
 bool dropped(const char* file, int line);
-}
+void launched(const char* kernel);
+}  // namespace lro
 #define __syncthreads() \
   (::lro::dropped(__FILE__, __LINE__) ? void() : ::lro::block_barrier->arrive_and_wait())
 #else
 #define __syncthreads() ::lro::block_barrier->arrive_and_wait()
+namespace lro {
+inline void launched(const char*) {}
+}  // namespace lro
 #endif
-#define LRO_LAUNCH(kernel, grid, threads, queue, ...) ::lro::emulate((grid), (threads), [&] { kernel(__VA_ARGS__); })
+#define LRO_LAUNCH(kernel, grid, threads, queue, ...) \
+  (::lro::launched(#kernel), ::lro::emulate((grid), (threads), [&] { kernel(__VA_ARGS__); }))

@@ -308,15 +308,15 @@ def test_processes_read_the_same_stream(tmp_path, folder, cache, monkeypatch):
         (2, "--optimizer lte --set heads='ranks'", r"heads='ranks' keeps other weights in every process"),
     ],
 )
-def test_refused_with_a_reason(folder, cache, monkeypatch, world, argv, message):
+def test_refused_with_a_reason(folder, cache, tmp_path, monkeypatch, world, argv, message):
     if world:
         monkeypatch.setenv("WORLD_SIZE", str(world))
         monkeypatch.setenv("RANK", "0")
-    monkeypatch.chdir(folder.parent)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(PretrainError) as caught:
         launch.plan(command(folder, cache, *argv.split()))
     assert_matches(message, str(caught.value))
-    assert not list(folder.parent.rglob("job.json"))
+    assert not list(tmp_path.rglob("job.json"))
 
 
 def test_strategy_follows_the_launcher(folder, cache, monkeypatch):

@@ -20,7 +20,7 @@ pytestmark = [
 KERNELS = sorted((build.sources() / "cuda").glob("*.cu"))
 BARRIERS = [
     f"{path.name}:{number}"
-    for path in KERNELS
+    for path in [*KERNELS, *KERNELS[0].parent.glob("*.h")]
     for number, line in enumerate(path.read_text().splitlines(), start=1)
     if "__syncthreads()" in line
 ]
@@ -41,18 +41,24 @@ def kernels(tmp_path_factory) -> Path:
     return program
 
 
-def races(program: Path, dropped: str = "") -> int:
+def run(program: Path, dropped: str = "") -> tuple[set[str], int]:
+    """The kernels that ran, and how many races there were."""
     command = [*(["setarch", "-R"] if shutil.which("setarch") else []), str(program)]  # it knows few layouts of memory
     environment = {**os.environ, "LRO_DROPPED": dropped, "TSAN_OPTIONS": "exitcode=0"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.stdout == "done\n", done.stderr
-    return len(re.findall("WARNING: ThreadSanitizer: data race", done.stderr))
+    *names, last = done.stdout.splitlines()
+    assert last == "done", done.stderr
+    races = re.findall("WARNING: ThreadSanitizer: data race", done.stderr)
+    return {re.findall(r"\w+", name)[0] for name in names}, len(races)
 
 
 def test_kernels_have_no_races(kernels):
-    assert races(kernels) == 0
+    ran, races = run(kernels)
+    assert races == 0
+    written = [re.findall(r"__global__ void .*?(\w+)\((?!kThreads)", path.read_text()) for path in KERNELS]
+    assert ran == {name for names in written for name in names}
 
 
 @pytest.mark.parametrize("barrier", BARRIERS)
 def test_a_barrier_that_is_left_out_is_reported(kernels, barrier):
-    assert races(kernels, barrier) > 0
+    assert run(kernels, barrier)[1] > 0
