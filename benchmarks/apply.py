@@ -24,7 +24,7 @@ from benchmarks import record
 from benchmarks.native import Run, compared
 from lowrank_optim import GaLoreAdamW, ops
 from lowrank_optim.apply import apply_narrow_
-from lowrank_optim.chunk import Asked, Member
+from lowrank_optim.forming import Asked, Member
 from lowrank_optim.recipe import Update
 
 SHAPES = [(1024, 4096, 128, "left"), (1024, 4096, 256, "right"), (4096, 4096, 128, "right"), (4096, 1024, 128, "left")]

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from . import backward_checks, checks
-from .chunk import CHUNK_BYTES, Asked, Chunk, Member, gradient_norms, one_by_one
+from .chunk import CHUNK_BYTES, Chunk
 from .clipping import Clipping
+from .forming import Asked, Member, gradient_norms, one_by_one
 from .gradient_memory import ever_thin, gradient_report
 from .hooks import full_precision, on_gradient
 from .optimizer import LowRankOptimizer

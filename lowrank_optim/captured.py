@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .chunk import Asked, Chunk, Member, gradient_norms
+from .chunk import Chunk
+from .forming import Asked, Member, gradient_norms
 from .hooks import full_precision
 from .step_numbers import Numbers
 from .update import refresh_, refresh_due, update_

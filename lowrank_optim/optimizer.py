@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import abc
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import captured, checks
-from .chunk import Asked, Chunk, Member, form_chunks, gradient_norms, in_cache, one_by_one, waves
+from . import captured, checks, loading
+from .chunk import Chunk
 from .distributed import shard_checks
 from .distributed.common import Common
 from .distributed.fragments import complete_edges
 from .distributed.layout import HERE, Cut, Layout, layout_of
 from .distributed.lockstep import together
 from .distributed.stand_ins import GROUP, StandIns
+from .forming import Asked, Member, form_chunks, gradient_norms, in_cache, one_by_one, waves
 from .hooks import full_precision
 from .ops import native
 from .parts import Drop, Identity, Never
-from .plan import Plan, bare_name, decide, shape_of
+from .plan import Plan, decide, shape_of
 from .recipe import Recipe
 from .report import Report, report
-from .state import follow, fresh, loaded
+from .state import follow, fresh
 from .stats import Watch, stats
 from .update import Move, refresh_due, update_
 
@@ -59,6 +58,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     _in_backward: StepInBackward | None = None
     _projecting: DDPProject | None = None
     _move: Move | None = None
+    _incoming: dict[str, Any] | None = None  # the state dict that is being loaded
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], *, strict: bool = False) -> None:
         params = params if isinstance(params, Tensor) else list(params)  # torch's own error for a bare tensor
@@ -424,29 +424,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
 
         torch would cast all state to the parameter's dtype, which loses bits for bfloat16 parameters.
         """
-        self._stand_ins.adopt()
-        state_dict, hooks = state_dict.copy(), self._optimizer_load_state_dict_pre_hooks
-        for hook in hooks.values():
-            replaced = hook(self, state_dict)
-            state_dict = state_dict if replaced is None else replaced
-        if self.state or self._stand_ins.pieces:
-            checks.has_state(state_dict)
-            self._same_names(state_dict)
-        before = self.param_groups, self._plans, self._seen, self._layouts, self._stand_ins, dict(self.state)
-        self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run
-        self._incoming: dict[str, Any] | None = state_dict
-        try:
-            super().load_state_dict({**state_dict, "state": {}})
-        except Exception:
-            self.param_groups, self._plans, self._seen, self._layouts, self._stand_ins, state = before
-            self.state.clear()
-            self.state.update(state)
-            raise
-        finally:
-            self._incoming = None
-            self._optimizer_load_state_dict_pre_hooks = hooks
-        if self._in_backward is not None or self._projecting is not None:
-            self.zero_grad()  # what was accumulated belongs to the weights before
+        loading.load(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         shard_checks.can_be_copied(type(self).__name__, bool(self._stand_ins.pieces))
@@ -454,59 +432,4 @@ class LowRankOptimizer(Optimizer, abc.ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores what is derived; called by pickle, by deepcopy, and by torch's loader in the middle of its work."""
-        incoming = self.__dict__.get("_incoming")
-        kept = self.state if incoming is not None else None
-        numbers = [group[GROUP] for group in self.param_groups] if incoming is not None else None
-        super().__setstate__({**state, "state": kept} if kept is not None else state)
-        for group in self.param_groups:
-            for key, value in self.defaults.items():
-                if key != "differentiable":  # which torch adds to defaults here
-                    group.setdefault(key, value)
-        self._plans, self._layouts, self._seen, self._commons = {}, {}, {}, {}
-        self._watch = getattr(self, "_watch", None) or Watch()
-        self._captured = captured.Captured(self)
-        self._stand_ins = StandIns(self) if numbers is None else self._stand_ins.again()
-        for group, number in zip(self.param_groups, numbers or range(len(self.param_groups)), strict=True):
-            group[GROUP] = number
-            if numbers is None:
-                self._stand_ins.note(group)
-            checks.hyperparameters(group, self.choices)
-            plans = self._decide(group)
-            self._layouts.update(self._lay_out(plans, group))
-            self._plans.update(plans)
-            self._seen[number] = checks.snapshot(group)
-        self._stand_ins.adopt()
-        if incoming is not None:
-            self._take_state(incoming)
-
-    def _same_names(self, state_dict: dict[str, Any]) -> None:
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
-            if any(self._plans[p].projected for p in self._stand_ins.of(group)) and self.recipe(group).basis.seeded:
-                names = [one.get("param_names") for one in (saved, group)]
-                bare = [None if given is None else [bare_name(name) for name in given] for given in names]
-                checks.same_names(type(self).__name__, *bare)
-
-    def _take_state(self, state_dict: dict[str, Any]) -> None:
-        """All or nothing. A parameter without saved state was frozen when the state was saved, and starts afresh."""
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        members = ((p, group) for group in self.param_groups for p in group["params"])
-        new: dict[Tensor, dict[str, Any]] = {}
-        for key, (p, group) in zip(saved, members, strict=True):
-            was, pieces = state_dict["state"].get(key), self._stand_ins.pieces.get(p)
-            if was and pieces is not None:
-                new[p] = self._taken_apart(was, pieces, group)
-            elif was:
-                new[p] = loaded(self._plans[p].name, was, self._fresh_state(p, group), self._layouts[p])
-            elif p.requires_grad and pieces is None:
-                new[p] = self._fresh_state(p, group)
-        self.state.clear()
-        self.state.update(new)
-
-    def _taken_apart(self, saved: dict[str, Any], pieces: list[Tensor], group: dict[str, Any]) -> dict[str, Any]:
-        """The state of a flat tensor, which is that of each of its fragments."""
-        ours = {self._stand_ins.homes[piece].fragment.key: piece for piece in pieces}
-        shard_checks.same_fragments(saved.keys() == ours.keys())
-        return {
-            key: loaded(self._plans[p].name, saved[key], self._fresh_state(p, group), self._layouts[p])
-            for key, p in ours.items()
-        }
+        loading.restore(self, state)

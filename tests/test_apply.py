@@ -13,8 +13,9 @@ from torch import nn
 import lowrank_optim
 from lowrank_optim import GaLoreAdamW, blocks, estimate_memory, ops
 from lowrank_optim.blocks import Columns
-from lowrank_optim.chunk import CHUNK_BYTES, Asked, Member, gradient_norms
+from lowrank_optim.chunk import CHUNK_BYTES
 from lowrank_optim.distributed.algebra import WHOLE
+from lowrank_optim.forming import Asked, Member, gradient_norms
 from lowrank_optim.ops.apply import add_rounded_
 from lowrank_optim.peak import Peak
 

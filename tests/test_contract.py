@@ -14,7 +14,7 @@ from torch import nn
 
 import lowrank_optim
 from lowrank_optim import ops
-from lowrank_optim.chunk import Member
+from lowrank_optim.forming import Member
 
 
 def weights(model):

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from ..chunk import Asked, Chunk, Member, gradient_norms
+from ..chunk import Chunk
 from ..clipping import Clipping
+from ..forming import Asked, Member, gradient_norms
 from ..hooks import full_precision
 from ..optimizer import LowRankOptimizer
 from ..update import project, refresh_due

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..chunk import Asked, Member, form_chunks, working_dtype
+from ..chunk import working_dtype
+from ..forming import Asked, Member, form_chunks
 from ..kept import Shape
 from ..optimizer import LowRankOptimizer
 from ..plan import Plan

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import ops
-from ..chunk import Member, gradient_norms, is_packed, working_dtype
+from ..chunk import is_packed, working_dtype
 from ..distributed.algebra import WHOLE
+from ..forming import Member, gradient_norms
 from ..layers.convert import Conversion, leave_to_ranks
 from ..layers.linear import ReparameterizedLinear
 from ..layers.quantized_linear import QuantizedLinear

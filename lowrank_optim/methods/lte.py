@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..chunk import Member
 from ..distributed import heads as processes
+from ..forming import Member
 from ..layers.linear import ReparameterizedLinear
 from ..layers.multihead import INITS, MERGED, MultiHeadLinear
 from ..weight_space import WeightSpaceOptimizer

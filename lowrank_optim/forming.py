@@ -1,0 +1,166 @@
+"""Who is updated together: members with equal matrices are formed into chunks, in an order that caches like."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import chunk as limits
+from .chunk import WEIGHT, Chunk, working_dtype
+from .distributed.layout import Layout
+from .kept import Shape, Spec
+from .plan import Plan
+from .recipe import Recipe
+from .stats import Watch
+
+CACHE = 1 << 18  # bytes of gradients looked at together on CPU: what stays in cache until they are used
+
+
+class Member(NamedTuple):
+    """A parameter with its group and its gradient: whole and shaped like it, or only the coordinates R of it."""
+
+    p: Tensor
+    group: dict[str, Any]
+    grad: Tensor
+    projected: bool = False
+
+
+@dataclass
+class Asked:
+    """What recipes have answered during one step: filled as it goes along.
+
+    Attributes:
+        recipes: by group, and whether the parameter is projected.
+        specs: the state of each kind of matrix, and the shapes of it and of the weight.
+    """
+
+    recipes: dict[tuple[int, bool], Recipe] = field(default_factory=dict)
+    specs: dict[tuple[Any, ...], tuple[dict[str, Spec], dict[str, Shape]]] = field(default_factory=dict)
+
+    def spec(self, kind: tuple[int, bool], plan: Plan, layout: Layout) -> tuple[dict[str, Spec], dict[str, Shape]]:
+        key = kind, layout.key, plan.matrix, plan.rank, plan.side, plan.small
+        if key not in self.specs:
+            spec = layout.spec(self.recipes[kind].spec(layout.matrix(plan), plan.rank or 0, plan.small))
+            self.specs[key] = spec, {name: one.shape for name, one in spec.items()} | {WEIGHT: layout.weight(plan)}
+        return self.specs[key]
+
+
+def form_chunks(
+    members: list[Member],
+    plans: dict[Tensor, Plan],
+    layouts: dict[Tensor, Layout],
+    state_of: Callable[[Tensor], dict[str, Tensor]],
+    recipe_of: Callable[[Plan, dict[str, Any]], Recipe],
+    asked: Asked,
+    watch: Watch,
+) -> Iterator[Chunk]:
+    """Buckets by everything that must be equal, cut to the byte limit. On CPU a loop beats stacking."""
+    buckets: dict[tuple[Any, ...], list[Member]] = {}
+    recipes = asked.recipes
+    for member in members:
+        p, group, grad, _ = member
+        plan = plans[p]
+        kind = id(group), plan.projected
+        if kind not in recipes:
+            recipes[kind] = recipe_of(plan, group)
+        stack = p.device.type != "cpu" if group["foreach"] is None else group["foreach"]
+        alone = None if stack and (plan.projected or recipes[kind].elementwise) else id(p)
+        equal = plan.matrix, plan.batch, plan.side, plan.rank, p.dtype, grad.dtype, p.device, member.projected
+        buckets.setdefault((kind, int(state_of(p)["step"]) + 1, alone, layouts[p].key, *equal), []).append(member)
+    for (kind, step, *_), bucket in buckets.items():
+        p, group, _, projected = bucket[0]
+        plan, layout = plans[p], layouts[p]
+        spec, shapes = asked.spec(kind, plan, layout)
+        most = layout.most(plan)
+        limit = max(1, limits.CHUNK_BYTES // (working_dtype(p).itemsize * max(1, most)))
+        for start in range(0, len(bucket), limit):
+            some = bucket[start : start + limit]
+            homes = [one.p.detach() for one in some]
+            yield Chunk(
+                recipe=recipes[kind],
+                group=group,
+                step=step,
+                spec=spec,
+                plans=[layout.plan(plans[one.p]) for one in some],
+                params=[layouts[one.p].enter(home) for one, home in zip(some, homes, strict=True)],
+                grads=[layouts[one.p].enter_gradient(one.grad.detach()) for one in some],
+                states=[layout.here_all(state_of(one.p)) for one in some],
+                working=working_dtype(p),
+                watch=watch,
+                projected=projected,
+                first=layout.first(plan),
+                layout=layout,
+                algebra=layout.algebra([layouts[one.p] for one in some]),
+                most=most,
+                shapes=shapes,
+                homes=homes,
+            )
+
+
+def waves(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
+    """Chunks whose sums over ranks are sent together; those that send nothing alone, at once.
+
+    Together they are as large as one may be, and all that a step holds of them at a time."""
+    some: list[Chunk] = []
+    for chunk in chunks:
+        if chunk.silent:
+            yield [chunk]
+            continue
+        if some and sum(one.bytes for one in [*some, chunk]) > limits.CHUNK_BYTES:
+            yield some
+            some = []
+        some.append(chunk)
+    if some:
+        yield some
+
+
+def one_by_one(members: list[Member]) -> bool:
+    """On CPU a gradient is still in cache from its norm when it is projected at once. Where gradients are stacked, on
+    accelerators (one synchronisation), and where a bad one must stop all, the norms of all come first."""
+    return all(
+        one.p.device.type == "cpu" and not one.group["foreach"] and one.group["nonfinite"] == "skip" for one in members
+    )
+
+
+def in_cache(members: list[Member]) -> Iterator[list[Member]]:
+    """Runs of members whose gradients stay in cache together: many small ones, or one."""
+    some: list[Member] = []
+    size = 0
+    for one in members:
+        size += one.grad.nbytes
+        if some and size > CACHE:
+            yield some
+            some, size = [], one.grad.nbytes
+        some.append(one)
+    if some:
+        yield some
+
+
+def gradient_norms(grads: list[Tensor]) -> list[float]:
+    """One synchronisation per device; infinite also where only their squares would be."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, grad in enumerate(grads):
+        kinds.setdefault((grad.device, grad.dtype), []).append(i)
+    norms = [0.0] * len(grads)
+    for same in kinds.values():
+        working = working_dtype(grads[same[0]])
+        limit = torch.finfo(working).max ** 0.5
+        parts = [_norm_parts(grads[i]) for i in same]
+        values = iter(torch.stack(torch._foreach_norm(list(chain(*parts)), 2, dtype=working)).tolist())
+        for i, own in zip(same, parts, strict=True):
+            norm = math.hypot(*islice(values, len(own)))
+            norms[i] = norm if norm < limit else math.inf
+    return norms
+
+
+def _norm_parts(grad: Tensor) -> Sequence[Tensor]:
+    """On CPU a norm widens all that it is given, so what is kept in 16 bits is given in slices."""
+    large = grad.numel() > limits.SLICE and grad.is_contiguous()
+    copied = large and grad.device.type == "cpu" and grad.dtype.itemsize < torch.float32.itemsize
+    return torch.split(grad.view(-1), limits.SLICE) if copied else (grad,)
