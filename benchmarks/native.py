@@ -201,6 +201,9 @@ def main() -> None:
         row = compared(fast, plain, arguments.rounds)
         found["plain_over_native"][name] = {"native_ns_per_element": row["ms"] * 1e6 / N, "ratio": row["ratio"]}
         print(f"{name:32} {row['ms'] * 1e6 / N:6.2f} ns per element, plain torch takes {row['ratio']:.1f} times that")
+    normal = kernels()["philox_normal_"][0]
+    found["normal_over_philox_normal"] = compared(normal, torch.empty(N).normal_, arguments.rounds)["ratio"]
+    print(f"torch.Tensor.normal_ takes {found['normal_over_philox_normal']:.2f} times philox_normal_")
     found["state_kernel_over_fused_adamw"] = compared(fused_adamw(), kernels()["projected_adam_"][0], arguments.rounds)
     print(f"the state kernel takes {found['state_kernel_over_fused_adamw']['ratio']:.2f} of fused AdamW per element")
     m, v, r = torch.randn(N), torch.rand(N), torch.randn(N)

@@ -146,12 +146,48 @@ LRO_HD float uniform_of(uint32_t word) {
   return static_cast<float>((static_cast<double>(static_cast<int32_t>(word >> 9)) + 0.5) * 0x1p-23);
 }
 
-// Box and Muller in double, rounded once: libraries whose logarithms differ in the last place still agree.
+// -- Normal numbers ---------------------------------------------------------------------------------------------------
+//
+// Box and Muller: sqrt(-2 log u) times the cosine and the sine of 2 pi v. Logarithm, cosine and sine are polynomials in
+// double (minimax, relative errors below 2^-33) and not those of a library: made of sums and products only, they have the
+// same bits everywhere, and compilers make vectors of them.
+
+template <class... More>
+LRO_HD double polynomial(double x, double first, More... more) {
+  if constexpr (sizeof...(more) == 0) return first;
+  else return first + x * polynomial(x, more...);
+}
+
+// sqrt(-2 log u) for the midpoint u of one of 2^32 cells of (0, 1).
+LRO_HD float normal_length(uint32_t word) {
+  constexpr uint64_t kOne = 1ull << 52;                      // of an exponent
+  constexpr uint64_t kLeast = 0x3FE6A09E667F3BCDull - kOne;  // sqrt(1/2) / 2: no u 2^32 is less
+  constexpr double kPlain = 0x1p52;                          // an integer in its last bits is added to it
+  constexpr double kPerHalving = 1.3862943611198906;         // 2 log 2
+  const double scaled = static_cast<double>(static_cast<int32_t>(word ^ 0x80000000u)) + 2147483648.5;  // u 2^32
+  const uint64_t bits = bits_as<uint64_t>(scaled), exponent = (bits - kLeast) / kOne;
+  const double halvings = kPlain + 33.0 - bits_as<double>(bits_as<uint64_t>(kPlain) | exponent);
+  const double x = bits_as<double>(bits - exponent * kOne + kOne) - 1.0;  // from sqrt(1/2) - 1 to sqrt(2) - 1
+  const double log = x * polynomial(x, -2.000000000069894, 1.0000000066099737, -0.6666666302869585, 0.4999986696525973,
+                                    -0.4000022680367106, 0.3334095800110999, -0.28571005412477596, 0.24821176285110688,
+                                    -0.2204231241325923, 0.21762395628763806, -0.2146772654188622, 0.1196994964197827);
+  return sqrtf(static_cast<float>(halvings * kPerHalving + log));
+}
+
+// The turn is that of one of 2^32 midpoints, as at most half a quarter from the nearest of four quarters.
 LRO_HD void normal_pair(uint32_t radius, uint32_t angle, float& first, float& second) {
-  const double u = (static_cast<double>(radius) + 0.5) * 0x1p-32, v = (static_cast<double>(angle) + 0.5) * 0x1p-32;
-  const double length = sqrt(-2.0 * log(u)), turn = 6.283185307179586 * v;
-  first = static_cast<float>(length * cos(turn));
-  second = static_cast<float>(length * sin(turn));
+  const uint32_t turn = angle + (1u << 29), quarter = turn >> 30;
+  const int32_t past = static_cast<int32_t>(turn & 0x3FFFFFFFu) - (1 << 29);
+  const double x = (static_cast<double>(past) + 0.5) * 0x1p-30, square = x * x, length = normal_length(radius);
+  const double cosine = polynomial(square, 0.9999999999439587, -1.2337005395654945, 0.25366918260255533,
+                                   -0.020859936041659748, 0.0009033629646812772);
+  const double sine = x * polynomial(square, 1.5707963267877518, -0.6459640961024318, 0.07969258184293669,
+                                     -0.0046812606280718936, 0.00015819507558202523);
+  const uint32_t along = bits_as<uint32_t>(static_cast<float>(length * cosine));
+  const uint32_t across = bits_as<uint32_t>(static_cast<float>(length * sine));
+  const uint32_t odd = 0u - (quarter & 1u);  // all bits or none: what is exchanged
+  first = bits_as<float>((along ^ ((along ^ across) & odd)) ^ ((quarter + 1) & 2u) << 30);
+  second = bits_as<float>((across ^ ((along ^ across) & odd)) ^ (quarter & 2u) << 30);
 }
 
 // -- Blockwise codes --------------------------------------------------------------------------------------------------

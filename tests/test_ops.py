@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
 from lowrank_optim import ops
 from lowrank_optim.distributed.algebra import WHOLE
+from lowrank_optim.ops import reference
 from lowrank_optim.ops.philox import Places, philox
 
 KEY, STREAM = ops.key_of(3, "layer.weight"), ops.stream_of("test", 1)
+KNOWN = [0.20780998468399048, 1.9231173992156982, -0.5173792839050293, -1.2982730865478516]
 
 
 @pytest.mark.parametrize(
@@ -46,14 +51,80 @@ def test_many_rows_are_drawn_some_at_a_time():
     assert torch.equal(ops.random_bits16(2 * rows, KEY, STREAM, Places(0, 1, 2, 3)), whole)
 
 
+def box_muller(radius, angle):
+    """In float64, with numpy's logarithm, cosine and sine."""
+    u, v = ((word.numpy() + 0.5) / 2**32 for word in (radius, angle))
+    length = np.sqrt(-2 * np.log(u))
+    return length * np.cos(2 * np.pi * v), length * np.sin(2 * np.pi * v)
+
+
+def off(x, exact):
+    """In ulps, but for what float64 cannot tell from zero."""
+    return ((np.abs(x.numpy() - exact) - 1e-14).clip(0) / np.spacing(np.abs(exact).astype(np.float32))).max()
+
+
+def test_normal_numbers_are_those_of_box_and_muller():
+    words = philox(torch.arange(100_000), KEY, STREAM)
+    exact = np.stack([*box_muller(*words[:2]), *box_muller(*words[2:])], axis=-1).ravel()
+    assert off(ops.normal((400_000,), KEY, STREAM), exact) < 2
+
+
+def test_normal_numbers_of_the_first_and_the_last_words():
+    """Longest and shortest lengths, where logarithms change their exponent, and around each eighth of a turn."""
+    edges = torch.tensor([0, 1, 2, 3 << 30, 1 << 31, 3_037_000_499, 3_037_000_500, 1_518_500_249, 1_518_500_250])
+    words = torch.cat([edges + near for near in (-1, 0, 1)] + [(torch.arange(8) << 29) + near for near in (-1, 0, 1)])
+    radius, angle = torch.cartesian_prod(words % (1 << 32), words % (1 << 32)).unbind(-1)
+    pair = [x.float() for x in reference._normal_pair(radius, angle)]
+    for x, exact in zip(pair, box_muller(radius, angle), strict=True):
+        assert off(x, exact) < 2
+    assert float(torch.hypot(*pair).max()) == pytest.approx((2 * 33 * math.log(2)) ** 0.5, abs=1e-6)
+    assert float(torch.hypot(*pair).min()) == pytest.approx(2**-16, rel=1e-6)
+
+
+def test_known_normal_numbers():
+    """What a run has drawn, its continuation by another version draws, too."""
+    assert ops.normal((4,), KEY, STREAM, start=2).tolist() == KNOWN
+
+
 def test_normal_numbers_are_normal():
     x = ops.normal((1_000_000,), KEY, STREAM)
     assert x.dtype == torch.float32
-    assert x.isfinite().all()
-    moments = [float((x**k).mean()) for k in (1, 2, 3, 4)]
-    assert moments == pytest.approx([0, 1, 0, 3], abs=0.02)
-    assert abs(float((x[1:] * x[:-1]).mean())) < 0.005, "neighbours must be uncorrelated"
-    assert float(x.abs().max()) > 4.5
+    for part in (x, x[0::2], x[1::2]):
+        moments = [float((part.double() ** k).mean()) for k in (1, 2, 3, 4, 6)]
+        assert moments == pytest.approx([0, 1, 0, 3, 15], abs=0.25)
+        assert moments[:4] == pytest.approx([0, 1, 0, 3], abs=0.02)
+        assert _distance(0.5 * torch.erfc(-part.double() / 2**0.5)) < 1.63, "Kolmogorov and Smirnov, at 1 %"
+
+
+def test_their_tails_are_those_of_a_normal_distribution():
+    sigmas, counts, some, runs = torch.tensor([2, 3, 4, 4.5, 5]), torch.zeros(5), 1 << 20, 16
+    for run in range(runs):
+        size = ops.normal((some,), KEY, STREAM, start=run * some).abs()
+        counts += torch.stack([(size > sigma).sum() for sigma in sigmas])
+    expected = torch.erfc(sigmas / 2**0.5) * some * runs
+    assert ((counts - expected).abs() < 3.5 * expected.sqrt()).all(), (counts, expected)
+    assert expected[-1] > 9, "of the last there are some"
+
+
+def test_no_number_tells_of_its_neighbours():
+    """Both of a pair come from the same two words: neither signs, sizes nor directions may show it."""
+    x = ops.normal((1_000_000,), KEY, STREAM).double()
+    for made in (x, x.abs(), x.square(), x.sign()):
+        made = (made - made.mean()) / made.std()
+        for lag in (1, 2, 3, 4, 8):
+            for first in (0, 1):
+                product = made[first : len(x) - lag : 2] * made[first + lag :: 2]
+                assert abs(float(product.mean())) < 4 * float(product.std()) / len(product) ** 0.5
+    first, second = x[0::2], x[1::2]
+    assert _distance(torch.atan2(second, first) / (2 * math.pi) + 0.5) < 1.63, "directions are uniform"
+    assert _distance(torch.exp(-(first.square() + second.square()) / 2)) < 1.63, "lengths are what they were drawn as"
+
+
+def _distance(uniform):
+    """Of Kolmogorov and Smirnov, from the uniform distribution, times the root of the count."""
+    ranks, n = torch.arange(len(uniform) + 1) / len(uniform), len(uniform)
+    found = uniform.sort().values
+    return float(torch.maximum(ranks[1:] - found, found - ranks[:-1]).max()) * n**0.5
 
 
 def test_streams_differ():

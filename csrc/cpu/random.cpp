@@ -17,13 +17,14 @@ LRO_CLONES void emit_rounded(const Half* LRO_RESTRICT w, int64_t n, const float*
   for (int64_t i = 0; i < n; ++i) out[i] = round_stochastic(x[i], w[i]);
 }
 
+// Of all words, n of them, an even number.
+LRO_CLONES void normals(const uint32_t* LRO_RESTRICT w, int64_t n, float* LRO_RESTRICT out) {
+  for (int64_t i = 0; i < n; i += 2) normal_pair(w[i], w[i + 1], out[i], out[i + 1]);
+}
 void emit_normal(const uint32_t* w, int64_t from, int64_t n, float* out) {
-  float pair[2];
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t number = from + i;
-    if (i == 0 || number % 2 == 0) normal_pair(w[number / 2 * 2], w[number / 2 * 2 + 1], pair[0], pair[1]);
-    out[i] = pair[number % 2];
-  }
+  float all[4 * kCounters];
+  normals(w, (from + n + 1) / 2 * 2, all);
+  std::copy_n(all + from, n, out);
 }
 
 // Calls `emit(words, from, position, n)` for n numbers from element `position` on, the first one number `from` of the words.

@@ -217,14 +217,52 @@ def philox_uniform_(out: Tensor, key: int, purpose: int, time: int, at: Tensor |
 
 
 def philox_normal_(out: Tensor, key: int, purpose: int, time: int, at: Tensor | None = None, start: int = 0) -> None:
-    """Standard normal numbers: Box-Muller in float64, rounded once, so that logarithms may differ by an ulp."""
+    """Standard normal numbers: Box-Muller, `sqrt(-2 log u)` times the cosine and the sine of `2 pi v`.
+
+    Logarithm, cosine and sine are polynomials, as those of libraries differ in their last bits.
+    """
     for target, words, skip in blocks(out.view(-1), 4, start, key, (purpose, time if at is None else at.view(()))):
-        u0, u1, u2, u3 = ((word.double() + 0.5) * 2.0**-32 for word in words)
-        pairs = []
-        for radius, angle in ((u0, u1), (u2, u3)):
-            length = torch.sqrt(-2.0 * torch.log(radius))
-            pairs += [length * torch.cos(2 * math.pi * angle), length * torch.sin(2 * math.pi * angle)]
+        pairs = _normal_pair(torch.stack(words[::2], dim=-1), torch.stack(words[1::2], dim=-1))
         target.copy_(torch.stack(pairs, dim=-1).flatten()[skip : skip + target.numel()])
+
+
+# Minimax in double, relative errors below 2^-33: of -2 log(1 + x) / x, and of cosine and sine of quarter turns.
+_LOG = (
+    *(-2.000000000069894, 1.0000000066099737, -0.6666666302869585, 0.4999986696525973, -0.4000022680367106),
+    *(0.3334095800110999, -0.28571005412477596, 0.24821176285110688, -0.2204231241325923, 0.21762395628763806),
+    *(-0.2146772654188622, 0.1196994964197827),
+)
+_COSINE = (0.9999999999439587, -1.2337005395654945, 0.25366918260255533, -0.020859936041659748, 0.0009033629646812772)
+_SINE = (1.5707963267877518, -0.6459640961024318, 0.07969258184293669, -0.0046812606280718936, 0.00015819507558202523)
+
+
+def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    *lower, linear, highest = coefficients
+    result = (x * highest).add_(linear)
+    for one in reversed(lower):
+        result.mul_(x).add_(one)
+    return result
+
+
+def _normal_length(word: Tensor) -> Tensor:
+    """`sqrt(-2 log u)` for the midpoint u of one of 2^32 cells of (0, 1), rounded to float32 but kept in float64."""
+    x, exponent = torch.frexp((word.double() + 0.5) * 2.0**-32)
+    small = x < 0.5**0.5
+    x, halvings = torch.where(small, x * 2, x) - 1, small.double() - exponent
+    log = halvings * (2 * math.log(2)) + x * _polynomial(x, _LOG)
+    return torch.sqrt(log.float().double()).float().double()  # torch's roots are rounded correctly this way only
+
+
+def _normal_pair(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+    """The turn is that of one of 2^32 midpoints, as at most half a quarter from the nearest of four quarters."""
+    turn = (angle + (1 << 29)) & _MASK
+    quarter, past = turn >> 30, (turn & 0x3FFFFFFF) - (1 << 29)
+    x, length = (past.double() + 0.5) * 2.0**-30, _normal_length(radius)
+    square = x * x
+    along, across = length * _polynomial(square, _COSINE), length * (x * _polynomial(square, _SINE))
+    odd = (quarter & 1).bool()
+    first, second = torch.where(odd, across, along), torch.where(odd, along, across)
+    return torch.where((quarter + 1 & 2).bool(), -first, first), torch.where((quarter & 2).bool(), -second, second)
 
 
 def round_to_bfloat16_(
