@@ -21,13 +21,13 @@ from torch import nn
 
 import lowrank_optim
 from benchmarks import llama, methods, peers, record
+from benchmarks.peers import NEVER, Params
 
 GAP = 200  # where a method has no default of its own
-NEVER = 10**9
 PRODUCTS = "its two products alone"
 HEAD = 64  # columns of an attention head, for GaLore+
-Params = dict[str, nn.Parameter]
 Make = Callable[[Params], Any]
+Times = list[list[tuple[float, float]]]  # by round and contestant: wall, CPU
 
 MODELS = {  # hidden, mlp, layers, vocabulary, rank
     "60m": (512, 1376, 8, 32000, 128),
@@ -115,16 +115,17 @@ def adamw(kind: str, grads: dict[str, torch.Tensor]) -> Contestant:
     return Contestant(f"torch.AdamW({kind})", grads, lambda params: torch.optim.AdamW(params.values(), **options))
 
 
-def of_method(name: str, model: str, grads: dict[str, torch.Tensor]) -> Contestant:
-    """One of `methods` with its defaults, at the rank of the model."""
+def of_method(name: str, model: str, grads: dict[str, torch.Tensor], **more: Any) -> Contestant:
+    """One of `methods` with its defaults and `more` options, at the rank of the model."""
     optimizer, options = {**methods.TORCH, **methods.OURS}[name]
     gap = methods.default(optimizer, "update_proj_gap") or GAP
     wanted = {"lr": 1e-3, "stagger": False, "update_proj_gap": 1 if gap == 1 else NEVER}
     options = {**options, **{k: v for k, v in wanted.items() if methods.default(optimizer, k) is not None}}
-    rank: dict[str, Any] = {"rank": MODELS[model][-1]} if methods.ranked(optimizer) else {}
+    if methods.ranked(optimizer):
+        more["rank"] = MODELS[model][-1]
 
     def make(params: Params) -> torch.optim.Optimizer:
-        return optimizer(list(_groups(params, methods.default(optimizer, "heads") is not None)), **options, **rank)
+        return optimizer(list(_groups(params, methods.default(optimizer, "heads") is not None)), **options, **more)
 
     return Contestant(name, grads, make, gap)
 
@@ -147,22 +148,32 @@ def gradients(model: str) -> dict[str, torch.Tensor]:
     return {key: torch.randn(shape, generator=generator) / 100 for key, shape in shapes.items()}
 
 
-def race(field: list[Contestant], rounds: int, refreshes: int) -> list[dict[str, Any]]:
-    """One row for each; times over those of the first."""
+def alternately(field: list[Contestant], rounds: int, refreshes: int) -> tuple[Times, Times]:
+    """Times of usual steps, and of such in which all bases are due."""
     for contestant in field:
         contestant.step()  # the first step makes state and, where there is one, the first basis
     steady = [[contestant.step() for contestant in field] for _ in range(rounds)]
-    refresh = [[contestant.refresh() for contestant in field] for _ in range(refreshes)]
+    return steady, [[contestant.refresh() for contestant in field] for _ in range(refreshes)]
+
+
+def middle(times: Times, i: int, over: int, index: int) -> float:
+    """The median ratio of contestant i to another, of wall (0) or CPU time (1)."""
+    return statistics.median(row[i][index] / row[over][index] for row in times)
+
+
+def amortised(usual: float, due: float, gap: int) -> float:
+    return usual if gap == 1 else usual + max(0.0, due - usual) / gap
+
+
+def race(field: list[Contestant], rounds: int, refreshes: int) -> list[dict[str, Any]]:
+    """One row for each; times over those of the first."""
+    steady, refresh = alternately(field, rounds, refreshes)
     rows = []
     for i, contestant in enumerate(field):
         row: dict[str, Any] = {"optimizer": contestant.name, "gap": contestant.gap}
         for kind, index in (("wall", 0), ("cpu", 1)):
-            usual = statistics.median(times[i][index] / times[0][index] for times in steady)
-            due = statistics.median(times[i][index] / times[0][index] for times in refresh)
-            if contestant.gap == 1:
-                due = usual
-            row[kind] = {"steady": usual, "refresh": due}
-            row[kind]["amortised"] = usual + max(0.0, due - usual) / contestant.gap
+            usual, due = (middle(times, i, 0, index) for times in (steady, refresh))
+            row[kind] = {"steady": usual, "refresh": due, "amortised": amortised(usual, due, contestant.gap)}
         row["step_ms"] = 1e3 * statistics.median(times[i][0] for times in steady)
         row["refresh_ms"] = 1e3 * statistics.median(times[i][0] for times in refresh)
         row["state_bytes"] = lowrank_optim.state_bytes(contestant.optimizer)
@@ -211,14 +222,14 @@ def main() -> None:
     field = list(contestants(arguments.model, gradients(arguments.model)))
     rows = race(field, arguments.rounds, arguments.refreshes)
     show(rows)
-    amortised = {row["optimizer"]: row["step_ms"] + (row["refresh_ms"] - row["step_ms"]) / GAP for row in rows}
+    whole = {row["optimizer"]: amortised(row["step_ms"], row["refresh_ms"], GAP) for row in rows}
     summary = {}
     usual = {row["optimizer"]: row["step_ms"] for row in rows}
     share = usual[PRODUCTS] / usual["GaLoreAdamW(basis='rsvd')"]
     print(f"the two products are {share:.0%} of a step between refreshes")
-    if "galore-torch" in amortised:
-        ours = [name for name in amortised if name.startswith("GaLore")]
-        summary = {name: amortised[name] / amortised["galore-torch"] for name in ours}
+    if "galore-torch" in whole:
+        ours = [name for name in whole if name.startswith("GaLore")]
+        summary = {name: whole[name] / whole["galore-torch"] for name in ours}
         print("amortised, of galore-torch:", ", ".join(f"{name} {value:.2f}" for name, value in summary.items()))
     name = f"step_time_{arguments.model}_{arguments.threads}threads"
     record.write(
