@@ -123,8 +123,9 @@ def estimate_memory(
         world_size: number of processes; the estimate is of the one that holds most.
         strategy: how they share the work. "ddp": DistributedDataParallel (with `gradient_as_bucket_view=True`, or its
             buckets are there beside gradients); "ddp_project": with our hook; "fsdp2": `fully_shard`, whose state is
-            counted exactly, and whose refusals are raised; "zero1" to "zero3": DeepSpeed, for any method, whether it is
-            served there or not. Whole layers that are gathered for a moment are not counted.
+            counted exactly, and whose refusals are raised; "zero1" to "zero3": DeepSpeed, with the same
+            refusals and with what travels for rows that are cut. Whole layers that are gathered for a moment are not
+            counted.
         options: keyword arguments of the optimizer.
 
     Example::
@@ -188,7 +189,8 @@ def _of_rank(
         return replace(expected(instance, here, here), **_fields(sent))
     ranks = [expected(instance, 0, 0) for _ in shares.rank_by_rank(instance, strategy, world_size)]
     most = max(ranks, key=lambda one: one.optimizer)
-    return replace(most, **_fields(shares.partitions(params, strategy, world_size)))
+    parts = shares.partitions(params, strategy, world_size) | shares.sent(instance)  # all ranks send the same
+    return replace(most, **_fields(parts))
 
 
 def _of_torch(one: MemoryEstimate, params: list[nn.Parameter], strategy: str | None, world_size: int) -> MemoryEstimate:

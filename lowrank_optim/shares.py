@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from . import checks
-from .distributed import ddp_checks, planned
+from .distributed import ddp_checks, planned, planned_zero
 from .optimizer import LowRankOptimizer
 
 Strategy = Literal["ddp", "ddp_project", "fsdp2", "zero1", "zero2", "zero3"]
@@ -57,22 +57,25 @@ def sharded(optimizer: LowRankOptimizer, world_size: int) -> tuple[int, Changes]
     """Lays out an optimizer as fully_shard would; the bytes of what is here of its parameters."""
     planned.lay_out(optimizer, world_size)
     here = sum(optimizer._layouts[p].here(p).nbytes for p, _ in optimizer._members())
-    return here, _sent(planned.traffic(optimizer))
+    return here, sent(optimizer)
 
 
 def rank_by_rank(optimizer: LowRankOptimizer, strategy: str, world_size: int) -> Iterator[None]:
-    """Lays it out as DeepSpeed would, for each rank in turn."""
-    for ranges in planned.fragments(optimizer, _stage(strategy), world_size):
-        planned.lay_out_fragment(optimizer, ranges, world_size)
-        yield
+    """Lays it out as DeepSpeed would, for each rank in turn; raises what will be raised there."""
+    return planned_zero.rank_by_rank(optimizer, _stage(strategy), world_size)
+
+
+def sent(optimizer: LowRankOptimizer) -> Changes:
+    """By the rank that it is laid out for."""
+    return _sent(planned.traffic(optimizer))
 
 
 def partitions(params: Sequence[Tensor], strategy: str, world_size: int) -> Changes:
-    """Weights, gradients and masters under DeepSpeed, whose traffic is not counted here."""
+    """Weights, gradients and masters under DeepSpeed."""
     size, stage = sum(p.nbytes for p in params), _stage(strategy)
     part, masters = -(-size // world_size), _MASTER * -(-sum(p.numel() for p in params) // world_size)
-    found: Changes = {"weights": part if stage == 3 else size, "gradients": size if stage == 1 else part}
-    return {**found, "masters": masters, "sent_per_step": None, "sent_per_refresh": None}
+    weights, gradients = part if stage == 3 else size, size if stage == 1 else part
+    return {"weights": weights, "gradients": gradients, "masters": masters}
 
 
 def _stage(strategy: str) -> int:

@@ -146,17 +146,19 @@ def test_bfloat16_weights_and_state_are_rounded_as_in_one_process(case, results)
 
 
 class Counted:
-    """Elements of every collective while it is entered."""
+    """Elements of every collective while it is entered, and the bytes of all."""
 
     def __enter__(self):
-        self.sizes, self.before = [], (dist.all_reduce, dist.all_gather)
+        self.sizes, self.bytes, self.before = [], 0, (dist.all_reduce, dist.all_gather)
 
         def all_reduce(x, *args, **kwargs):
             self.sizes.append(x.numel())
+            self.bytes += x.nbytes
             return self.before[0](x, *args, **kwargs)
 
         def all_gather(pieces, x, *args, **kwargs):
             self.sizes.append(x.numel())
+            self.bytes += x.nbytes
             return self.before[1](pieces, x, *args, **kwargs)
 
         dist.all_reduce, dist.all_gather = all_reduce, all_gather

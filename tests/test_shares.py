@@ -177,7 +177,7 @@ def test_the_hook_sends_what_was_estimated(found):
     assert plain.sent_per_step == one.sent_per_step + one.sent_per_refresh == one.gradients
 
 
-# -- what is not measured ----------------------------------------------------------------------------------------------
+# -- what is measured in test_zero.py, and what is not -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
@@ -193,10 +193,20 @@ def test_deepspeed_shares_everything_but_border_rows(strategy):
     counters = 2 * (4 + 8 + 8 + 8)
     assert one.states == 2 * 4 * 2 * rows + counters
     assert one.bases == 2 * 4 * 8 * 2
-    assert one.sent_per_step is None
+    assert one.sent_per_step == 0, "cuts are between rows"
     assert one.total > one.weights + one.gradients + one.masters + one.optimizer
     cut = estimate_memory({"a": (31, 8)}, lowrank_optim.GaLoreAdamW, world_size=3, strategy=strategy, **options)
     assert cut.states == 2 * 4 * 2 * 11 + counters // 2, "83 of 248 elements, ten rows and some more"
+    within = 2 if strategy == "zero3" else 1  # 83 and 166 elements; 84 and 168, of which the last is 21 rows
+    assert cut.sent_per_step == within * 8 * 4
+
+
+def test_what_deepspeed_would_refuse_is_refused():
+    options = {"rank": 2, "world_size": 2, "proj_type": "left"}
+    with pytest.raises(NotImplementedError, match="all of them together are as large as the gradient"):
+        estimate_memory({"a": (30, 8)}, lowrank_optim.DCTAdamW, strategy="zero3", **options)
+    whole = {"a": (30, 8), "b": (30, 8)}  # one on each rank
+    assert estimate_memory(whole, lowrank_optim.DCTAdamW, strategy="zero1", **options).sent_per_step == 0
 
 
 def test_one_rank_of_deepspeed_holds_what_one_process_does():

@@ -6,6 +6,7 @@ DeepSpeed runs here on the CPU, in two processes that work through everything, b
 from __future__ import annotations
 
 import os
+import re
 import socket
 import warnings
 
@@ -13,8 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cases import CASES, gradients
+from cases import CASES, every_case, gradients
+from test_fsdp2 import Counted
 from torch import nn
+
+from lowrank_optim import estimate_memory
+from lowrank_optim.ops import linalg
 
 pytestmark = pytest.mark.slow  # its processes take long
 
@@ -70,6 +75,10 @@ class Weights(nn.Module):
 
 
 def build(model, case, side="std", **options):
+    return case.build(groups_of(model, case, side), **options)
+
+
+def groups_of(model, case, side="std"):
     """Projected ones together, as is usual under ZeRO, and the others."""
     ranks = sorted({str(rank) for _, _, rank in WEIGHTS})
     groups = []
@@ -77,7 +86,7 @@ def build(model, case, side="std", **options):
         some = [(name, getattr(model, name)) for name, _, own in WEIGHTS if str(own) == rank]
         group = {"params": some, "rank": None if rank == "None" else int(rank), "as_matrix": "batch"}
         groups.append({**group, "proj_type": side} if case.has("proj_type", side) else group)
-    return case.build(groups, **options)
+    return groups
 
 
 def whole_gradients(dtype):
@@ -151,7 +160,7 @@ def of(name):
 
 def two(rank, world, folder):
     results = {}
-    for check in (stages, narrow, ways, resumed, refused):
+    for check in (stages, narrow, ways, resumed, traffic, refused):
         results[check.__name__] = check(folder)
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
@@ -270,6 +279,70 @@ def test_the_reports_have_what_is_here(results):
         assert set.union(*rows) == names
     assert all(set(here) < names for here in found[1, "rows"]), "and nothing that is on the other rank alone"
     assert "120 of 240 elements" in found[3, "text"]
+
+
+# -- traffic -----------------------------------------------------------------------------------------------------------
+
+SPARSE = {"update_proj_gap": 100, "stagger": False, "basis": "rsvd"}
+
+
+def traffic(folder):
+    """Of every method: what it holds and sends in a step without a refresh, and in a later one with all of them."""
+    looks, linalg._looks = linalg._looks, lambda x: False  # refreshes as on accelerators, of which estimates speak
+    found = {}
+    for case in CASES:
+        for stage in STAGES[1:]:
+            try:
+                found[case.name, stage] = held_and_sent(case, stage)
+            except NotImplementedError as error:
+                found[case.name, stage] = str(error)
+    linalg._looks = looks
+    return found
+
+
+def held_and_sent(case, stage):
+    model = Weights()
+    optimizer = build(model, case, **SPARSE)
+    engine, sent, of_meters = initialized(model, optimizer, stage), [], []
+    step = optimizer.step
+
+    def counted_step(*args):
+        with Counted() as counted:
+            step(*args)
+        sent[-1] += counted.bytes
+
+    optimizer.step = counted_step
+    for grads in whole_gradients(torch.float32)[:3]:
+        if len(sent) == 2:
+            for state in optimizer._states():
+                if "refreshed_at" in state:
+                    state["refreshed_at"].fill_(-1)
+        sent.append(0)
+        train(engine, [grads])
+        layouts = [optimizer._layouts[p] for p, _ in optimizer._members()]
+        of_meters.append([one.meter.between + one.meter.refreshing for one in layouts if one.sharded])
+    norms = 16 * len(of_meters[0])
+    for now, before, all_of_it in zip(of_meters[1:], of_meters, sent[1:], strict=False):
+        assert all_of_it == sum(now) - sum(before) + norms, "what the report says is what was sent"
+    held = [None] * dist.get_world_size()
+    dist.all_gather_object(held, sum(row.state_bytes for row in optimizer.report()))
+    return max(held), sent[1] - norms, sent[2] - sent[1]
+
+
+@every_case
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_flat_tensors_hold_and_send_what_was_estimated(case, stage, results):
+    """Or are refused for the same reason."""
+    got = results["traffic"][case.name, stage]
+    with torch.device("meta"):
+        groups = groups_of(Weights(), case)
+    options = {"world_size": 2, "strategy": f"zero{stage}", **case.kwargs, **case.fitting(SPARSE)}
+    if isinstance(got, str):
+        with pytest.raises(NotImplementedError, match=re.escape(got)):
+            estimate_memory(groups, case.make, **options)
+    else:
+        one = estimate_memory(groups, case.make, **options)
+        assert (one.optimizer, one.sent_per_step, one.sent_per_refresh) == got
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

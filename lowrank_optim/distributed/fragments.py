@@ -27,6 +27,14 @@ from .pieces import Piece
 from .shards import Shards, Traffic, dims
 
 
+class Seat(NamedTuple):
+    """The number of this process among those who have parts of a parameter, how many they are, and they."""
+
+    place: int
+    world: int
+    peers: Peers
+
+
 class Fragment(NamedTuple):
     """A piece of a parameter that is updated by itself.
 
@@ -254,7 +262,7 @@ class Overlapping(Shards):
             return self, block
         start = self.pieces[-1].start
         twice = self.twice if any(first <= start < last for first, last in spans) else 0
-        return Overlapping(cast(Shards, shards).pieces, None, self.traffic, twice), block
+        return type(self)(cast(Shards, shards).pieces, None, self.traffic, twice), block
 
     def _lines(self, side: int) -> tuple[Callable[..., Tensor], int]:
         complete, first = super()._lines(side)
@@ -282,10 +290,13 @@ class Overlapping(Shards):
         return x.narrow(dim, self.twice, x.shape[dim] - self.twice) if self.twice and side in self.pieces else x
 
 
-def complete_edges(gradients: Iterable[tuple[Layout, Tensor]]) -> None:
+def complete_edges(gradients: Iterable[tuple[Layout, Tensor]], add_up: Callable[..., Tensor] = total) -> None:
     """Adds up the rows of gradients that are cut, of all parameters in one all-reduce per group of processes.
 
     What travels is at most a row per cut, where whole gradients would have all of them.
+
+    Args:
+        add_up: the sum of a tensor over some peers.
     """
     same: dict[tuple[Any, ...], list[tuple[Rows, Tensor]]] = {}
     for layout, x in gradients:
@@ -296,7 +307,7 @@ def complete_edges(gradients: Iterable[tuple[Layout, Tensor]]) -> None:
         buffer = torch.zeros(sum(sizes), dtype=dtype, device=device)
         for (rows, x), part in zip(some, torch.split(buffer, sizes), strict=True):
             rows.add_edges_(part.view(-1, rows.width), x)
-        for (rows, _), part in zip(some, torch.split(total(buffer, peers), sizes), strict=True):
+        for (rows, _), part in zip(some, torch.split(add_up(buffer, peers), sizes), strict=True):
             rows.completed[:] = [part.view(-1, rows.width)]
             rows.meter.between += part.nbytes
 
@@ -308,29 +319,41 @@ def fragments(
     keys: Sequence[str],
     device: torch.device,
 ) -> Iterator[Fragment]:
-    """The fragments of one flat tensor, in an order that all ranks share. All ranks call it.
+    """The fragments of one flat tensor, in an order that all ranks share. All ranks call it."""
+    groups = {one.group: peers_in(one.group, device) for one in ranges}
+    seats = {group: Seat(dist.get_rank(group), dist.get_world_size(group), peers) for group, peers in groups.items()}
+    yield from cut(ranges, _everywhere(ranges, device), [seats[one.group] for one in ranges], plans, elementwise, keys)
+
+
+def cut(
+    ranges: Sequence[Range],
+    everywhere: Sequence[list[tuple[int, int]]],
+    seats: Sequence[Seat],
+    plans: Sequence[Plan],
+    elementwise: Sequence[bool],
+    keys: Sequence[str],
+) -> Iterator[Fragment]:
+    """The same, where it is known what all ranks have.
 
     Args:
+        everywhere: (start, length) of each parameter on all ranks.
         elementwise: rules that look at no shape.
     """
-    everywhere = _everywhere(ranges, device)
-    for one, there, plan, flat, key in zip(ranges, everywhere, plans, elementwise, keys, strict=True):
+    for one, there, seat, plan, flat, key in zip(ranges, everywhere, seats, plans, elementwise, keys, strict=True):
         size = math.prod(plan.shape)
         whole = any(length == size for _, length in there)
         if whole:
             if one.length:
                 yield Fragment(key, plan, Inside(plan.shape), one.offset, one.length)
         elif flat or len(plan.matrix) == 1:
-            yield Fragment(key, replace(plan, batch=()), _stretch(one, there, size, device), one.offset, one.length)
+            yield Fragment(key, replace(plan, batch=()), _stretch(one, there, size, seat), one.offset, one.length)
         elif plan.batch:
-            yield from _of_stack(one, there, plan, key, device)
+            yield from _of_stack(one, there, plan, key, seat)
         else:
-            yield Fragment(key, plan, _rows(one, there, plan, device), one.offset, one.length)
+            yield Fragment(key, plan, _rows(one, there, plan, seat), one.offset, one.length)
 
 
-def _of_stack(
-    one: Range, there: list[tuple[int, int]], plan: Plan, key: str, device: torch.device
-) -> Iterator[Fragment]:
+def _of_stack(one: Range, there: list[tuple[int, int]], plan: Plan, key: str, seat: Seat) -> Iterator[Fragment]:
     """Each matrix of a stack, in one place or cut as a matrix is."""
     size = math.prod(plan.matrix)
     part = replace(plan, shape=plan.shape[-2:], batch=())
@@ -341,7 +364,7 @@ def _of_stack(
             if own.length:
                 yield Fragment(f"{key}.{number}", part, Inside(part.shape, number), own.offset, own.length)
         else:
-            layout = replace(_rows(own, all_, part, device), index=number)
+            layout = replace(_rows(own, all_, part, seat), index=number)
             yield Fragment(f"{key}.{number}", part, layout, own.offset, own.length)
 
 
@@ -351,16 +374,16 @@ def _within(start: int, length: int, first: int, size: int) -> tuple[int, int]:
     return (begin - first, end - begin) if end > begin else (0, 0)
 
 
-def _stretch(one: Range, there: list[tuple[int, int]], size: int, device: torch.device) -> Stretch:
-    piece = _piece(one, size, one.start, one.length, max(length for _, length in there), device)
+def _stretch(one: Range, there: list[tuple[int, int]], size: int, seat: Seat) -> Stretch:
+    piece = Piece(size, one.start, one.length, max(length for _, length in there), *seat)
     return Stretch(pieces={-1: piece}, natural={-1: 0}, everyone=piece.peers)
 
 
-def _rows(one: Range, there: list[tuple[int, int]], plan: Plan, device: torch.device) -> Rows:
+def _rows(one: Range, there: list[tuple[int, int]], plan: Plan, seat: Seat) -> Rows:
     height, width = plan.matrix[::-1] if plan.side == "right" else plan.matrix
     touched = [_touched(start, length, width) for start, length in there]
     start, stop = _touched(one.start, one.length, width)
-    piece = _piece(one, height, start, stop - start, max(b - a for a, b in touched), device)
+    piece = Piece(height, start, stop - start, max(b - a for a, b in touched), *seat)
     side = -1 if plan.side == "right" else -2
     return Rows(
         pieces={side: piece}, natural={side: 0}, everyone=piece.peers, width=width,
@@ -373,11 +396,6 @@ def _touched(start: int, length: int, width: int) -> tuple[int, int]:
     """(first, last + 1) of the rows that a range touches."""
     first = start // width
     return first, -(-(start + length) // width) if length else first
-
-
-def _piece(one: Range, whole: int, start: int, length: int, most: int, device: torch.device) -> Piece:
-    place, count = dist.get_rank(one.group), dist.get_world_size(one.group)
-    return Piece(whole, start, length, most, place, count, peers_in(one.group, device))
 
 
 def peers_in(group: dist.ProcessGroup, device: torch.device) -> Peers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +19,7 @@ from ..recipe import Clock, Recipe, Refresh, State
 from ..turns import Turn
 from ..update import update_
 from .algebra import WHOLE, Algebra
+from .fragments import complete_edges
 from .layout import HERE, Cut, Layout, dimension
 from .lockstep import Peers
 from .pieces import Piece
@@ -38,10 +39,10 @@ class Sent(NamedTuple):
     per_refresh: float | None
 
 
-_PEERS = Peers(cast(Any, None), "meta")  # nobody: nothing is sent
+NOBODY = Peers(cast(Any, None), "meta")  # nothing is sent
 
 
-class _Tally(Traffic):
+class Tally(Traffic):
     """What would be sent.
 
     Attributes:
@@ -55,14 +56,14 @@ class _Tally(Traffic):
         return x
 
 
-class _Counting(Shards):
+class Counting(Shards):
     """Shards of tensors without values. What accelerators compute whatever the values are, is counted."""
 
     def told(self, x: Tensor) -> list[Any]:
         return torch.ones(x.shape, dtype=x.dtype).tolist()  # no gradient is zero; any order of heads costs the same
 
     def leading(self, g: Tensor, rank: int) -> Tensor:
-        cast(_Tally, self.traffic).unknown = True
+        cast(Tally, self.traffic).unknown = True
         return g.new_empty(g.shape[-2], rank)
 
 
@@ -112,7 +113,7 @@ class Planned(Cut):
         return {key: self.here(x) for key, x in state.items()}
 
     def _shards(self, sides: Mapping[int, Piece], meters: Sequence[Meter]) -> Algebra:
-        return _Counting(sides, self.both, _Tally(meters))
+        return Counting(sides, self.both, Tally(meters))
 
     def _distributed(self, x: Tensor, shape: Shape, cut: Mapping[int, int]) -> Tensor:
         return x
@@ -123,8 +124,8 @@ def rows(plan: Plan, start: int, stop: int, world_size: int) -> Layout:
     if not plan.shape or (start, stop) == (0, plan.shape[0]):
         return HERE
     side, length = dimension(plan, 0), stop - start
-    piece = Piece(plan.shape[0], start, length, length, 0, world_size, _PEERS)
-    return Planned(None, (), {side: piece}, {side: 0}, len(plan.batch), _PEERS, shape=plan.shape)
+    piece = Piece(plan.shape[0], start, length, length, 0, world_size, NOBODY)
+    return Planned(None, (), {side: piece}, {side: 0}, len(plan.batch), NOBODY, shape=plan.shape)
 
 
 def lay_out(optimizer: LowRankOptimizer, world_size: int) -> None:
@@ -137,35 +138,6 @@ def lay_out(optimizer: LowRankOptimizer, world_size: int) -> None:
         optimizer._layouts[p] = layout
 
 
-def fragments(optimizer: LowRankOptimizer, stage: int, world_size: int) -> Iterator[dict[Tensor, tuple[int, int]]]:
-    """What DeepSpeed ZeRO gives each rank in turn: a range of elements of each parameter.
-
-    Stage 3 cuts every parameter into equal parts; stages 1 and 2 cut each group, put in a row, so that most parameters
-    are whole on one rank.
-    """
-    for rank in range(world_size):
-        found: dict[Tensor, tuple[int, int]] = {}
-        for group in optimizer.param_groups:
-            before = 0
-            part = -(-sum(p.numel() for p in group["params"]) // world_size)
-            for p in group["params"]:
-                share, first = (-(-p.numel() // world_size), 0) if stage == 3 else (part, before)
-                start, stop = (min(max(0, edge * share - first), p.numel()) for edge in (rank, rank + 1))
-                found[p] = start, stop
-                before += p.numel()
-        yield found
-
-
-def lay_out_fragment(optimizer: LowRankOptimizer, ranges: dict[Tensor, tuple[int, int]], world_size: int) -> None:
-    """A rank works on every row of which it has a part, so rows at a cut are on both sides of it; a parameter of which
-    it has nothing is as good as frozen."""
-    for p, (start, stop) in ranges.items():
-        plan = optimizer._plans[p]
-        columns = p.numel() // plan.shape[0] if plan.shape else 1
-        optimizer._layouts[p] = rows(plan, start // columns, -(-stop // columns), world_size)
-        p.requires_grad_(stop > start)
-
-
 def traffic(optimizer: LowRankOptimizer) -> Sent:
     """Of all parameters, beside the norms of gradients (16 bytes for each that is sharded)."""
     found: dict[tuple[Any, ...], Sent] = {}
@@ -173,7 +145,7 @@ def traffic(optimizer: LowRankOptimizer) -> Sent:
     for p, group in optimizer._members():
         plan, layout = optimizer._plans[p], optimizer._layouts[p]
         if layout.sharded and p.requires_grad:
-            equal = id(group), plan.shape, plan.side, plan.rank, p.dtype
+            equal = id(group), plan.shape, plan.side, plan.rank, p.dtype, layout.key
             if equal not in found:
                 found[equal] = _of_one(optimizer, p, group, cast(Cut, layout))
             total.append(found[equal])
@@ -200,9 +172,10 @@ def _of_one(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], layou
         if due and "refreshed_at" in state:
             state["refreshed_at"].fill_(-1)
         member = Member(p, group, torch.empty_like(p))
+        complete_edges([(layout, member.grad)], add_up=lambda x, _: x)
         for chunk in form_chunks([member], plans, layouts, states.__getitem__, unlearning, Asked(), optimizer._watch):
             update_(chunk, chunk.algebra)
-            unknown = cast(_Tally, cast(_Counting, chunk.algebra).traffic).unknown
+            unknown = cast(Tally, cast(Counting, chunk.algebra).traffic).unknown
         state["step"] += 1
         counts.append((meter.between, meter.refreshing))
     first, quiet, last = counts
