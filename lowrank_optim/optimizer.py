@@ -53,7 +53,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # options with values of this method's own
     fixed: ClassVar[tuple[str, ...]] = ()  # numbers that cannot be edited later, because state was made with them
     shardable = True  # False: the method is for parameters that every process has whole
-    replaceable = True  # False: it works on parameters beyond their steps, so no copies may be updated in their place
+    irreplaceable = ""  # why nothing may be updated in the place of its parameters
     # How a step is run; copies and pickles of an optimizer do not inherit it.
     _in_backward: StepInBackward | None = None
     _projecting: DDPProject | None = None
@@ -76,12 +76,12 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         self._stand_ins = StandIns(self)
         self._watch, self._captured = Watch(), captured.Captured(self)
         super().__init__(params, defaults)
-        self._check_served()
+        self._check_served([(plan.name, plan.reason) for plan in self._plans.values()])
 
-    def _check_served(self) -> None:
-        plain = [plan for plan in self._plans.values() if not plan.projected]
-        if len(plain) == len(self._plans):
-            checks.something_projected(type(self).__name__, self.ranked, ((plan.name, plan.reason) for plan in plain))
+    def _check_served(self, reasons: list[tuple[str, str]]) -> None:
+        """Refuses a model of which nothing is projected. `reasons`: name, and why not, or ""."""
+        if all(reason for _, reason in reasons):
+            checks.something_projected(type(self).__name__, self.ranked, reasons)
 
     @abc.abstractmethod
     def recipe(self, group: dict[str, Any]) -> Recipe:

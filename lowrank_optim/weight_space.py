@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import abc
 import logging
+import math
 from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from . import checks
 from .chunk import COMPENSATION, working_dtype
 from .distributed.dtensors import local
 from .distributed.layout import Cut
+from .distributed.masters import largest, masters
 from .layers import layer_checks
 from .layers.convert import Conversion, adopt, converted, make_conversion
 from .layers.linear import ReparameterizedLinear
@@ -40,7 +43,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
 
     layer: ClassVar[type[ReparameterizedLinear]]
     shardable = False
-    replaceable = False
+    irreplaceable = "its restarts read and write these"
     layer_options: ClassVar[tuple[str, ...]] = ()  # constructor arguments that are the layer's and not the groups'
 
     def __init__(self, model: nn.Module, options: dict[str, Any], *, strict: bool = False) -> None:
@@ -103,12 +106,13 @@ class WeightSpaceOptimizer(LowRankOptimizer):
     @torch._disable_dynamo
     def _step(self) -> None:
         super()._step()
-        restarted = 0
-        for name, layer in self._conversion.layers.items():
-            count = self._count(layer)
+        group, restarted = self.param_groups[0], 0
+        if not (group["factors"] and group["params"]):
+            return  # under ZeRO groups are stepped one after the other, and the others are away
+        for (name, layer), count in zip(self._conversion.layers.items(), self._counts(), strict=True):
             if count != self._counted[name]:
                 self._counted[name] = count
-                restarted += self.restart(name, layer, count, self.param_groups[0])
+                restarted += self.restart(name, layer, count, group)
         if restarted:
             _LOG.info(
                 "%s: %d layers restarted, %.1f %% of the state of each was reset",
@@ -117,11 +121,29 @@ class WeightSpaceOptimizer(LowRankOptimizer):
 
     def _count(self, layer: ReparameterizedLinear) -> int:
         """Updates that a layer was offered, those with a gradient that was not finite among them."""
-        state = self.state.get(layer.leader)
-        return int(state["step"]) + int(state["skipped"]) if state else 0
+        return self._offered(layer.leader)
+
+    def _counts(self) -> list[int]:
+        """The same of each layer. Under ZeRO all ranks call it: not all of them have something of each factor."""
+        layers = self._conversion.layers.values()
+        if not self._stand_ins.ranges:
+            return [self._count(layer) for layer in layers]
+        # Factors may be in different flat tensors, which are stepped one after the other: the last completes a layer.
+        sizes = [len(layer.factors) for layer in layers]
+        offered = [self._offered(getattr(layer, key)) for layer in layers for key in layer.factors]
+        everywhere = largest(self._stand_ins.ranges, torch.tensor(offered))
+        return [int(some.min()) for some in torch.split(everywhere, sizes)]
+
+    def _offered(self, factor: Tensor) -> int:
+        states = [self._state(p) for p in self._stand_ins.of_parameter(factor)]
+        return max((int(state["step"]) + int(state["skipped"]) for state in states if state), default=0)
 
     def _restarts(self, name: str, layer: ReparameterizedLinear) -> int:
-        return self.restarts(self._count(layer), self.param_groups[0])
+        return self.restarts(self._counted[name], self.param_groups[0])
+
+    def trained(self, layer: ReparameterizedLinear, *keys: str) -> AbstractContextManager[None]:
+        """Within, these factors of a layer are what is trained, where a wrapper (DeepSpeed) trains other tensors."""
+        return masters(self._stand_ins, layer, keys)
 
     def reset(
         self, layer: ReparameterizedLinear, how: str = "drop", ratio: float = 1.0, only: Collection[str] | None = None
@@ -129,21 +151,21 @@ class WeightSpaceOptimizer(LowRankOptimizer):
         """Empties the moments of a layer's factors, or of some of them; the share of entries that were reset."""
         group, lost, total = self.param_groups[0], 0, 0
         for key in layer.factors:
-            p = cast(Tensor, getattr(layer, key))
-            if self.state.get(p):
-                total += p.numel()
-                if only is None or key in only:
-                    plan = self._plans[p]
-                    lost += reset_(self.state[p], plan, self._recipe_of(plan, group), working_dtype(p), how, ratio)
+            for p in self._stand_ins.of_parameter(getattr(layer, key)):
+                state, plan = self._state(p), self._plans[p]
+                if state:
+                    total += math.prod(plan.shape)
+                    if only is None or key in only:
+                        lost += reset_(state, plan, self._recipe_of(plan, group), working_dtype(p), how, ratio)
         self._last_reset = lost / max(1, total)
         return self._last_reset
 
     def settle(self, layer: ReparameterizedLinear, only: Collection[str]) -> None:
         """Factors that were overwritten owe nothing to what they were (`bf16_update="kahan"`)."""
         for key in only:
-            owed = self.state.get(getattr(layer, key), {}).get(COMPENSATION)
-            if owed is not None:
-                owed.zero_()
+            for p in self._stand_ins.of_parameter(getattr(layer, key)):
+                if COMPENSATION in (state := self._state(p)):
+                    state[COMPENSATION].zero_()
 
     def _admit(self, group: dict[str, Any]) -> None:
         super()._admit(group)
@@ -151,7 +173,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
         checks.no_rank(type(self).__name__, group)
         self.check(group)
 
-    def _check_served(self) -> None:
+    def _check_served(self, reasons: list[tuple[str, str]]) -> None:
         """Nothing converted was refused before."""
 
     def restart_workspace(self) -> int:
@@ -170,7 +192,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
 
     def _continue(self) -> None:
         """What follows from the state, after it was loaded."""
-        self._counted = {name: self._count(layer) for name, layer in self._conversion.layers.items()}
+        self._counted = dict(zip(self._conversion.layers, self._counts(), strict=True))
 
     # -- what a user sees ----------------------------------------------------------------------------------------------
 
@@ -185,8 +207,9 @@ class WeightSpaceOptimizer(LowRankOptimizer):
         inside: set[Tensor] = set()
         for name, layer in self._conversion.layers.items():
             params = [p for key, p in layer.named_parameters() if key != "bias"]
-            inside.update(params)
-            states = [self.state.get(p, {}) for p in params]
+            parts = [part for p in params for part in self._stand_ins.of_parameter(p)]
+            inside.update(parts)
+            states = [self._state(p) for p in parts]
             count = self._restarts(name, layer)
             yield Row(
                 name=name,

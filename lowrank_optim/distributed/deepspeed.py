@@ -61,6 +61,19 @@ def verify(flat: Tensor, found: Sequence[Range]) -> None:
         shard_checks.master_weights(torch.equal(copy, own))
 
 
+def partition(p: Tensor) -> tuple[int, int]:
+    """(first element, how many) of what stage 3 has here of a parameter, also of a frozen one: of its `ds_tensor`."""
+    param = cast(Any, p)
+    size = param.partition_numel()
+    start = min(dist.get_rank(_peers_of(param)) * size, param.ds_numel)
+    return start, min(size, param.ds_numel - start)
+
+
+def _peers_of(param: Any) -> Any:
+    zero = getattr(param, "_z3_optimizer", None)
+    return getattr(param, "ds_process_group", getattr(zero, "dp_process_group", None)) or dist.group.WORLD
+
+
 def _of_stage_1_and_2(params: Sequence[Any]) -> Iterator[Range]:
     for p in params:
         address, group = p._hp_mapping, p._dp_group or dist.group.WORLD
@@ -75,11 +88,8 @@ def _of_stage_3(zero: Any, flat: Tensor) -> Iterator[Range]:
     number = next(i for i, one in enumerate(zero.fp32_partitioned_groups_flat) if one is flat)
     offset = 0
     for p in zero.fp16_groups[number]:
-        size = p.partition_numel()
-        group = getattr(p, "ds_process_group", zero.dp_process_group) or dist.group.WORLD
-        start = min(dist.get_rank(group) * size, p.ds_numel)
-        yield Range(p, start, min(size, p.ds_numel - start), offset, group)
-        offset += size
+        yield Range(p, *partition(p), offset, _peers_of(p))
+        offset += p.partition_numel()
 
 
 def _refuse(params: Sequence[Tensor], group: Mapping[str, Any]) -> None:

@@ -61,8 +61,13 @@ def unsharded(name: str, what: str) -> None:
     raise NotImplementedError(f"{what} does not work for {name}, which is sharded (DTensor). Use step() as it is")
 
 
-def can_be_replaced(method: str, ways: Mapping[str, bool]) -> None:
+def can_be_replaced(method: str, ways: Mapping[str, bool], why_not: str) -> None:
     """For what works on the parameters themselves, where a wrapper has put other tensors in their place."""
+    if why_not:
+        raise NotImplementedError(
+            f"{method} does not work under DeepSpeed ZeRO, nor in its stage 0 in bfloat16: they train other tensors in "
+            f"the place of its parameters, and {why_not}. Use stage 0 in float32, or DistributedDataParallel"
+        )
     for way in (way for way, taken in ways.items() if taken):
         raise NotImplementedError(
             f"{way} of {method} does not work under a wrapper that keeps the weights elsewhere (DeepSpeed ZeRO, or its "

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from .. import checks
 from ..plan import Plan, shape_of
 from . import shard_checks
 from .deepspeed import Range, ranges, verify
@@ -39,6 +38,8 @@ class StandIns:
         given: the parameters of each group as the optimizer got them, with their names.
         homes: of each fragment. It is a tensor, a view of the flat one.
         pieces: the fragments of each flat tensor.
+        instead: what is updated here in the place of a parameter: its copy, or its fragments.
+        ranges: the flat tensor that has a parameter, and what is here of it.
     """
 
     def __init__(self, optimizer: LowRankOptimizer) -> None:
@@ -46,6 +47,8 @@ class StandIns:
         self.given: dict[int, list[tuple[str, Tensor]]] = {}
         self.homes: dict[Tensor, Home] = {}
         self.pieces: dict[Tensor, list[Tensor]] = {}
+        self.instead: dict[Tensor, list[Tensor]] = {}
+        self.ranges: dict[Tensor, tuple[Tensor, Range]] = {}
         self._unverified: list[tuple[Tensor, list[Range]]] = []
 
     def note(self, group: dict[str, Any]) -> None:
@@ -69,7 +72,7 @@ class StandIns:
             given = [p for _, p in self.given[group[GROUP]]]
             if not new or any(p is q for p in group["params"] for q in given):
                 continue  # a parameter that somebody has appended is refused elsewhere
-            shard_checks.can_be_replaced(type(self.optimizer).__name__, self._ways(group))
+            shard_checks.can_be_replaced(type(self.optimizer).__name__, self._ways(group), self.optimizer.irreplaceable)
             self._check_served()
             trained = [p for p in given if p.requires_grad and shape_of(p).numel()]
             if [p.shape for p in new] == [p.shape for p in trained]:
@@ -81,15 +84,13 @@ class StandIns:
     def _check_served(self) -> None:
         """Wrappers leave frozen parameters out; the others must not all be plain."""
         found = [(self.optimizer._plans[p], p) for pairs in self.given.values() for _, p in pairs]
-        if not any(plan.projected and p.requires_grad for plan, p in found):
-            reasons = ((plan.name, plan.reason or "frozen") for plan, _ in found)
-            checks.something_projected(type(self.optimizer).__name__, self.optimizer.ranked, reasons)
+        reasons = [(plan.name, plan.reason or ("" if p.requires_grad else "frozen")) for plan, p in found]
+        self.optimizer._check_served(reasons)
 
     def _ways(self, group: dict[str, Any]) -> dict[str, bool]:
         """Ways of running a step that need the parameters themselves."""
         optimizer = self.optimizer
         return {
-            "this method": not optimizer.replaceable,
             "capturable=True": group["capturable"],
             "step_in_backward": optimizer._in_backward is not None,
             "compile()": optimizer._move is not None,
@@ -100,6 +101,7 @@ class StandIns:
         plans = {copy: optimizer._plans[p] for p, copy in zip(given, copies, strict=True)}
         layouts = optimizer._lay_out(plans, group)
         for p, copy in zip(given, copies, strict=True):
+            self.instead[p] = [copy]
             state = optimizer.state.pop(p, None)
             if state and layouts[copy] is HERE is optimizer._layouts[p]:
                 optimizer.state[copy] = state
@@ -109,9 +111,12 @@ class StandIns:
     def _adopt_flat(self, flat: Tensor, group: dict[str, Any], given: list[Tensor]) -> None:
         optimizer = self.optimizer
         found = ranges(type(optimizer).__name__, flat, given, group)
-        self.hold(flat, list(fragments(found, *self.known([one.param for one in found], group), flat.device)), group)
-        for p, *_ in found:
-            optimizer.state.pop(p, None)
+        plans, rules, keys = self.known([own.param for own in found], group)
+        self.hold(flat, list(fragments(found, plans, rules, keys, flat.device)), group)
+        for key, own in zip(keys, found, strict=True):
+            here = [piece for piece in self.pieces[flat] if self.homes[piece].fragment.key.split(".")[0] == key]
+            self.instead[own.param], self.ranges[own.param] = here, (flat, own)
+            optimizer.state.pop(own.param, None)
         self._unverified.append((flat, found))
 
     def known(self, params: list[Tensor], group: dict[str, Any]) -> tuple[list[Plan], list[bool], list[str]]:
@@ -139,6 +144,10 @@ class StandIns:
             verify(*self._unverified.pop())
 
     # -- using them ----------------------------------------------------------------------------------------------------
+
+    def of_parameter(self, p: Tensor) -> list[Tensor]:
+        """What is updated here of a parameter."""
+        return self.instead.get(p, [p])
 
     def of(self, group: dict[str, Any]) -> Iterator[Tensor]:
         """What is updated of the tensors that are in a group now."""

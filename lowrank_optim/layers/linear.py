@@ -13,7 +13,8 @@ from torch.nn.functional import linear
 
 from .. import checks, ops
 from ..chunk import unpacked, working_dtype
-from ..distributed.dtensors import first_row, local, part, whole
+from ..distributed.dtensors import local, part, whole
+from ..distributed.spans import span
 from ..ops.factor import balance, split
 from ..plan import bare_name, resolve_rank
 from . import layer_checks
@@ -214,9 +215,9 @@ class LowRankLinear(ProductLinear):
         if self.base is None:
             raise RuntimeError("a layer without a base has nothing to merge into")
         working = working_dtype(self.B)
-        product = self.scale * (local(self.B).to(working) @ whole(self.A).to(working))
-        stream, start = ops.stream_of("merge", count), first_row(self.base) * self.in_features
-        add_to_base_(local(self.base), product, self.key, stream, stochastic=stochastic, exact=self.exact, start=start)
+        here, stream = span(self.base, self.in_features), ops.stream_of("merge", count)
+        product = self.scale * here.of_product(local(self.B).to(working), whole(self.A).to(working))
+        add_to_base_(here.x, product, self.key, stream, stochastic=stochastic, exact=self.exact, start=here.start)
         drawn = self._drawn((self.rank, self.in_features), self.in_features, "A", count, self.A.device)
         local(self.A).copy_(part(drawn, self.A))
         local(self.B).zero_()

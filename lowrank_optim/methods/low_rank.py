@@ -43,6 +43,7 @@ class LowRankAdamW(WeightSpaceOptimizer):
     )
     layer = LowRankLinear
     shardable = True
+    irreplaceable = ""
     layer_options = ("alpha", "base", "init")
 
     def __init__(
@@ -77,7 +78,8 @@ class LowRankAdamW(WeightSpaceOptimizer):
     def restart(self, name: str, layer: ReparameterizedLinear, count: int, group: dict[str, Any]) -> bool:
         refactor, reset = restarts_due(count, group)
         if refactor:
-            cast(LowRankLinear, layer).balance_()
+            with self.trained(layer, "B", "A"):
+                cast(LowRankLinear, layer).balance_()
             self.settle(layer, layer.factors)
         if reset:
             self.reset(layer)

@@ -51,6 +51,7 @@ class ReLoRA(WeightSpaceOptimizer):
     )
     layer = LowRankLinear
     shardable = True
+    irreplaceable = ""
     layer_options = ("alpha", "base", "exact_base")
     choices = {"base": ("dense", "int8", "nf4")}
 
@@ -89,7 +90,8 @@ class ReLoRA(WeightSpaceOptimizer):
         merges, due = divmod(count, group["merge_every"])
         if due:
             return False
-        cast(LowRankLinear, layer).merge_(merges, stochastic=group["bf16_update"] != "none")
+        with self.trained(layer, "B", "A"):
+            cast(LowRankLinear, layer).merge_(merges, stochastic=group["bf16_update"] != "none")
         self.settle(layer, layer.factors)
         self.reset(layer, group["reset"], group["reset_ratio"])
         return True

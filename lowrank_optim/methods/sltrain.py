@@ -54,6 +54,7 @@ class SLTrain(WeightSpaceOptimizer):
     )
     layer = SparseLowRankLinear
     shardable = True
+    irreplaceable = ""
     layer_options = ("density", "alpha", "init")
 
     def __init__(
@@ -89,7 +90,8 @@ class SLTrain(WeightSpaceOptimizer):
     def restart(self, name: str, layer: ReparameterizedLinear, count: int, group: dict[str, Any]) -> bool:
         refactor, reset = restarts_due(count, group)
         if refactor:
-            cast(SparseLowRankLinear, layer).balance_()
+            with self.trained(layer, "B", "A"):
+                cast(SparseLowRankLinear, layer).balance_()
         if reset:
             self.reset(layer)
         return refactor or reset
