@@ -24,7 +24,7 @@ from benchmarks import record
 from benchmarks.native import Run, compared
 from lowrank_optim import GaLoreAdamW, ops
 from lowrank_optim.apply import apply_narrow_
-from lowrank_optim.forming import Asked, Member
+from lowrank_optim.forming import Asked
 from lowrank_optim.recipe import Update
 
 SHAPES = [(1024, 4096, 128, "left"), (1024, 4096, 256, "right"), (4096, 4096, 128, "right"), (4096, 1024, 128, "left")]
@@ -41,7 +41,7 @@ def blocks(m: int, n: int, rank: int, side: str, d: Tensor, how: str) -> tuple[R
     p = torch.nn.Parameter(torch.randn((n, m) if side == "right" else (m, n)).bfloat16())
     p.grad = torch.zeros_like(p)
     optimizer = GaLoreAdamW([p], rank=rank, proj_type=side, bf16_update=how)
-    chunk = next(optimizer._chunks([Member(p, optimizer.param_groups[0], p.grad)], Asked()))
+    chunk = next(optimizer._chunks([optimizer._member(p, optimizer.param_groups[0], p.grad)], Asked()))
     state = chunk.open()
     state["basis"].copy_(torch.linalg.qr(torch.randn(m, rank))[0])
     like, change = chunk.blank(), Update(d, LR)

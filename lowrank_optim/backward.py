@@ -207,7 +207,7 @@ class StepInBackward:
         if p.grad is None:
             name = self.optimizer._plans[p].name
             raise RuntimeError(f"the gradient of {name} is gone; is another hook at work (CompressedAccumulation)?")
-        return Member(p, self._groups[p], p.grad)
+        return self.optimizer._member(p, self._groups[p], p.grad)
 
     def _is_thin(self, member: Member) -> bool:
         """Can the gradients of this window be accumulated in the basis that there is, or that this one gives?"""
@@ -243,7 +243,7 @@ class StepInBackward:
     def _gathered(self, p: Tensor) -> Member:
         window = self._windows[p]
         if window.thin:
-            return Member(p, self._groups[p], cast(Tensor, window.sum), projected=True)
+            return self.optimizer._member(p, self._groups[p], cast(Tensor, window.sum), projected=True)
         return self._member(p)
 
     def _flush(self) -> None:

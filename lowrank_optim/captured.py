@@ -40,7 +40,6 @@ class Captured:
     def prepare(self, members: list[Member], replay: bool = False) -> bool:
         """False where nothing may be updated. `replay`: a graph will do the device's part."""
         optimizer = self.optimizer
-        optimizer._recheck()
         optimizer._prepare(members)
         norms = gradient_norms([one.grad for one in members])
         bad = [one for one, norm in zip(members, norms, strict=True) if not math.isfinite(norm)]
@@ -57,7 +56,7 @@ class Captured:
                     refresh_(piece)
                 chunk.tell_()
         for one in members:
-            optimizer._state(one.p)["step"] += 1
+            one.state["step"] += 1
         return True
 
     def update(self, members: list[Member]) -> None:

@@ -22,13 +22,23 @@ from .stats import Watch
 CACHE = 1 << 18  # bytes of gradients looked at together on CPU: what stays in cache until they are used
 
 
+RecipeOf = Callable[[Plan, dict[str, Any]], Recipe]
+
+
 class Member(NamedTuple):
-    """A parameter with its group and its gradient: whole and shaped like it, or only the coordinates R of it."""
+    """A parameter in one step, with all that is known of it.
+
+    Attributes:
+        grad: whole and shaped like the parameter, or where it is `projected` only the coordinates R of it.
+    """
 
     p: Tensor
     group: dict[str, Any]
     grad: Tensor
-    projected: bool = False
+    projected: bool
+    plan: Plan
+    layout: Layout
+    state: dict[str, Tensor]
 
 
 @dataclass
@@ -43,6 +53,12 @@ class Asked:
     recipes: dict[tuple[int, bool], Recipe] = field(default_factory=dict)
     specs: dict[tuple[Any, ...], tuple[dict[str, Spec], dict[str, Shape]]] = field(default_factory=dict)
 
+    def recipe(self, plan: Plan, group: dict[str, Any], recipe_of: RecipeOf) -> Recipe:
+        kind = id(group), plan.projected
+        if kind not in self.recipes:
+            self.recipes[kind] = recipe_of(plan, group)
+        return self.recipes[kind]
+
     def spec(self, kind: tuple[int, bool], plan: Plan, layout: Layout) -> tuple[dict[str, Spec], dict[str, Shape]]:
         key = kind, layout.key, plan.matrix, plan.rank, plan.side, plan.small
         if key not in self.specs:
@@ -51,31 +67,18 @@ class Asked:
         return self.specs[key]
 
 
-def form_chunks(
-    members: list[Member],
-    plans: dict[Tensor, Plan],
-    layouts: dict[Tensor, Layout],
-    state_of: Callable[[Tensor], dict[str, Tensor]],
-    recipe_of: Callable[[Plan, dict[str, Any]], Recipe],
-    asked: Asked,
-    watch: Watch,
-) -> Iterator[Chunk]:
+def form_chunks(members: list[Member], recipe_of: RecipeOf, asked: Asked, watch: Watch) -> Iterator[Chunk]:
     """Buckets by everything that must be equal, cut to the byte limit. On CPU a loop beats stacking."""
     buckets: dict[tuple[Any, ...], list[Member]] = {}
-    recipes = asked.recipes
     for member in members:
-        p, group, grad, _ = member
-        plan = plans[p]
-        kind = id(group), plan.projected
-        if kind not in recipes:
-            recipes[kind] = recipe_of(plan, group)
+        p, group, plan = member.p, member.group, member.plan
+        kind, recipe = (id(group), plan.projected), asked.recipe(plan, group, recipe_of)
         stack = p.device.type != "cpu" if group["foreach"] is None else group["foreach"]
-        alone = None if stack and (plan.projected or recipes[kind].elementwise) else id(p)
-        equal = plan.matrix, plan.batch, plan.side, plan.rank, p.dtype, grad.dtype, p.device, member.projected
-        buckets.setdefault((kind, int(state_of(p)["step"]) + 1, alone, layouts[p].key, *equal), []).append(member)
+        alone = None if stack and (plan.projected or recipe.elementwise) else id(p)
+        equal = plan.matrix, plan.batch, plan.side, plan.rank, p.dtype, member.grad.dtype, p.device, member.projected
+        buckets.setdefault((kind, int(member.state["step"]) + 1, alone, member.layout.key, *equal), []).append(member)
     for (kind, step, *_), bucket in buckets.items():
-        p, group, _, projected = bucket[0]
-        plan, layout = plans[p], layouts[p]
+        p, group, _, projected, plan, layout, _ = bucket[0]
         spec, shapes = asked.spec(kind, plan, layout)
         most = layout.most(plan)
         limit = max(1, limits.CHUNK_BYTES // (working_dtype(p).itemsize * max(1, most)))
@@ -83,20 +86,20 @@ def form_chunks(
             some = bucket[start : start + limit]
             homes = [one.p.detach() for one in some]
             yield Chunk(
-                recipe=recipes[kind],
+                recipe=asked.recipes[kind],
                 group=group,
                 step=step,
                 spec=spec,
-                plans=[layout.plan(plans[one.p]) for one in some],
-                params=[layouts[one.p].enter(home) for one, home in zip(some, homes, strict=True)],
-                grads=[layouts[one.p].enter_gradient(one.grad.detach()) for one in some],
-                states=[layout.here_all(state_of(one.p)) for one in some],
+                plans=[layout.plan(one.plan) for one in some],
+                params=[one.layout.enter(home) for one, home in zip(some, homes, strict=True)],
+                grads=[one.layout.enter_gradient(one.grad.detach()) for one in some],
+                states=[layout.here_all(one.state) for one in some],
                 working=working_dtype(p),
                 watch=watch,
                 projected=projected,
                 first=layout.first(plan),
                 layout=layout,
-                algebra=layout.algebra([layouts[one.p] for one in some]),
+                algebra=layout.algebra([one.layout for one in some]),
                 most=most,
                 shapes=shapes,
                 homes=homes,
@@ -129,15 +132,18 @@ def one_by_one(members: list[Member]) -> bool:
 
 
 def in_cache(members: list[Member]) -> Iterator[list[Member]]:
-    """Runs of members whose gradients stay in cache together: many small ones, or one."""
+    """Members whose gradients stay in cache together: large ones alone, and many small ones."""
     some: list[Member] = []
     size = 0
     for one in members:
-        size += one.grad.nbytes
-        if some and size > CACHE:
+        if one.grad.nbytes > CACHE:
+            yield [one]
+            continue
+        if size + one.grad.nbytes > CACHE:
             yield some
-            some, size = [], one.grad.nbytes
+            some, size = [], 0
         some.append(one)
+        size += one.grad.nbytes
     if some:
         yield some
 

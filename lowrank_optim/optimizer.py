@@ -23,6 +23,7 @@ from .distributed.lockstep import together
 from .distributed.stand_ins import GROUP, StandIns
 from .forming import Asked, Member, form_chunks, gradient_norms, in_cache, one_by_one, waves
 from .hooks import full_precision
+from .listed import update_listed_
 from .ops import native
 from .parts import Drop, Identity, Never
 from .plan import Plan, decide, shape_of
@@ -197,7 +198,15 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         return self._stand_ins.all()
 
     def _with_gradients(self) -> list[Member]:
-        return [Member(p, group, grad) for p, group, grad in self._stand_ins.with_gradients()]
+        return [self._member(p, group, grad) for p, group, grad in self._stand_ins.with_gradients()]
+
+    def _member(self, p: Tensor, group: dict[str, Any], grad: Tensor, projected: bool = False) -> Member:
+        """With its state, which is made here where the parameter was frozen, or without memory, until now."""
+        state = self._state(p)
+        if not state:
+            state = self._fresh_state(p, group)
+            self._stand_ins.keep(p, state)
+        return Member(p, group, grad, projected, self._plans[p], self._layouts[p], state)
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -220,12 +229,13 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             self._projecting._finish()
             return
         self._stand_ins.adopt()
+        if not captured.capturing():
+            self._recheck()
         members = self._with_gradients()
         if any(group["capturable"] for group in self.param_groups):
             if captured.capturing() or self._captured.prepare(members):
                 self._captured.update(members)
             return
-        self._recheck()
         self._prepare(members)
         if not self._dry_run(members):
             self._update(members)
@@ -251,6 +261,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             if optimizer.prepare():
                 graph.replay()
         """
+        self._recheck()
         return self._captured.prepare(self._with_gradients(), replay=True)
 
     def compile(self, **options: Any) -> None:
@@ -294,15 +305,13 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             self._seen[group[GROUP]] = now
 
     def _prepare(self, members: list[Member]) -> None:
-        """Refuses gradients that no rule can use, and sees to it that there is state where the parameter is."""
+        """Refuses gradients that no rule can use, and sees to it that state is where the parameter is."""
         self._stand_ins.verify()
-        for p, group, grad, _ in members:
-            checks.gradient(self._plans[p].name, grad)
-            if self._layouts[p] is not HERE and hasattr(p, "device_mesh"):
-                shard_checks.same_layout(self._plans[p].name, grad, cast(Any, p).placements)
-            if not self._state(p):
-                self._stand_ins.keep(p, self._fresh_state(p, group))
-            follow(self._state(p), p, group)
+        for p, group, grad, _, plan, layout, state in members:
+            checks.gradient(plan.name, grad)
+            if layout is not HERE and hasattr(p, "device_mesh"):
+                shard_checks.same_layout(plan.name, grad, cast(Any, p).placements)
+            follow(state, p, group)
 
     def _dry_run(self, members: list[Member]) -> bool:
         """A first step on zero gradients, as checkpoint helpers and DeepSpeed make: the state exists, no more.
@@ -311,7 +320,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         """
         if self._stand_ins.pieces or any(state["step"] or state["skipped"] for state in self._states()):
             return False
-        return not self._together().anywhere(any(bool(self._layouts[p].here(grad).any()) for p, _, grad, _ in members))
+        return not self._together().anywhere(any(bool(one.layout.here(one.grad).any()) for one in members))
 
     def _together(self) -> Common:
         """What all ranks decide together, of all parameters or of those in the flat tensors of this step."""
@@ -334,11 +343,12 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             alone = one_by_one(members) and not self._together().groups
             for batch in in_cache(members) if alone else [members]:
                 finite = self._finite(batch, rescale)
-                complete_edges((self._layouts[one.p], one.grad) for one in finite)
+                complete_edges((one.layout, one.grad) for one in finite)
+                finite = update_listed_(finite, self._recipe_of, asked) if self._move is None else finite
                 told = self._counted_elsewhere(finite, asked)
                 for some in waves(self._pieces(finite, asked)):
                     together([partial(update_, piece, piece.algebra, self._move) for piece in some])
-                together([partial(self._layouts[p].tell_all_, self._state(p)) for p in told])
+                together([partial(one.layout.tell_all_, one.state) for one in told])
 
     def _pieces(self, members: list[Member], asked: Asked) -> Iterator[Chunk]:
         """What is updated at once. A parameter counts its step once it is updated."""
@@ -348,21 +358,21 @@ class LowRankOptimizer(Optimizer, abc.ABC):
                 state["step"] += 1
 
     def _chunks(self, members: list[Member], asked: Asked) -> Iterator[Chunk]:
-        return form_chunks(members, self._plans, self._layouts, self._state, self._recipe_of, asked, self._watch)
+        return form_chunks(members, self._recipe_of, asked, self._watch)
 
-    def _counted_elsewhere(self, members: list[Member], asked: Asked) -> list[Tensor]:
+    def _counted_elsewhere(self, members: list[Member], asked: Asked) -> list[Member]:
         """Stacks of which this step may refit some matrices, and others have some."""
-        apart = [one for one in members if self._layouts[one.p].counts_apart]
+        apart = [one for one in members if one.layout.counts_apart]
         chunks = (chunk for one in apart for chunk in self._chunks([one], asked))
         wholes = (
-            replace(chunk, plans=[self._plans[one.p]], states=[self._state(one.p)], first=0)
+            replace(chunk, plans=[one.plan], states=[one.state], first=0)
             for one, chunk in zip(apart, chunks, strict=True)
         )
-        return [one.p for one, whole in zip(apart, wholes, strict=True) if refresh_due(whole)]
+        return [one for one, whole in zip(apart, wholes, strict=True) if refresh_due(whole)]
 
     def _finite(self, members: list[Member], rescale: Rescale | None) -> list[Member]:
         """The members whose gradients are finite; the others are counted, or refused before anything is updated."""
-        norms = gradient_norms([self._layouts[one.p].here(one.grad) for one in members])
+        norms = gradient_norms([one.layout.here(one.grad) for one in members])
         if self._together().groups:
             whole = self._together().norms((one.p, norm) for one, norm in zip(members, norms, strict=True))
             norms = [whole.get(one.p, norm) for one, norm in zip(members, norms, strict=True)]
@@ -377,7 +387,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
 
     def _skip(self, members: list[Member]) -> None:
         """Parameters with a non-finite gradient: counted, and warned about the first time, or an error."""
-        names = [self._plans[one.p].name for one in members]
+        names = [one.plan.name for one in members]
         if any(one.group["nonfinite"] == "raise" for one in members):
             checks.nonfinite(names)
         expected = self._in_backward is not None and self._in_backward.scaler is not None  # it searches for its scale
@@ -387,7 +397,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
                 "a further warning. report() counts them"
             )
         for one in members:
-            self._state(one.p)["skipped"] += 1
+            one.state["skipped"] += 1
 
     # -- what a user sees ----------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from lowrank_optim import GaLoreAdamW, blocks, estimate_memory, ops
 from lowrank_optim.blocks import Columns
 from lowrank_optim.chunk import CHUNK_BYTES
 from lowrank_optim.distributed.algebra import WHOLE
-from lowrank_optim.forming import Asked, Member, gradient_norms
+from lowrank_optim.forming import Asked, gradient_norms
 from lowrank_optim.ops.apply import add_rounded_
 from lowrank_optim.peak import Peak
 
@@ -187,7 +187,7 @@ def test_plain_parameters_in_16_bits_are_cut_on_accelerators_too(monkeypatch):
         p = nn.Parameter(torch.randn(1000, dtype=dtype))
         p.grad = torch.randn_like(p)
         optimizer = GaLoreAdamW([p, nn.Parameter(torch.randn(9, 9))], rank=3)
-        chunk = next(optimizer._chunks([Member(p, optimizer.param_groups[0], p.grad)], Asked()))
+        chunk = next(optimizer._chunks([optimizer._member(p, optimizer.param_groups[0], p.grad)], Asked()))
         there = replace(chunk, params=[p.detach().to("meta")], grads=[p.grad.to("meta")])
         assert [len(piece.params[0]) for piece in there.pieces()] == ([300, 300, 300, 100] if count == 4 else [1000])
 

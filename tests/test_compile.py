@@ -175,7 +175,7 @@ def counters(optimizer):
 
 
 def members(optimizer):
-    return [captured.Member(p, group, p.grad) for p, group in optimizer._members()]
+    return [optimizer._member(p, group, p.grad) for p, group in optimizer._members()]
 
 
 def test_lr_on_the_device_is_read_there(monkeypatch):

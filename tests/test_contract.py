@@ -14,7 +14,6 @@ from torch import nn
 
 import lowrank_optim
 from lowrank_optim import ops
-from lowrank_optim.forming import Member
 
 
 def weights(model):
@@ -99,7 +98,7 @@ def test_one_parameter_at_a_time_equals_one_step(case):
         together.step()
         with torch.no_grad():
             for p, group in reversed(list(apart._members())):
-                apart._update([Member(p, group, p.grad)])
+                apart._update([apart._member(p, group, p.grad)])
     assert torch.equal(weights(models[0]), weights(models[1]))
 
 

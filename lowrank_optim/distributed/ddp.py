@@ -133,7 +133,7 @@ class DDPProject:
             for p, group in optimizer._members():
                 plan = optimizer._plans[p]
                 if p in grads and optimizer.state.get(p) and optimizer._recipe_of(plan, group).thin:
-                    chunk = next(optimizer._chunks([Member(p, group, grads[p])], asked))
+                    chunk = next(optimizer._chunks([optimizer._member(p, group, grads[p])], asked))
                     if refresh_due(chunk):
                         due.add(p)
                     else:
@@ -186,9 +186,9 @@ class DDPProject:
     def _gathered(self) -> Iterator[Member]:
         for p, group in self.optimizer._members():
             if p in self._sums:
-                yield Member(p, group, self._sums[p], projected=True)
+                yield self.optimizer._member(p, group, self._sums[p], projected=True)
             elif p.grad is not None:
-                yield Member(p, group, p.grad)
+                yield self.optimizer._member(p, group, p.grad)
 
     def _clipping(self, members: Sequence[Member]) -> Clipping:
         if self.clip_norm is None or self.clip == "tensor":

@@ -160,8 +160,6 @@ def _of_one(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], layou
         return Sent(0.0, 0.0)  # every process has some matrices of a stack
     layout = replace(layout, meter=Meter())
     state, unknown, meter = optimizer._fresh_state(p, group), False, layout.meter
-    plans, states = {p: optimizer._plans[p]}, {p: state}
-    layouts: dict[Tensor, Layout] = {p: layout}
     counts: list[tuple[float, float]] = []
 
     def unlearning(plan: Plan, group: dict[str, Any]) -> Recipe:
@@ -171,9 +169,9 @@ def _of_one(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], layou
     for due in (True, False, True):
         if due and "refreshed_at" in state:
             state["refreshed_at"].fill_(-1)
-        member = Member(p, group, torch.empty_like(p))
+        member = Member(p, group, torch.empty_like(p), False, optimizer._plans[p], layout, state)
         complete_edges([(layout, member.grad)], add_up=lambda x, _: x)
-        for chunk in form_chunks([member], plans, layouts, states.__getitem__, unlearning, Asked(), optimizer._watch):
+        for chunk in form_chunks([member], unlearning, Asked(), optimizer._watch):
             update_(chunk, chunk.algebra)
             unknown = cast(Tally, cast(Counting, chunk.algebra).traffic).unknown
         state["step"] += 1

@@ -204,7 +204,7 @@ class LoQT(WeightSpaceOptimizer):
         self.settle(layer, layer.factors)
         if group["moments"] == "reset":
             self.reset(layer)
-        super()._update([Member(layer.B, group, gradient)])
+        super()._update([self._member(layer.B, group, gradient)])
 
 
 def _times(until: int, place: int, group: dict[str, Any]) -> Iterator[int]:

@@ -7,7 +7,7 @@ one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,11 +39,27 @@ def direction(recipe: Recipe, st: State, r: Tensor, t: Clock, whole: Tensor | No
     return kernel(recipe, st, r, t, spare)
 
 
+def whole(recipe: Recipe) -> _Step | None:
+    """The kernel for the whole update of several W, if these parts have one."""
+    parts = (recipe.basis, recipe.momentum, recipe.scaling, recipe.residual, recipe.step_size)
+    usual = recipe.momentum_of == "gradient" and recipe.scale == 1
+    return _STEPS.get(tuple(map(type, parts))) if usual and recipe.momentum.debias else None  # type: ignore[attr-defined]
+
+
+def suits(w: Tensor, g: Tensor, st: State) -> bool:
+    """Kernels of `whole` walk tensors flat, whatever their strides, so all must be laid out alike."""
+    if w.dtype not in _DTYPES or w.device.type not in _DEVICES:
+        return False
+    return all(x.is_contiguous() and x.dtype == w.dtype for x in (w, g, *(st[key] for key in _MOMENTS)))
+
+
 def step_(recipe: Recipe, w: Tensor, g: Tensor, st: State, lr: Clock, weight_decay: float, t: Clock) -> bool:
     """The whole update of w in one kernel, or False and nothing is changed."""
-    parts = (recipe.basis, recipe.momentum, recipe.scaling, recipe.residual, recipe.step_size)
-    kernel = _STEPS.get(tuple(map(type, parts))) if recipe.momentum_of == "gradient" and recipe.scale == 1 else None
-    return kernel is not None and kernel(recipe, w, g, st, lr, weight_decay, t)
+    one_clock = not isinstance(t, Tensor) or t.dim() == 0
+    if torch.compiler.is_compiling() or (kernel := whole(recipe)) is None or not (one_clock and suits(w, g, st)):
+        return False
+    kernel(recipe, [w], [g], [st], lr, weight_decay, [t])
+    return True
 
 
 def stays_closed(recipe: Any, spec: Mapping[str, Spec], working: torch.dtype, stack: bool) -> set[str]:
@@ -123,25 +139,21 @@ def _share_memory(x: Tensor, y: Tensor) -> bool:
     return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
 
-def _adamw_(recipe: Any, w: Tensor, g: Tensor, st: State, lr: Clock, weight_decay: float, t: Clock) -> bool:
-    """torch's fused AdamW. It walks tensors flat, whatever their strides, so all must be laid out alike."""
-    m, v = (st[key] for key in _MOMENTS)
-    alike = all(x.is_contiguous() and x.dtype == w.dtype for x in (w, g, m, v))
-    supported = w.dtype in _DTYPES and w.device.type in _DEVICES
-    one_clock = not isinstance(t, Tensor) or t.dim() == 0
-    if torch.compiler.is_compiling() or not (alike and supported and one_clock and recipe.momentum.debias):
-        return False
-    step = t.float() if isinstance(t, Tensor) else torch.tensor(t, device=w.device)
+def _adamw_(
+    recipe: Any, w: list[Tensor], g: list[Tensor], st: Sequence[State], lr: Clock, weight_decay: float, t: list[Clock]
+) -> None:
+    """torch's fused AdamW."""
+    (m, v), device = ([one[key] for one in st] for key in _MOMENTS), w[0].device
+    steps = {x: x.float() if isinstance(x, Tensor) else torch.tensor(x, device=device) for x in set(t)}
     torch._fused_adamw_(
-        [w], [g], [m], [v], [], [step],
+        w, g, m, v, [], [steps[x] for x in t],
         lr=lr, beta1=recipe.momentum.beta, beta2=recipe.scaling.beta, weight_decay=weight_decay, eps=recipe.scaling.eps,
         amsgrad=False, maximize=False,
     )  # fmt: skip
-    return True
 
 
 _Direction = Callable[[Recipe, State, Tensor, Clock, bool], "tuple[Tensor, Clock] | None"]
-_Step = Callable[[Recipe, Tensor, Tensor, State, Clock, float, Clock], bool]
+_Step = Callable[[Recipe, list[Tensor], list[Tensor], Sequence[State], Clock, float, list[Clock]], None]
 _Rule = tuple[float, float, float, float, "Tensor | None"]  # beta1, beta2, eps, t and where it is on the device
 _Pairs = list[tuple[Stored, ...]]  # first and second moment of each parameter
 _DIRECTIONS: dict[tuple[type, ...], _Direction] = {(EMA, RMS): _adam_direction}
