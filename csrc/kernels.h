@@ -40,9 +40,13 @@ struct Blocks {
   }
 };
 
+// The powers beta^t are the host's where it knows t: those of a GPU's library may differ in the last bit of a double.
 struct AdamRule {
   double beta1, beta2, eps;
   Step step;
+  double power1, power2;
+
+  LRO_HD bool knows_powers() const { return !step.single && !step.wide; }
 };
 
 // One of several tensors that are updated together: moments m and v, and R, over which the direction is written.

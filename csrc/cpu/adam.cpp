@@ -80,6 +80,7 @@ struct Midpoints {
 
 template <class T>
 AdamNumbers<T> numbers_of(const AdamRule& rule) {
+  if (rule.knows_powers()) return adam_numbers<T>(rule.beta1, rule.beta2, rule.eps, rule.power1, rule.power2);
   const double t = number_of(rule.step);
   return adam_numbers<T>(rule.beta1, rule.beta2, rule.eps, pow(rule.beta1, t), pow(rule.beta2, t));
 }

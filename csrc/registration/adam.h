@@ -27,6 +27,10 @@ ScalarType check_plain(const Tensor& exp_avg, const Tensor& exp_avg_sq, const Te
   return type;
 }
 
+AdamRule rule_of(double beta1, double beta2, double eps, double t, const OptionalTensor& step, const Tensor& r) {
+  return {beta1, beta2, eps, step_of(t, step, r, "step", "r"), std::pow(beta1, t), std::pow(beta2, t)};
+}
+
 template <class T>
 PlainMoments<T> plain_moments(const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& r) {
   return {write<T>(exp_avg), write<T>(exp_avg_sq), write<T>(r), r.numel()};
@@ -35,7 +39,7 @@ PlainMoments<T> plain_moments(const Tensor& exp_avg, const Tensor& exp_avg_sq, c
 void projected_adam_(Tensor exp_avg, Tensor exp_avg_sq, Tensor r, double beta1, double beta2, double eps, double t,
                      OptionalTensor step) {
   check_plain(exp_avg, exp_avg_sq, r);
-  const AdamRule rule{beta1, beta2, eps, step_of(t, step, r, "step", "r")};
+  const AdamRule rule = rule_of(beta1, beta2, eps, t, step, r);
   if (!r.numel()) return;
   const On on(r);
   const auto update = [&](const auto& item) { projected_adam(on.queue, &item, 1, rule); };
@@ -85,7 +89,7 @@ void projected_adam_list_(Tensors exp_avg, Tensors exp_avg_sq, Tensors r, double
                     type_of(r[i]));
     check_device(r[i], "r", r[0], "its first tensor");
   }
-  const AdamRule rule{beta1, beta2, eps, step_of(t, step, r[0], "step", "r")};
+  const AdamRule rule = rule_of(beta1, beta2, eps, t, step, r[0]);
   if (first == ScalarType::Float) update_plain<float>(exp_avg, exp_avg_sq, r, rule);
   else update_plain<double>(exp_avg, exp_avg_sq, r, rule);
 }
@@ -111,7 +115,7 @@ void projected_adam_bfloat16_list_(Tensors exp_avg, Tensors exp_avg_sq, Tensors 
       items.push_back({write<bfloat16>(exp_avg[i]), write<bfloat16>(exp_avg_sq[i]), write<float>(r[i]), r[i].numel(),
                        static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32), start[i]});
   }
-  const AdamRule rule{beta1, beta2, eps, step_of(t, step, r[0], "step", "r")};
+  const AdamRule rule = rule_of(beta1, beta2, eps, t, step, r[0]);
   const Streams streams{static_cast<uint32_t>(purpose), static_cast<uint32_t>(purpose_sq), static_cast<uint32_t>(time),
                         time_of(at, r[0], "r")};
   if (items.empty()) return;
@@ -166,7 +170,7 @@ void projected_adam_int8_list_(Tensors exp_avg, Tensors peak, Tensors exp_avg_sq
   }
   const Levels m = levels_of(code_map, "code_map", lower, "lower", r[0]);
   const Levels v = levels_of(code_map_sq, "code_map_sq", lower_sq, "lower_sq", r[0]);
-  const AdamRule rule{beta1, beta2, eps, step_of(t, step, r[0], "step", "r")};
+  const AdamRule rule = rule_of(beta1, beta2, eps, t, step, r[0]);
   if (items.empty()) return;
   const On on(r[0]);
   projected_adam(on.queue, items.data(), static_cast<int64_t>(items.size()), rule, m, v);

@@ -117,13 +117,14 @@ class DDPProject:
         thin, due = self._projected(grads)
         self._note(grads, thin, due)
         if thin:
-            _at_the_end_of_backward(functools.partial(_forget_gradients, list(thin)))
             sent = _flattened([thin.get(p, g) for p, g in grads.items()])
+            # until then `_take` may work on what was sent, on a stream for which no allocator waits
+            _at_the_end_of_backward(functools.partial(_forget_gradients, list(thin), (sent, thin)))
         else:
             sent = [(bucket.buffer(), [])]
         work = [dist.all_reduce(flat.div_(self.group.size()), group=self.group, async_op=True) for flat, _ in sent]
-        done = torch.futures.collect_all([one.get_future() for one in work])
-        return done.then(functools.partial(self._take, bucket, sent, thin))
+        *others, last = [one.get_future() for one in work]
+        return last.then(functools.partial(self._take, bucket, sent, thin, others))
 
     def _projected(self, grads: dict[Tensor, Tensor]) -> tuple[dict[Tensor, Tensor], set[Tensor]]:
         """R of the matrices that are served by it at this step, and those that would be, were they not due."""
@@ -154,11 +155,16 @@ class DDPProject:
         bucket: dist.GradBucket,
         sent: list[_Flat],
         thin: dict[Tensor, Tensor],
-        done: Future[list[Future[Any]]],
+        others: list[Future[Any]],
+        last: Future[Any],
     ) -> Tensor:
-        """Everything has arrived: back into the bucket, or to the sums."""
-        for one in done.value():
-            one.value()  # raises what went wrong
+        """Everything has arrived: back into the bucket, or to the sums.
+
+        On GPUs a future is complete when its sum is under way. A callback has a stream of its own, which `wait` makes wait
+        for the sum, and neither the host nor the rest of backward; nobody waits for one of `collect_all`.
+        """
+        for one in (*others, last):
+            one.wait()  # raises what went wrong
         for flat, places in sent:
             sizes = [place.numel() for place in places]
             for place, x in zip(places, torch.split(flat, sizes) if places else (), strict=True):
@@ -224,7 +230,7 @@ def _at_the_end_of_backward(call: Any) -> None:
     engine.queue_callback(lambda: engine.queue_callback(call))
 
 
-def _forget_gradients(params: list[Tensor]) -> None:
-    """What DDP leaves there is this rank's own."""
+def _forget_gradients(params: list[Tensor], _: object) -> None:
+    """What DDP leaves there is this rank's own. All streams have been waited for by now."""
     for p in params:
         p.grad = None
