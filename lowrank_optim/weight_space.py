@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
@@ -83,6 +83,9 @@ class WeightSpaceOptimizer(LowRankOptimizer):
         if group["factors"] and group.get("reset") in PARTIAL:
             layer_checks.whole_restart(type(self).__name__, group["reset"])
 
+    def updated(self, layers: Sequence[ReparameterizedLinear]) -> None:  # noqa: B027 (most have nothing to do)
+        """Called after each update with the layers that have seen it, before any of them restarts."""
+
     @abc.abstractmethod
     def restart(self, name: str, layer: ReparameterizedLinear, count: int, group: dict[str, Any]) -> bool:
         """Called after update number `count` of a layer; does what is due then, and says whether anything was."""
@@ -103,12 +106,12 @@ class WeightSpaceOptimizer(LowRankOptimizer):
     @torch._disable_dynamo
     def _step(self) -> None:
         super()._step()
-        restarted = 0
-        for name, layer in self._conversion.layers.items():
-            count = self._count(layer)
-            if count != self._counted[name]:
-                self._counted[name] = count
-                restarted += self.restart(name, layer, count, self.param_groups[0])
+        restarted, counts = 0, {name: self._count(layer) for name, layer in self._conversion.layers.items()}
+        changed = [name for name, count in counts.items() if count != self._counted[name]]
+        self.updated([self._conversion.layers[name] for name in changed])
+        for name in changed:
+            self._counted[name] = counts[name]
+            restarted += self.restart(name, self._conversion.layers[name], counts[name], self.param_groups[0])
         if restarted:
             _LOG.info(
                 "%s: %d layers restarted, %.1f %% of the state of each was reset",

@@ -75,18 +75,41 @@ def convertible(model: Any) -> None:
         raise ValueError("the model is one nn.Linear, which cannot be replaced in place; put it into a nn.Sequential")
 
 
-def shards_of_rows(layer: str, base: str, exact: bool, cut: Sequence[Any]) -> None:
-    """Refuses sharded layers but those whose factor B and dense base are cut along the same rows."""
-    if base not in ("none", "dense") or exact:
+def for_quantized(base: str, quantized: bool, wanted: Mapping[str, bool]) -> None:
+    for option in (option for option, on in wanted.items() if on and not quantized):
+        raise ValueError(f"{option}=True is for quantized bases, and base={base!r} is not one; leave it out")
+
+
+def shards_of_rows(layer: str, codes: str, exact: bool, cut: Sequence[Any]) -> None:
+    """Refuses sharded layers but those whose factor B and base are cut along the same rows.
+
+    `codes`: the kind of a quantized base whose blocks do not follow rows, if it is one.
+    """
+    if codes:
         raise NotImplementedError(
-            f"{layer} with base={base!r} is sharded, and its codes stand for blocks that a shard divides. Use "
-            'base="dense", or DistributedDataParallel'
+            f"{layer} with base={codes!r} is sharded, and its codes stand for blocks that a shard divides. Convert the "
+            f"bare model with base={codes!r} and by_rows=True, and shard it then"
+        )
+    if exact:
+        raise NotImplementedError(
+            f"{layer} with exact_base=True is sharded, and its exact copy is not: every process would keep all of it. "
+            "Leave exact_base out"
         )
     placements = {tuple(x.placements) for x in cut if hasattr(x, "device_mesh")}
     if len(placements) > 1 or any(getattr(one, "dim", 0) for some in placements for one in some):
         raise NotImplementedError(
             f"{layer} is sharded as {sorted(map(str, placements))}; shard dimension 0 of all its parameters, as "
             "fully_shard does by default"
+        )
+
+
+def one_dtype(layer: str, vectors: torch.dtype, values: torch.dtype) -> None:
+    """fully_shard would refuse it too, in the first forward pass and in words of its own."""
+    if vectors != values:
+        raise NotImplementedError(
+            f"{layer} keeps its vectors in {vectors} and its singular values in {values}, and fully_shard takes trained "
+            "parameters of one dtype only. Keep the weights in float32, and compute in 16 bits with "
+            "MixedPrecisionPolicy(param_dtype=torch.bfloat16), or use DistributedDataParallel"
         )
 
 
