@@ -103,6 +103,15 @@ def shards_of_rows(layer: str, codes: str, exact: bool, cut: Sequence[Any]) -> N
         )
 
 
+def heads_of_ranks(layer: str, ranks: bool) -> None:
+    if ranks:
+        raise NotImplementedError(
+            f"{layer} with ranks=True is sharded: the factors that fully_shard would share out, and whose gradients it "
+            "would average, are another head's in every process. Give a number of heads, which all processes train "
+            "together, or use DistributedDataParallel"
+        )
+
+
 def one_dtype(layer: str, vectors: torch.dtype, values: torch.dtype) -> None:
     """fully_shard would refuse it too, in the first forward pass and in words of its own."""
     if vectors != values:
@@ -119,7 +128,7 @@ def adopted(method: str, name: str, wanted: type[Any], layer: Any, options: Mapp
     if not isinstance(layer, wanted):  # fully_shard makes a subclass of it
         raise ValueError(f"{name} is converted to {type(layer).__name__}, which {method} does not know; {how}")
     for key, value in layer.made_with().items():
-        if value != options.get(key, value):
+        if options.get(key) not in (None, value):
             raise ValueError(f"{name} is converted with {key}={value!r}, and {method} was told {options[key]!r}; {how}")
 
 
