@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import logging
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -86,6 +86,9 @@ class WeightSpaceOptimizer(LowRankOptimizer):
         if group["factors"] and group.get("reset") in PARTIAL:
             layer_checks.whole_restart(type(self).__name__, group["reset"])
 
+    def updated(self, layers: Sequence[ReparameterizedLinear]) -> None:  # noqa: B027 (most have nothing to do)
+        """Called after each update with the layers that have seen it, before any of them restarts."""
+
     @abc.abstractmethod
     def restart(self, name: str, layer: ReparameterizedLinear, count: int, group: dict[str, Any]) -> bool:
         """Called after update number `count` of a layer; does what is due then, and says whether anything was."""
@@ -106,13 +109,14 @@ class WeightSpaceOptimizer(LowRankOptimizer):
     @torch._disable_dynamo
     def _step(self) -> None:
         super()._step()
-        group, restarted = self.param_groups[0], 0
+        group, layers, restarted = self.param_groups[0], self._conversion.layers, 0
         if not (group["factors"] and group["params"]):
             return  # under ZeRO groups are stepped one after the other, and the others are away
-        for (name, layer), count in zip(self._conversion.layers.items(), self._counts(), strict=True):
-            if count != self._counted[name]:
-                self._counted[name] = count
-                restarted += self.restart(name, layer, count, group)
+        changed = {name: n for name, n in zip(layers, self._counts(), strict=True) if n != self._counted[name]}
+        self.updated([layers[name] for name in changed])
+        self._counted.update(changed)
+        for name, count in changed.items():
+            restarted += self.restart(name, layers[name], count, group)
         if restarted:
             _LOG.info(
                 "%s: %d layers restarted, %.1f %% of the state of each was reset",

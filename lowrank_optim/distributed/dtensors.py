@@ -1,4 +1,4 @@
-"""DTensors from the plain tensors that they are made of, and back. Nothing here communicates but `whole` and `like`."""
+"""DTensors from the plain tensors that they are made of, and back. Where something communicates, it says so."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..kept import Shape
 from ..plan import shape_of
-from .pieces import pieces, ranges
+from .lockstep import total
+from .pieces import peers_of, pieces, ranges
 
 
 def local(x: Tensor) -> Tensor:
@@ -30,6 +31,45 @@ def meta(x: Tensor, dtype: torch.dtype) -> Tensor:
 def whole(x: Tensor) -> Tensor:
     """All of a tensor, which should be thin. All ranks call it."""
     return cast(Any, x).full_tensor() if hasattr(x, "device_mesh") else x
+
+
+def joined(x: Tensor) -> Tensor:
+    """The same, sent along with what others in lockstep send. All ranks call it."""
+    if not hasattr(x, "device_mesh"):
+        return x
+    everyone = local(x).new_zeros(x.shape)
+    part(everyone, x).copy_(local(x))
+    return _summed(everyone, x)
+
+
+def picked(x: Tensor, index: Tensor) -> Tensor:
+    """Some rows of a tensor that is cut by rows, sent as `joined` is. All ranks call it, with the same numbers."""
+    if not hasattr(x, "device_mesh"):
+        return x[index]
+    rows, (mine, here) = local(x).new_zeros(len(index), *x.shape[1:]), _numbers_here(x, index)
+    rows[mine] = local(x)[here]
+    return _summed(rows, x)
+
+
+def place_(x: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Overwrites some rows of a tensor that is cut by rows, if at all, by what all ranks have."""
+    if not hasattr(x, "device_mesh"):
+        x.index_copy_(0, index, rows)
+    else:
+        mine, here = _numbers_here(x, index)
+        local(x).index_copy_(0, here, rows[mine])
+
+
+def _numbers_here(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of some rows are here, as places in `index`, and their numbers here."""
+    here = index - first_row(x)
+    mine = ((here >= 0) & (here < len(local(x)))).nonzero().squeeze(-1)
+    return mine, here[mine]
+
+
+def _summed(x: Tensor, example: Tensor) -> Tensor:
+    dtensor = cast(Any, example)
+    return total(x, peers_of(dtensor.device_mesh, dtensor.placements))
 
 
 def part(x: Tensor, example: Tensor) -> Tensor:

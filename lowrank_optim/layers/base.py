@@ -42,7 +42,7 @@ def add_to_base_(
         exact.copy_(w)
         base.copy_(w)  # from the exact one, so there is no error to be averaged away
     elif is_packed(base) and stochastic:
-        cast(Any, base).pack_(w, key, stream)
+        cast(Any, base).pack_(w, key, stream, start)
     elif base.dtype == torch.bfloat16 and stochastic:
         base.copy_(ops.round_to_bfloat16(w, key, stream, start))
     else:

@@ -75,12 +75,25 @@ def convertible(model: Any) -> None:
         raise ValueError("the model is one nn.Linear, which cannot be replaced in place; put it into a nn.Sequential")
 
 
-def shards_of_rows(layer: str, base: str, exact: bool, cut: Sequence[Any]) -> None:
-    """Refuses sharded layers but those whose factor B and dense base are cut along the same rows."""
-    if base not in ("none", "dense") or exact:
+def for_quantized(base: str, quantized: bool, wanted: Mapping[str, bool]) -> None:
+    for option in (option for option, on in wanted.items() if on and not quantized):
+        raise ValueError(f"{option}=True is for quantized bases, and base={base!r} is not one; leave it out")
+
+
+def shards_of_rows(layer: str, codes: str, exact: bool, cut: Sequence[Any]) -> None:
+    """Refuses sharded layers but those whose factor B and base are cut along the same rows.
+
+    `codes`: the kind of a quantized base whose blocks do not follow rows, if it is one.
+    """
+    if codes:
         raise NotImplementedError(
-            f"{layer} with base={base!r} is sharded, and its codes stand for blocks that a shard divides. Use "
-            'base="dense", or DistributedDataParallel'
+            f"{layer} with base={codes!r} is sharded, and its codes stand for blocks that a shard divides. Convert the "
+            f"bare model with base={codes!r} and by_rows=True, and shard it then"
+        )
+    if exact:
+        raise NotImplementedError(
+            f"{layer} with exact_base=True is sharded, and its exact copy is not: every process would keep all of it. "
+            "Leave exact_base out"
         )
     placements = {tuple(x.placements) for x in cut if hasattr(x, "device_mesh")}
     if len(placements) > 1 or any(getattr(one, "dim", 0) for some in placements for one in some):
@@ -90,13 +103,32 @@ def shards_of_rows(layer: str, base: str, exact: bool, cut: Sequence[Any]) -> No
         )
 
 
+def heads_of_ranks(layer: str, ranks: bool) -> None:
+    if ranks:
+        raise NotImplementedError(
+            f"{layer} with ranks=True is sharded: the factors that fully_shard would share out, and whose gradients it "
+            "would average, are another head's in every process. Give a number of heads, which all processes train "
+            "together, or use DistributedDataParallel"
+        )
+
+
+def one_dtype(layer: str, vectors: torch.dtype, values: torch.dtype) -> None:
+    """fully_shard would refuse it too, in the first forward pass and in words of its own."""
+    if vectors != values:
+        raise NotImplementedError(
+            f"{layer} keeps its vectors in {vectors} and its singular values in {values}, and fully_shard takes trained "
+            "parameters of one dtype only. Keep the weights in float32, and compute in 16 bits with "
+            "MixedPrecisionPolicy(param_dtype=torch.bfloat16), or use DistributedDataParallel"
+        )
+
+
 def adopted(method: str, name: str, wanted: type[Any], layer: Any, options: Mapping[str, Any]) -> None:
     """Refuses a layer that was converted for another method, or otherwise than the optimizer is told."""
     how = f"convert the bare model with lowrank_optim.convert(model, lowrank_optim.{wanted.__name__}, ...) for it"
     if not isinstance(layer, wanted):  # fully_shard makes a subclass of it
         raise ValueError(f"{name} is converted to {type(layer).__name__}, which {method} does not know; {how}")
     for key, value in layer.made_with().items():
-        if value != options.get(key, value):
+        if options.get(key) not in (None, value):
             raise ValueError(f"{name} is converted with {key}={value!r}, and {method} was told {options[key]!r}; {how}")
 
 

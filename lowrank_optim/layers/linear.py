@@ -18,8 +18,9 @@ from ..distributed.spans import span
 from ..ops.factor import balance, split
 from ..plan import bare_name, resolve_rank
 from . import layer_checks
-from .base import add_to_base_, kind_of
+from .base import add_to_base_
 from .quantized import Int8Weight, NF4Weight
+from .rows import KINDS, Rows
 
 
 def _as_it_is(w: Tensor) -> Tensor:
@@ -155,6 +156,8 @@ class LowRankLinear(ProductLinear):
         base: "dense" (in the dtype of `plain`), "int8" (1.03 bytes per element), "nf4" (0.56), or "none".
         exact_base: with a quantized base, also keep an exact copy on the CPU, in float32, where merges add up without
             being rounded away. It is saved with the layer and never moves to the device.
+        by_rows: with a quantized base, keep it as a matrix of bytes (uint8), which `fully_shard` can share out: blocks
+            end with their row. Layers of which n is not a multiple of the block take a little more.
         init: without a base.
     """
 
@@ -168,23 +171,26 @@ class LowRankLinear(ProductLinear):
         alpha: float = 32.0,
         base: str = "dense",
         exact_base: bool = False,
+        by_rows: bool = False,
         init: str = "spectral",
         name: str = "",
         seed: int = 0,
     ) -> None:
         super().__init__(plain, rank, name=name, seed=seed)
         checks.hyperparameters({"alpha": alpha, "base": base, "init": init, "exact_base": exact_base}, {})
-        if exact_base and base in ("dense", "none"):
-            raise ValueError(f"exact_base=True is for quantized bases, and base={base!r} is not one; leave it out")
+        layer_checks.for_quantized(base, base in KINDS, {"exact_base": exact_base, "by_rows": by_rows})
         self.scale = float(checks.single("alpha", alpha)) / self.rank
         w, (m, n, r) = plain.weight.detach(), (self.out_features, self.in_features, self.rank)
+        self.kind, self.rows = base, Rows(KINDS[base], n) if by_rows else None
         exact = w.to("meta" if w.is_meta else "cpu", working_dtype(w), copy=True) if exact_base else None
         self.exact = exact
         if base == "none":
             self.register_parameter("base", None)
             b, a = self._split(w) if init == "spectral" else self._random(w)
         else:
-            self.base = nn.Parameter(BASES[base](w), requires_grad=False)
+            self.base = nn.Parameter(
+                BASES[base](w) if self.rows is None else self.rows.bytes_of(w), requires_grad=False
+            )
             b, a = w.new_zeros(m, r), self._drawn((r, n), n, "A", 0, w.device)
         self.B, self.A = (nn.Parameter(x.to(w.dtype).contiguous()) for x in (b, a))
 
@@ -193,11 +199,15 @@ class LowRankLinear(ProductLinear):
         thin = linear(x, self.A) * self.scale
         if self.base is None:
             return linear(thin, self.B, self.bias)
-        return linear(x, self.base, self.bias) + linear(thin, self.B)
+        return linear(x, self._below(self.base), self.bias) + linear(thin, self.B)
 
     def dense(self) -> Tensor:
         product = self._product()
-        return product if self.base is None else unpacked(self.base, product.dtype) + product
+        return product if self.base is None else unpacked(self._below(self.base), product.dtype) + product
+
+    def _below(self, base: Tensor) -> Tensor:
+        """The base, or some rows of it, as a weight."""
+        return base if self.rows is None else self.rows.weight(base, self.B.dtype)
 
     def _product(self) -> Tensor:
         working = working_dtype(self.B)
@@ -217,29 +227,29 @@ class LowRankLinear(ProductLinear):
         working = working_dtype(self.B)
         here, stream = span(self.base, self.in_features), ops.stream_of("merge", count)
         product = self.scale * here.of_product(local(self.B).to(working), whole(self.A).to(working))
-        add_to_base_(here.x, product, self.key, stream, stochastic=stochastic, exact=self.exact, start=here.start)
+        below = self._below(here.x)
+        add_to_base_(below, product, self.key, stream, stochastic=stochastic, exact=self.exact, start=here.start)
         drawn = self._drawn((self.rank, self.in_features), self.in_features, "A", count, self.A.device)
         local(self.A).copy_(part(drawn, self.A))
         local(self.B).zero_()
 
     def made_with(self) -> dict[str, Any]:
-        base = "none" if self.base is None else kind_of(self.base)
-        return {**super().made_with(), "base": base, "exact_base": self.exact is not None}
+        return {**super().made_with(), "base": self.kind, "exact_base": self.exact is not None}
 
     def refuse_shards(self) -> None:
-        base = "none" if self.base is None else kind_of(self.base)
+        codes = self.kind in KINDS and self.rows is None
         cut = [] if self.base is None else [self.B, self.base]
-        layer_checks.shards_of_rows(type(self).__name__, base, self.exact is not None, cut)
+        layer_checks.shards_of_rows(type(self).__name__, self.kind if codes else "", self.exact is not None, cut)
 
     def restart_workspace(self) -> int:
         if self.base is None:  # two orthonormal bases and what replaces the factors
             return 3 * self.rank * (self.out_features + self.in_features)
-        return (2 + (self.base.dtype == torch.bfloat16)) * self.out_features * self.in_features
+        return (2 + (self.B.dtype == torch.bfloat16)) * self.out_features * self.in_features
 
     def describe(self) -> str:
         if self.base is None:
             return "no base"
-        return f"{kind_of(self.base)} base" + (", exact copy on the CPU" if self.exact is not None else "")
+        return f"{self.kind} base" + (", exact copy on the CPU" if self.exact is not None else "")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """With the exact base, where there is one: no buffer, because it stays on the CPU in its own dtype."""
@@ -254,7 +264,8 @@ class LowRankLinear(ProductLinear):
             if saved is None:
                 _, _, missing, _, _ = rest
                 missing.append(prefix + "exact")
-                saved = unpacked(self.base, self.exact.dtype)  # not strict: never merge into another model's weight
+                below = self._below(self.base)
+                saved = unpacked(below, self.exact.dtype)  # not strict: never merge into another model's weight
             self.exact.copy_(saved)
 
     def _random(self, w: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,11 @@ from torch.nn.functional import linear
 from .. import checks, ops
 from ..chunk import unpacked, working_dtype
 from ..distributed import heads as processes
+from ..distributed.dtensors import first_row, local, whole
 from . import layer_checks
-from .base import add_to_base_, kind_of
+from .base import add_to_base_
 from .linear import BASES, ReparameterizedLinear
+from .rows import KINDS, Rows
 
 MERGED = ("B_merged", "A_merged")
 INITS = ("code", "paper")
@@ -38,6 +41,7 @@ class MultiHeadLinear(ReparameterizedLinear):
             and `weight` then see W alone (with one process, as above), which is the same on all processes.
         alpha: s times the rank; None: twice the rank.
         base: how W is kept: "dense" (in the dtype of `plain`), "int8" (1.03 bytes per element), "nf4" (0.56).
+        by_rows: with a quantized base, for `fully_shard`: see `LowRankLinear`.
         init: A begins semi-orthogonal, B zero. "code" multiplies A by sqrt(n / r), "paper" by sqrt(m / n).
     """
 
@@ -52,6 +56,7 @@ class MultiHeadLinear(ReparameterizedLinear):
         ranks: bool = False,
         alpha: float | None = None,
         base: str = "dense",
+        by_rows: bool = False,
         init: str = "code",
         name: str = "",
         seed: int = 0,
@@ -59,11 +64,15 @@ class MultiHeadLinear(ReparameterizedLinear):
         super().__init__(plain, rank, name=name, seed=seed)
         given = {"heads": heads, "alpha": alpha, "base": base, "init": init}
         checks.hyperparameters(given, {"base": tuple(BASES), "init": INITS})
+        layer_checks.for_quantized(base, base in KINDS, {"by_rows": by_rows})
         first, world = processes.place() if ranks else (0, 1)
         self.heads, self.world, self.label = 1 if ranks else heads, world, name
+        self.ranks, self.init = ranks, init
         self.scale = 2.0 if alpha is None else alpha / self.rank
         w, (m, n, r) = plain.weight.detach(), (self.out_features, self.in_features, self.rank)
-        self.base = nn.Parameter(BASES[base](w), requires_grad=False)
+        self.kind, self.rows = base, Rows(KINDS[base], n) if by_rows else None
+        kept = BASES[base](w) if self.rows is None else self.rows.bytes_of(w)
+        self.base = nn.Parameter(kept, requires_grad=False)
         length = math.sqrt(n / r if init == "code" else m / n)
         a = torch.stack([self._orthogonal(first + h, w) * length for h in range(self.heads)]).to(w.dtype)
         self.B, self.A = nn.Parameter(w.new_zeros(self.heads, m, r)), nn.Parameter(a)
@@ -80,14 +89,14 @@ class MultiHeadLinear(ReparameterizedLinear):
                 f"Use batches of a multiple of {heads} (drop_last=True in the loader), or model.eval() to evaluate"
             )
         rows = shape[:-1].numel() // heads
-        parts, y = x.reshape(heads, rows, self.in_features), linear(x, self.base, self.bias)
+        parts, y = x.reshape(heads, rows, self.in_features), linear(x, self._below(self.base), self.bias)
         y = y.reshape(heads, rows, self.out_features)
         y = torch.baddbmm(y, parts @ self.A.mT, self.B.mT, alpha=self.scale)
         y = torch.baddbmm(y, parts @ self.A_merged.mT, self.B_merged.mT, alpha=-self.scale)
         return y.view(*shape[:-1], self.out_features)
 
     def dense(self) -> Tensor:
-        w = unpacked(self.base, working_dtype(self.B))
+        w = unpacked(self._below(self.base), working_dtype(self.B))
         if self.world > 1:
             return w
         b, a = _side_by_side(w.dtype, self._all())
@@ -104,7 +113,8 @@ class MultiHeadLinear(ReparameterizedLinear):
     def merge_(self, count: int, stochastic: bool = True) -> None:
         """Adds the mean of what heads have learned since the last merge to W. Evaluation stays, up to one rounding.
 
-        With heads on several processes all must call it, and all have the same W afterwards.
+        With heads on several processes all must call it, and all have the same W afterwards. Of a sharded layer, all
+        ranks call it: the factors are gathered, and the base never.
 
         Args:
             count: any number that no merge had before; decides how W is rounded.
@@ -112,11 +122,12 @@ class MultiHeadLinear(ReparameterizedLinear):
         """
         delta, stream = self._learned(), ops.stream_of("merge", count)
         if bool(delta.any()):  # else rounding to packed codes would only add noise
-            add_to_base_(self.base, delta, self.key, stream, stochastic=stochastic)
+            below, start = self._below(local(self.base)), first_row(self.base) * self.in_features
+            add_to_base_(below, delta, self.key, stream, stochastic=stochastic, start=start)
         self.A_merged.copy_(self.A)
         self.B_merged.copy_(self.B)
         if self.world > 1:
-            total = unpacked(self.base, delta.dtype).sum(dtype=torch.float64)
+            total = unpacked(self._below(self.base), delta.dtype).sum(dtype=torch.float64)
             layer_checks.same_weights(self.label, processes.same_everywhere(total))
 
     def restart_workspace(self) -> int:
@@ -124,16 +135,26 @@ class MultiHeadLinear(ReparameterizedLinear):
         m, n = self.out_features, self.in_features
         sent = 2 * self.world if self.world > 1 and self._gathers() else 1  # what came from others, and side by side
         thin = 2 * self.rank * (m + n) * self.heads * sent
-        return (2 + (self.base.dtype == torch.bfloat16)) * m * n + thin
+        return (2 + (self.B.dtype == torch.bfloat16)) * m * n + thin
+
+    def made_with(self) -> dict[str, Any]:
+        how = {"ranks": self.ranks, "heads": self.heads, "alpha": round(self.scale * self.rank, 9)}
+        return {**super().made_with(), **how, "base": self.kind, "init": self.init}
+
+    def refuse_shards(self) -> None:
+        layer_checks.heads_of_ranks(type(self).__name__, self.ranks)
+        codes = self.kind in KINDS and self.rows is None
+        cut = [self.base, self.B, self.A, self.B_merged, self.A_merged]
+        layer_checks.shards_of_rows(type(self).__name__, self.kind if codes else "", False, cut)
 
     def describe(self) -> str:
         heads = f"one of {self.world} heads" if self.world > 1 else f"{self.heads} heads"
-        return f"{kind_of(self.base)} base, {heads}"
+        return f"{self.kind} base, {heads}"
 
     # -- the mean of heads ---------------------------------------------------------------------------------------------
 
     def _evaluated(self, x: Tensor) -> Tensor:
-        y = linear(x, self.base, self.bias)
+        y = linear(x, self._below(self.base), self.bias)
         if self.world > 1:
             return y
         b, a = _side_by_side(self.B.dtype, self._all())
@@ -143,9 +164,11 @@ class MultiHeadLinear(ReparameterizedLinear):
         return y + linear(linear(x, a) * share, b)
 
     def _learned(self) -> Tensor:
-        """The mean over all heads of s (B A - B' A'), in the working dtype."""
+        """The mean over all heads of s (B A - B' A'), in the working dtype; of the rows that are here of W."""
         working, total = working_dtype(self.B), self.heads * self.world
-        kept = self._all()
+        b, a, b_merged, a_merged = (whole(x) for x in self._all())
+        here = slice(first_row(self.base), first_row(self.base) + len(local(self.base)))
+        kept = [b[:, here], a, b_merged[:, here], a_merged]
         if self.world > 1 and self._gathers():
             kept = processes.gathered(kept)
         b, a = _side_by_side(working, kept)
@@ -159,6 +182,10 @@ class MultiHeadLinear(ReparameterizedLinear):
         m, n = self.out_features, self.in_features
         thin = 2 * self.rank * (m + n) * self.B.element_size() * (self.world - 1)
         return thin <= 2 * m * n * working_dtype(self.B).itemsize * (self.world - 1) / self.world
+
+    def _below(self, base: Tensor) -> Tensor:
+        """W, or some rows of it, as a weight."""
+        return base if self.rows is None else self.rows.weight(base, self.B.dtype)
 
     def _all(self) -> list[Tensor]:
         return [self.B, self.A, self.B_merged, self.A_merged]

@@ -38,10 +38,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _aten = torch.ops.aten
+_MANY = 1 << 24  # elements that are packed at once on accelerators
 
 
 class QuantizedWeight(Tensor):
-    """A weight `(..., m, n)` that keeps each matrix as one row-major line of codes, and numbers for blocks of it.
+    """A weight `(..., m, n)` that keeps each matrix as one row-major line of codes, and numbers for blocks of it; or,
+    made with `by_rows=True`, each row as such a line.
 
     To torch it is a tensor of its `dtype` (its gradient is a plain one), and any operation reads its values. Writing is
     `copy_`, which rounds to nearest, or `pack_`; every other in-place operation is refused, because rounded to nearest
@@ -52,7 +54,7 @@ class QuantizedWeight(Tensor):
     A subclass says what it consists of, and how a line becomes that and back.
 
     Args:
-        inner: the tensors of `per`, in its order, `(..., ceil(m n / per))`.
+        inner: the tensors of `per`, in its order, `(..., ceil(m n / per))`, or `(..., m, ceil(n / per))` by rows.
         shape, dtype: what it is to torch.
     """
 
@@ -75,9 +77,9 @@ class QuantizedWeight(Tensor):
         raise NotImplementedError
 
     @classmethod
-    def quantize(cls, x: Tensor) -> Self:
+    def quantize(cls, x: Tensor, by_rows: bool = False) -> Self:
         """The nearest such weight to a plain one, of its dtype."""
-        return cls(*cls.encode(_flat(x.detach())), shape=x.shape, dtype=x.dtype)
+        return cls(*cls.encode(x.detach() if by_rows else _flat(x.detach())), shape=x.shape, dtype=x.dtype)
 
     def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
         """The values as a plain tensor, by default of its own dtype; outside autograd."""
@@ -87,12 +89,13 @@ class QuantizedWeight(Tensor):
         """As `unpack`, and within autograd: a gradient of the values is one of the weight."""
         return cast(Tensor, _Read.apply(self, dtype))  # type: ignore[no-untyped-call]
 
-    def pack_(self, x: Tensor, key: int, stream: Stream) -> None:
+    def pack_(self, x: Tensor, key: int, stream: Stream, first: int = 0) -> None:
         """Overwrites it by `x`, each element rounded up or down so that `E[result] = x`.
 
         Args:
             x: any floating-point dtype, finite, in the weight's shape.
             key, stream: what the noise is a function of, besides the element's number in row-major order.
+            first: number of the first element, where others have the rows before.
         """
         if x.shape != self.shape:
             raise ValueError(f"pack_ needs a tensor of shape {tuple(self.shape)}, got {tuple(x.shape)}")
@@ -100,12 +103,13 @@ class QuantizedWeight(Tensor):
         k = self._line
         new, inner = x.detach().reshape(-1, k), [(t.view(-1, t.shape[-1]), self.per[name]) for name, t in self._inner()]
         size = PIECE if x.device.type == "cpu" else max(k, 1)  # whole blocks, whose noise stays in cache
-        for i in range(len(new)):
+        some = max(1, (PIECE if x.device.type == "cpu" else _MANY) // max(k, 1))  # lines at once, where they are short
+        for i in range(0, len(new), some):
             for start in range(0, k, size):
-                values = new[i, start : start + size]
-                noise = uniform_noise((len(values),), key, stream, i * k + start, x.device)
+                values = new[i : i + some, start : start + size]
+                noise = uniform_noise(tuple(values.shape), key, stream, first + i * k + start, x.device)
                 for (target, per), piece in zip(inner, self.encode(values, noise), strict=True):
-                    target[i, start // per : start // per + len(piece)] = piece
+                    target[i : i + some, start // per : start // per + piece.shape[-1]] = piece
 
     def stored_bytes(self) -> int:
         """Bytes of the codes and of what their blocks share."""
@@ -116,9 +120,14 @@ class QuantizedWeight(Tensor):
         return [x for _, x in self._inner()]
 
     @property
+    def by_rows(self) -> bool:
+        """Is a line of codes a row, and not a matrix?"""
+        return self.dim() > 1 and self._inner()[0][1].dim() == self.dim()
+
+    @property
     def _line(self) -> int:
-        """Elements of one matrix."""
-        return self.shape[-2:].numel()
+        """Elements of one line of codes."""
+        return self.shape[-1] if self.by_rows else self.shape[-2:].numel()
 
     def _inner(self) -> list[tuple[str, Tensor]]:
         return [(name, getattr(self, name)) for name in self.per]
@@ -309,9 +318,10 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _copy_(target: QuantizedWeight, source: Tensor, non_blocking: bool = False) -> QuantizedWeight:
-    if type(source) is not type(target) or source.shape != target.shape:
+    same = type(source) is type(target) and source.shape == target.shape and source.by_rows == target.by_rows
+    if not same:
         plain = source.unpack() if isinstance(source, QuantizedWeight) else source
-        source = target.quantize(plain.to(target.device).expand(target.shape))
+        source = target.quantize(plain.to(target.device).expand(target.shape), target.by_rows)
     for name, x in target._inner():
         x.copy_(getattr(source, name), non_blocking)
     return target

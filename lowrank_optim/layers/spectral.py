@@ -16,7 +16,9 @@ from torch.nn.functional import linear
 
 from .. import ops
 from ..chunk import working_dtype
+from ..distributed.dtensors import joined, local, part, picked, place_, whole
 from ..ops.factor import singular
+from . import layer_checks
 from .linear import ReparameterizedLinear
 
 SEGMENT = ("U_active", "V_active")
@@ -66,16 +68,15 @@ class SpectralLinear(ReparameterizedLinear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dense(self) -> Tensor:
-        working = working_dtype(self.U)
-        w = (self.U.to(working).mT * self.sigma.to(working)) @ self.V.to(working)
+        w = self._composed(self.U, self.sigma, self.V)
         if torch.is_grad_enabled():  # nothing is added but the gradients of the active vectors
-            u, v = self.U_active.to(working), self.V_active.to(working)
+            u, v = self.U_active.to(w.dtype), self.V_active.to(w.dtype)
             w = w + (u - u.detach()).mT @ v.detach() + u.detach().mT @ (v - v.detach())
         return w
 
     def odds(self) -> Tensor:
         """`1/2 (1/k + sigma_i / sum sigma)` of each direction, float64 on the CPU: half uniform, half by size."""
-        s = self.sigma.detach().double().cpu().nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
+        s = joined(self.sigma.detach()).double().cpu().nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
         even, total = torch.full_like(s, 1 / len(s)), s.sum()
         return 0.5 * (even + s / total) if float(total) > 0 else even
 
@@ -84,37 +85,47 @@ class SpectralLinear(ReparameterizedLinear):
         """Draws r directions by their odds, without replacement, and takes their vectors as the active ones.
 
         `count`: number of this draw, from 0, which with the layer's key decides it. Of exponential clocks with rates p
-        the first r to ring are r successive draws without replacement (Efraimidis and Spirakis, 2006).
+        the first r to ring are r successive draws without replacement (Efraimidis and Spirakis, 2006). Of a sharded
+        layer, all ranks call it: sigma and the active vectors are sent.
         """
         odds = self.odds()
         clocks = -ops.uniform(tuple(odds.shape), self.key, ops.stream_of("segment", count)).double().log()
-        chosen = (clocks / odds).topk(self.rank, largest=False).indices.sort().values
-        self.index.copy_(chosen)
+        chosen = (clocks / odds).topk(self.rank, largest=False).indices.sort().values.to(self.index.device)
+        local(self.index).copy_(part(chosen, self.index))
         for active, stored in self._pairs():
-            active.copy_(stored[self.index])
+            local(active).copy_(part(picked(stored, chosen), active))
 
     @torch.no_grad()
     def retract_(self) -> None:
         """sigma back to >= 0 and the active vectors back to unit length, in float32 and rounded once.
 
-        A vector without a direction (zero, or not finite) becomes what it was.
+        A vector without a direction (zero, or not finite) becomes what it was. Of a sharded layer, all ranks call it:
+        the active vectors are sent to those who have them among theirs.
         """
-        self.sigma.clamp_(min=0)
+        local(self.sigma).clamp_(min=0)
+        index = joined(self.index)
         for active, stored in self._pairs():
-            x = active.to(working_dtype(active))
+            x = local(active).to(working_dtype(active))
             length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
             good = length.isfinite() & (length > 0)
-            active.copy_(torch.where(good, x / length, stored[self.index].to(x.dtype)))
-            stored.index_copy_(0, self.index, active)
+            local(active).copy_(torch.where(good, x / length, 0.0))
+            vectors = joined(active)
+            lost = ~vectors.any(1, keepdim=True)
+            if local(stored) is stored or bool(lost.any()):  # nothing is sent that is not needed
+                vectors = torch.where(lost, picked(stored, index), vectors)
+                local(active).copy_(part(vectors, active))
+            place_(stored, index, vectors)
 
     @torch.no_grad()
     def orthogonalize_(self) -> bool:
         """Decomposes W anew: the same function with orthonormal vectors, all of them in another order.
 
+        Of a sharded layer, all ranks call it: its vectors are gathered, as they are for its forward pass.
+
         Returns:
             False if W is not finite or the decomposition fails; then nothing has changed.
         """
-        w = self.dense()
+        w = self._composed(*map(whole, (self.U, self.sigma, self.V)))
         if not bool(w.isfinite().all()):
             return False
         try:
@@ -122,9 +133,10 @@ class SpectralLinear(ReparameterizedLinear):
         except torch.linalg.LinAlgError:
             return False
         for kept, new in zip((self.U, self.sigma, self.V), fresh, strict=True):
-            kept.copy_(new)
+            local(kept).copy_(part(new, kept))
+        index = joined(self.index)
         for active, stored in self._pairs():
-            active.copy_(stored[self.index])
+            local(active).copy_(part(picked(stored, index), active))
         return True
 
     def restart_workspace(self) -> int:
@@ -134,6 +146,16 @@ class SpectralLinear(ReparameterizedLinear):
 
     def describe(self) -> str:
         return f"{self.rank} of {min(self.out_features, self.in_features)} directions at a time"
+
+    def refuse_shards(self) -> None:
+        layer_checks.one_dtype(type(self).__name__, self.U.dtype, self.sigma.dtype)
+        cut = [self.U, self.V, self.U_active, self.V_active, self.sigma, self.index]
+        layer_checks.shards_of_rows(type(self).__name__, "", False, cut)
+
+    def _composed(self, u: Tensor, sigma: Tensor, v: Tensor) -> Tensor:
+        """W of all vectors, in the working dtype."""
+        working = working_dtype(u)
+        return (u.to(working).mT * sigma.to(working)) @ v.to(working)
 
     def _pairs(self) -> tuple[tuple[Tensor, Tensor], ...]:
         """Active vectors, and all of their side."""

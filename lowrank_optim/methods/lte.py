@@ -71,6 +71,7 @@ class LTE(WeightSpaceOptimizer):
         + WEIGHT_OPTIONS
     )
     layer = MultiHeadLinear
+    shardable = True
     layer_options = ("heads", "ranks", "alpha", "base", "init")
     choices = {"base": ("dense", "int8", "nf4"), "init": INITS, "reset": ("keep", "drop")}
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
 
+from ..distributed.lockstep import together
 from ..layers.linear import ReparameterizedLinear
 from ..layers.spectral import SEGMENT, SpectralLinear
 from ..weight_space import WeightSpaceOptimizer
@@ -52,6 +53,7 @@ class SST(WeightSpaceOptimizer):
         + WEIGHT_OPTIONS
     )
     layer = SpectralLinear
+    shardable = True
 
     def __init__(
         self,
@@ -80,9 +82,17 @@ class SST(WeightSpaceOptimizer):
     ) -> None:
         super().__init__(model, given(locals()), strict=strict)
 
+    def updated(self, layers: Sequence[ReparameterizedLinear]) -> None:
+        """Vectors back to unit length, and to where all of them are kept."""
+        works = [cast(SpectralLinear, layer).retract_ for layer in layers]
+        if self._together().groups:
+            together(works)
+        else:
+            for work in works:
+                work()
+
     def restart(self, name: str, layer: ReparameterizedLinear, count: int, group: dict[str, Any]) -> bool:
         spectral = cast(SpectralLinear, layer)
-        spectral.retract_()
         draws, rest = divmod(count, group["iteration_steps"])
         if rest:
             return False
