@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from .. import checks
-from ..plan import Plan, shape_of
+from ..plan import shape_of
 from . import shard_checks
 from .deepspeed import Range, ranges, verify
 from .fragments import Fragment, fragments
@@ -109,22 +109,11 @@ class StandIns:
     def _adopt_flat(self, flat: Tensor, group: dict[str, Any], given: list[Tensor]) -> None:
         optimizer = self.optimizer
         found = ranges(type(optimizer).__name__, flat, given, group)
-        self.hold(flat, list(fragments(found, *self.known([one.param for one in found], group), flat.device)), group)
-        for p, *_ in found:
-            optimizer.state.pop(p, None)
-        self._unverified.append((flat, found))
-
-    def known(self, params: list[Tensor], group: dict[str, Any]) -> tuple[list[Plan], list[bool], list[str]]:
-        """The plans of parameters, whether their rules look at no shape, and keys for their state."""
-        optimizer = self.optimizer
-        plans = [optimizer._plans[p] for p in params]
+        plans = [optimizer._plans[one.param] for one in found]
         rules = [optimizer._recipe_of(plan, group).elementwise and not plan.projected for plan in plans]
         numbers = {p: i for i, (_, p) in enumerate(pair for pairs in self.given.values() for pair in pairs)}
-        return plans, rules, [f"m{numbers[p]}" for p in params]
-
-    def hold(self, flat: Tensor, cut: list[Fragment], group: dict[str, Any]) -> None:
-        """From now on these fragments of a flat tensor are what is updated of it."""
-        optimizer = self.optimizer
+        keys = [f"m{numbers[one.param]}" for one in found]
+        cut = list(fragments(found, plans, rules, keys, flat.device))
         for one in cut:
             if one.layout.sharded:
                 optimizer._admit_shard(one.plan, one.layout, group)  # type: ignore[arg-type]
@@ -132,6 +121,9 @@ class StandIns:
         for piece, one in zip(self.pieces[flat], cut, strict=True):
             self.homes[piece] = Home(flat, one, group)
             optimizer._plans[piece], optimizer._layouts[piece] = one.plan, one.layout
+        for p, *_ in found:
+            optimizer.state.pop(p, None)
+        self._unverified.append((flat, found))
 
     def verify(self) -> None:
         """Once for each flat tensor, when its numbers are to be used: it holds what it is said to hold."""
