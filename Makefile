@@ -1,6 +1,7 @@
 # make pretrain   a fresh machine to a trained model and its loss curve
 # make test       a fresh machine to a green test run
 # make test-all   with the slow tests
+# make test-deepspeed DEEPSPEED=0.16.9   tests of ZeRO with another DeepSpeed, in an environment of its own
 # make check      what CI runs before the tests: format, lint, types
 # make native     the native kernels, built now and not with the first optimizer
 # make sanitize   tests of the native kernels, and of CUDA's on the CPU, under ASan and UBSan
@@ -13,7 +14,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help pretrain test test-all check native sanitize bench clean
+# The oldest that is supported; the newest is in constraints.txt, and what all other tests run with.
+DEEPSPEED ?= 0.16.9
+OTHER := $(VENV)-deepspeed-$(DEEPSPEED)
+
+.PHONY: help pretrain test test-all test-deepspeed check native sanitize bench clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -42,6 +47,14 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-deepspeed:
+	@$(OTHER)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(OTHER)
+	@$(OTHER)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
+		hypothesis numpy pytest setuptools torch wheel
+	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(OTHER)/bin/python -m pip install -qq --disable-pip-version-check \
+		--no-build-isolation deepspeed==$(DEEPSPEED)
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest tests/test_zero.py tests/test_matrix.py
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -74,4 +87,4 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.quality final --steps 200
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-deepspeed-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

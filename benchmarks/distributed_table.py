@@ -1,14 +1,15 @@
 """The tables of docs/distributed.md: `python -m benchmarks.distributed_table` writes them into the page.
 
-Numbers are estimates on the meta device (tests hold them against measured bytes), support is what the code itself
-refuses: nothing here is written by hand.
+Numbers are estimates on the meta device (tests hold them against measured bytes), the matrix is filled by training in
+two processes (tests/matrix.py): nothing here is written by hand.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from benchmarks import llama
 from lowrank_optim import APOLLO, GaLoreAdamW, MemoryEstimate, estimate_memory
+from lowrank_optim.distributed import planned, planned_zero
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "distributed.md"
@@ -38,7 +40,8 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     'GaLoreAdamW, `proj_type="right"`': (GaLoreAdamW, {"state_dtype": "bfloat16", "proj_type": "right"}),
     'APOLLO, `proj_type="right"`': (APOLLO, {"state_dtype": "bfloat16", "proj_type": "right"}),
 }
-_MATRIX = (4096, 4096, 1024)  # rows, columns, rank of the matrix whose traffic is shown
+_MATRIX = (4100, 4100, 1024)  # rows, columns, rank of the matrix whose traffic is shown; ZeRO-3 cuts within its rows
+LAYOUTS = {'FSDP2, `"right"`': ("right", 0), 'FSDP2, `"left"`': ("left", 0), 'ZeRO-3, `"right"`': ("right", 3)}
 
 
 def numbers(model: str) -> str:
@@ -61,37 +64,45 @@ def _sizes(one: MemoryEstimate) -> Iterator[str]:
         yield "?" if size is None else f"{size / 2**30:.2f}"
 
 
-def support() -> str:
-    """{method} x {wrapper}: yes, or why not."""
+def matrix() -> str:
+    """{method} x {wrapper} as trained: yes, or why not. Takes minutes, and needs DeepSpeed."""
+    sys.path[:0] = [str(ROOT / "tests")]
+    import matrix
+
+    return matrix.table(matrix.run())
+
+
+def traffic() -> str:
+    """What one matrix sends, in percent of its float32 gradient, and the number of collectives."""
     sys.path[:0] = [str(ROOT / "tests")]
     from cases import CASES
 
-    head = ("method", "DDP", "`ddp_project`", "FSDP2", 'FSDP2, `proj_type="right"`', "sent per step", "per refresh")
-    rows = []
-    for case in CASES:
-        answers = [_answer(case, strategy) for strategy in ("ddp", "ddp_project", "fsdp2")]
-        right = _answer(case, "fsdp2", proj_type="right") if case.has("proj_type", "right") else "-"
-        rows.append((f"`{case.make.__name__}`", *answers, right, *(_sent(case) if right == "yes" else ("-", "-"))))
-    return _table(head, rows, 5)
+    head = ("method", *(f"{name}, {what}" for name in LAYOUTS for what in ("per step", "per refresh")))
+    rows = [(f"`{case.make.__name__}`", *(cell for where in LAYOUTS for cell in _sent(case, where))) for case in CASES]
+    return _table(head, rows, 1)
 
 
-def _answer(case: Any, strategy: Any, **options: Any) -> str:
-    own = {**case.kwargs, **case.fitting({"rank": 16, **options})}
-    refusal = ValueError if strategy == "ddp_project" else NotImplementedError
-    try:
-        estimate_memory({"tall": (96, 64), "wide": (64, 96)}, case.make, world_size=2, strategy=strategy, **own)
-    except refusal as error:
-        return "no: " + str(error).partition(": ")[2].partition(". ")[0]
-    return "yes"
-
-
-def _sent(case: Any) -> tuple[str, ...]:
-    """Under FSDP2 with the right side, as parts of a float32 gradient."""
+def _sent(case: Any, where: str) -> tuple[str, str]:
     m, n, rank = _MATRIX
-    own = {**case.kwargs, **case.fitting({"rank": rank, "proj_type": "right"})}
-    one = estimate_memory({"w": (m, n)}, case.make, world_size=WORLD, strategy="fsdp2", **own)
-    sizes = one.sent_per_step, one.sent_per_refresh
-    return tuple("?" if size is None else f"{size / (4 * m * n):.2%}" for size in sizes)
+    side, zero = LAYOUTS[where]
+    if case.has("proj_type") and not case.has("proj_type", side):
+        return "-", "-"
+    own = {**case.kwargs, **case.fitting({"rank": rank, "proj_type": side})}
+    optimizer = case.make([("w", torch.nn.Parameter(torch.empty(m, n, device="meta")))], **own)
+    try:
+        if zero:
+            next(planned_zero.rank_by_rank(optimizer, zero, WORLD))
+        else:
+            planned.lay_out(optimizer, WORLD)
+    except NotImplementedError:
+        return "-", "-"
+    one = planned.traffic(optimizer)
+    return _share(one.per_step, one.messages), _share(one.per_refresh, one.refresh_messages)
+
+
+def _share(size: float | None, messages: int) -> str:
+    m, n, _ = _MATRIX
+    return "?" if size is None else f"{size / (4 * m * n):.2%} in {messages}"
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], words: int = 2) -> str:
@@ -100,12 +111,18 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], words: int = 2) -
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def written(page: str) -> str:
-    """The page with its tables made anew."""
-    tables = {**{f"numbers {model}": lambda model=model: numbers(model) for model in MODELS}, "support": support}
-    for name, make in tables.items():
+TABLES: dict[str, Callable[[], str]] = {
+    **{f"numbers {model}": functools.partial(numbers, model) for model in MODELS},
+    "traffic": traffic,
+    "matrix": matrix,
+}
+
+
+def written(page: str, names: Iterable[str] | None = None) -> str:
+    """The page with its tables, or some of them, made anew."""
+    for name in TABLES if names is None else names:
         pattern = rf"(?s)(<!-- table: {name} -->\n).*?(\n<!-- end -->)"
-        page, found = re.subn(pattern, lambda match, make=make: match[1] + make() + match[2], page)
+        page, found = re.subn(pattern, lambda match, name=name: match[1] + TABLES[name]() + match[2], page)
         if found != 1:
             raise ValueError(f"the page has {found} places for the table {name!r}; expected <!-- table: {name} -->")
     return page

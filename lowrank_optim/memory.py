@@ -122,10 +122,9 @@ def estimate_memory(
             newest one is beside them for a moment.
         world_size: number of processes; the estimate is of the one that holds most.
         strategy: how they share the work. "ddp": DistributedDataParallel (with `gradient_as_bucket_view=True`, or its
-            buckets are there beside gradients); "ddp_project": with our hook; "fsdp2": `fully_shard`, whose state is
-            counted exactly, and whose refusals are raised; "zero1" to "zero3": DeepSpeed, with the same
-            refusals and with what travels for rows that are cut. Whole layers that are gathered for a moment are not
-            counted.
+            buckets are there beside gradients); "ddp_project": with our hook; "fsdp2": `fully_shard`; "zero1" to
+            "zero3": DeepSpeed. State of the last two is counted exactly, and their refusals are raised. Whole layers
+            that are gathered for a moment are not counted.
         options: keyword arguments of the optimizer.
 
     Example::

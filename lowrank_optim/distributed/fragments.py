@@ -310,6 +310,7 @@ def complete_edges(gradients: Iterable[tuple[Layout, Tensor]], add_up: Callable[
         for (rows, _), part in zip(some, torch.split(add_up(buffer, peers), sizes), strict=True):
             rows.completed[:] = [part.view(-1, rows.width)]
             rows.meter.between += part.nbytes
+            rows.meter.messages_between += 1
 
 
 def fragments(

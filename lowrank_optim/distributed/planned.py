@@ -33,10 +33,14 @@ class Sent(NamedTuple):
         per_step: in a step without a refresh.
         per_refresh: in addition, for a later refresh (the first one has no basis to begin with). None where that
             depends on the gradients.
+        messages, refresh_messages: in how many collectives, one after the other, for the matrix that has most of them;
+            those of other matrices go along.
     """
 
     per_step: float
     per_refresh: float | None
+    messages: int = 0
+    refresh_messages: int = 0
 
 
 NOBODY = Peers(cast(Any, None), "meta")  # nothing is sent
@@ -150,8 +154,12 @@ def traffic(optimizer: LowRankOptimizer) -> Sent:
                 found[equal] = _of_one(optimizer, p, group, cast(Cut, layout))
             total.append(found[equal])
     refreshes = [one.per_refresh for one in total]
-    per_refresh = None if None in refreshes else sum(cast(list[float], refreshes))
-    return Sent(sum(one.per_step for one in total), per_refresh)
+    return Sent(
+        per_step=sum(one.per_step for one in total),
+        per_refresh=None if None in refreshes else sum(cast(list[float], refreshes)),
+        messages=max((one.messages for one in total), default=0),
+        refresh_messages=max((one.refresh_messages for one in total), default=0),
+    )
 
 
 def _of_one(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], layout: Cut) -> Sent:
@@ -160,7 +168,7 @@ def _of_one(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], layou
         return Sent(0.0, 0.0)  # every process has some matrices of a stack
     layout = replace(layout, meter=Meter())
     state, unknown, meter = optimizer._fresh_state(p, group), False, layout.meter
-    counts: list[tuple[float, float]] = []
+    counts: list[Meter] = []
 
     def unlearning(plan: Plan, group: dict[str, Any]) -> Recipe:
         recipe = optimizer._recipe_of(plan, group)
@@ -175,9 +183,14 @@ def _of_one(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], layou
             update_(chunk, chunk.algebra)
             unknown = cast(Tally, cast(Counting, chunk.algebra).traffic).unknown
         state["step"] += 1
-        counts.append((meter.between, meter.refreshing))
+        counts.append(replace(meter))
     first, quiet, last = counts
-    return Sent(quiet[0] - first[0], None if unknown else last[1] - quiet[1])
+    return Sent(
+        per_step=quiet.between - first.between,
+        per_refresh=None if unknown else last.refreshing - quiet.refreshing,
+        messages=quiet.messages_between - first.messages_between,
+        refresh_messages=last.messages_refreshing - quiet.messages_refreshing,
+    )
 
 
 def projected_traffic(optimizer: LowRankOptimizer) -> Sent:

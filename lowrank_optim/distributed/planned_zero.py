@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..optimizer import LowRankOptimizer
 from .algebra import Algebra
@@ -47,34 +47,40 @@ _PLANNED: dict[type[Layout], type[Layout]] = {Rows: _PlannedRows, Stretch: _Plan
 
 
 def rank_by_rank(optimizer: LowRankOptimizer, stage: int, world_size: int) -> Iterator[None]:
-    """Puts flat tensors in the place of parameters, as they are on each rank in turn.
+    """Puts fragments in the place of parameters, those of each rank in turn.
 
     Raises:
         NotImplementedError: what is raised there of a matrix that is cut.
     """
     groups = [(group, list(group["params"])) for group in optimizer.param_groups]
     for rank in range(world_size):
-        optimizer._stand_ins = optimizer._stand_ins.again()
         for group, params in groups:
-            flat = torch.empty(sum(p.numel() for p in params), device="meta")
-            group["params"] = [flat]
-            pieces = _fragments(optimizer, group, params, stage, rank, world_size)
-            optimizer._stand_ins.hold(flat, [_planned(one) for one in pieces], group)
-            for piece in optimizer._stand_ins.pieces[flat]:
-                piece.requires_grad_()
+            group["params"] = [
+                _put(optimizer, one, group) for one in _cut(optimizer, params, group, stage, rank, world_size)
+            ]
         yield
 
 
-def _fragments(
-    optimizer: LowRankOptimizer, group: dict[str, Any], params: list[Tensor], stage: int, rank: int, world_size: int
+def _put(optimizer: LowRankOptimizer, one: Fragment, group: dict[str, Any]) -> Tensor:
+    """A tensor that stands for a fragment, as `StandIns` has one, with a layout that counts and sends nothing."""
+    kind, layout = _PLANNED.get(type(one.layout)), one.layout
+    if kind is not None:
+        layout = cast(Any, kind)(**vars(layout))
+        optimizer._admit_shard(one.plan, layout, group)
+    piece = nn.Parameter(torch.empty(one.length, device="meta"))
+    optimizer._plans[piece], optimizer._layouts[piece] = one.plan, layout
+    return piece
+
+
+def _cut(
+    optimizer: LowRankOptimizer, params: list[Tensor], group: dict[str, Any], stage: int, rank: int, world_size: int
 ) -> Iterator[Fragment]:
+    plans = [optimizer._plans[p] for p in params]
+    rules = [optimizer._recipe_of(plan, group).elementwise and not plan.projected for plan in plans]
     everywhere = list(_cuts(params, stage, world_size))
-    found, offset = [], 0
-    for p, there in zip(params, everywhere, strict=True):
-        found.append(Range(p, *there[rank], offset, None))
-        offset += there[rank][1]
+    found = [Range(p, *there[rank], 0, None) for p, there in zip(params, everywhere, strict=True)]
     seats = [Seat(rank, world_size, NOBODY)] * len(params)
-    return cut(found, everywhere, seats, *optimizer._stand_ins.known(params, group))
+    return cut(found, everywhere, seats, plans, rules, [plan.name for plan in plans])
 
 
 def _cuts(params: list[Tensor], stage: int, world_size: int) -> Iterator[list[tuple[int, int]]]:
@@ -89,9 +95,3 @@ def _cuts(params: list[Tensor], stage: int, world_size: int) -> Iterator[list[tu
         edges = [min(max(0, rank * share - first), p.numel()) for rank in range(world_size + 1)]
         yield [(start, stop - start) for start, stop in itertools.pairwise(edges)]
         before += p.numel()
-
-
-def _planned(one: Fragment) -> Fragment:
-    """With a layout that counts and sends nothing."""
-    kind = _PLANNED.get(type(one.layout))
-    return one if kind is None else one._replace(layout=cast(Any, kind)(**vars(one.layout)))

@@ -25,12 +25,14 @@ _MOST_ROUNDS = 30  # of `leading`
 
 @dataclass
 class Meter:
-    """What one parameter has handed to collectives, in bytes. `between` leaves refreshes out."""
+    """What one parameter has handed to collectives: bytes, and in how many messages. `between` leaves refreshes out."""
 
     steps: int = 0
     refreshes: int = 0
     between: float = 0.0
     refreshing: float = 0.0
+    messages_between: int = 0
+    messages_refreshing: int = 0
 
     @property
     def sent(self) -> tuple[float | None, float | None]:
@@ -64,8 +66,10 @@ class Traffic:
         for meter in self.meters:
             if self._in_refresh:
                 meter.refreshing += x.nbytes / len(self.meters)
+                meter.messages_refreshing += 1
             else:
                 meter.between += x.nbytes / len(self.meters)
+                meter.messages_between += 1
 
 
 class Shards(Algebra):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from ..plan import Plan, shape_of
+from ..plan import shape_of
 from . import shard_checks
 from .deepspeed import Range, ranges, verify
 from .fragments import Fragment, fragments
@@ -111,25 +111,11 @@ class StandIns:
     def _adopt_flat(self, flat: Tensor, group: dict[str, Any], given: list[Tensor]) -> None:
         optimizer = self.optimizer
         found = ranges(type(optimizer).__name__, flat, given, group)
-        plans, rules, keys = self.known([own.param for own in found], group)
-        self.hold(flat, list(fragments(found, plans, rules, keys, flat.device)), group)
-        for key, own in zip(keys, found, strict=True):
-            here = [piece for piece in self.pieces[flat] if self.homes[piece].fragment.key.split(".")[0] == key]
-            self.instead[own.param], self.ranges[own.param] = here, (flat, own)
-            optimizer.state.pop(own.param, None)
-        self._unverified.append((flat, found))
-
-    def known(self, params: list[Tensor], group: dict[str, Any]) -> tuple[list[Plan], list[bool], list[str]]:
-        """The plans of parameters, whether their rules look at no shape, and keys for their state."""
-        optimizer = self.optimizer
-        plans = [optimizer._plans[p] for p in params]
+        plans = [optimizer._plans[one.param] for one in found]
         rules = [optimizer._recipe_of(plan, group).elementwise and not plan.projected for plan in plans]
         numbers = {p: i for i, (_, p) in enumerate(pair for pairs in self.given.values() for pair in pairs)}
-        return plans, rules, [f"m{numbers[p]}" for p in params]
-
-    def hold(self, flat: Tensor, cut: list[Fragment], group: dict[str, Any]) -> None:
-        """From now on these fragments of a flat tensor are what is updated of it."""
-        optimizer = self.optimizer
+        keys = [f"m{numbers[one.param]}" for one in found]
+        cut = list(fragments(found, plans, rules, keys, flat.device))
         for one in cut:
             if one.layout.sharded:
                 optimizer._admit_shard(one.plan, one.layout, group)  # type: ignore[arg-type]
@@ -137,6 +123,11 @@ class StandIns:
         for piece, one in zip(self.pieces[flat], cut, strict=True):
             self.homes[piece] = Home(flat, one, group)
             optimizer._plans[piece], optimizer._layouts[piece] = one.plan, one.layout
+        for key, own in zip(keys, found, strict=True):
+            here = [piece for piece in self.pieces[flat] if self.homes[piece].fragment.key.split(".")[0] == key]
+            self.instead[own.param], self.ranges[own.param] = here, (flat, own)
+            optimizer.state.pop(own.param, None)
+        self._unverified.append((flat, found))
 
     def verify(self) -> None:
         """Once for each flat tensor, when its numbers are to be used: it holds what it is said to hold."""
