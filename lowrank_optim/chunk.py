@@ -211,7 +211,8 @@ class Chunk:
         ages = self.ages()
         if len(ages) == 1 or (not self.plans[0].projected and bool((ages == ages[0]).all())):
             return float(ages[0])
-        return ages.to(self.params[0].device, self.working).view(-1, *[1] * len(self.plans[0].matrix))
+        there = ages.to(self.params[0].device, self.working, non_blocking=True)
+        return there.view(-1, *[1] * len(self.plans[0].matrix))
 
     @property
     def restarts(self) -> bool:

@@ -131,7 +131,8 @@ def _adamw_(recipe: Any, w: Tensor, g: Tensor, st: State, lr: Clock, weight_deca
     one_clock = not isinstance(t, Tensor) or t.dim() == 0
     if torch.compiler.is_compiling() or not (alike and supported and one_clock and recipe.momentum.debias):
         return False
-    step = t.float() if isinstance(t, Tensor) else torch.tensor(t, device=w.device)
+    # made on the device: to send a number there would stop the host
+    step = t.float() if isinstance(t, Tensor) else torch.full((), t, dtype=torch.float32, device=w.device)
     torch._fused_adamw_(
         [w], [g], [m], [v], [], [step],
         lr=lr, beta1=recipe.momentum.beta, beta2=recipe.scaling.beta, weight_decay=weight_decay, eps=recipe.scaling.eps,
