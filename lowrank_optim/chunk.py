@@ -221,7 +221,7 @@ class Chunk:
     def ages(self) -> Tensor:
         """Steps that the moments of each matrix have seen, this one included, on the CPU."""
         if not self.restarts:
-            return torch.full((1,), self.step)
+            return torch.full((1,), self.step, device="cpu")
         births = torch.cat([state["refreshed_at"].view(-1) for state in self.states])
         return self.step - births.clamp(min=0)
 
