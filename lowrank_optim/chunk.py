@@ -200,7 +200,8 @@ class Chunk:
         ages = self.ages()
         if len(ages) == 1 or (not self.plans[0].projected and bool((ages == ages[0]).all())):
             return float(ages[0])
-        return ages.to(self.params[0].device, self.working).view(-1, *[1] * len(self.plans[0].matrix))
+        there = ages.to(self.params[0].device, self.working, non_blocking=True)
+        return there.view(-1, *[1] * len(self.plans[0].matrix))
 
     @property
     def restarts(self) -> bool:
@@ -209,7 +210,7 @@ class Chunk:
     def ages(self) -> Tensor:
         """Steps that the moments of each matrix have seen, this one included, on the CPU."""
         if not self.restarts:
-            return torch.full((1,), self.step)
+            return torch.full((1,), self.step, device="cpu")
         births = torch.cat([state["refreshed_at"].view(-1) for state in self.states])
         return self.step - births.clamp(min=0)
 

@@ -62,7 +62,7 @@ def _tensors(w: Tensor, *numbers: Clock) -> list[Tensor]:
     """Numbers as tensors, in one copy to the device: a graph would be made anew for each value of a number."""
     plain = [x for x in numbers if not isinstance(x, Tensor)]
     real = torch.float32 if w.device.type == "mps" else torch.float64
-    moved = iter(torch.tensor(plain, dtype=real).to(w.device, non_blocking=True))
+    moved = iter(torch.tensor(plain, dtype=real, device="cpu").to(w.device, non_blocking=True))
     return [x if isinstance(x, Tensor) else next(moved) for x in numbers]
 
 

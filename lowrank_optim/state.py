@@ -22,7 +22,8 @@ COUNTERS = {
     "refreshed_at",
     "refresh_gap",
     "overlaps",
-}  # on the CPU, where reading them costs no synchronisation
+}  # on the CPU, where reading them costs no synchronisation, whatever torch's defaults are
+_COUNT: Any = {"dtype": torch.float32, "device": "cpu"}
 
 
 def fresh(
@@ -35,14 +36,14 @@ def fresh(
 ) -> dict[str, Tensor]:
     """All state before the first step; on the device of the parameter, or where it only is to be counted on "meta"."""
     device = p.device if device is None else device
-    state = {"step": torch.tensor(0.0), "skipped": torch.tensor(0)}
+    state = {"step": torch.tensor(0.0, **_COUNT), "skipped": torch.tensor(0, device="cpu")}
     for key, spec in recipe.spec(layout.matrix(plan), plan.rank or 0, plan.small).items():
         store = cast(Store, spec.store)
         for suffix, kept in zip(store.suffixes, store.layout(spec.shape, working_dtype(p)), strict=True):
             state[key + suffix] = layout.zeros(plan.batch, kept.shape, kept.dtype, device)
     if plan.projected or recipe.refresh.restarts:
-        state["refreshes"] = torch.zeros(plan.batch, dtype=torch.int64)
-        state["refreshed_at"] = torch.full(plan.batch, -1)
+        state["refreshes"] = torch.zeros(plan.batch, dtype=torch.int64, device="cpu")
+        state["refreshed_at"] = torch.full(plan.batch, -1, device="cpu")
         for key, counter in recipe.refresh.counters().items():
             state[key] = counter.expand(plan.batch + tuple(counter.shape)).clone()
     if _compensated(p, group):

@@ -35,12 +35,12 @@ class Numbers:
         return Numbers(lr, step, time, t, torch.zeros(matrices, dtype=torch.int64, device=device))
 
     def tell_(self, lr: float | Tensor, step: int, ages: Tensor, counts: Tensor) -> None:
-        """Writes the numbers of the step that comes next."""
-        self.lr.copy_(lr) if isinstance(lr, Tensor) else self.lr.fill_(lr)
+        """Writes the numbers of the step that comes next, and does not wait for the device to have them."""
+        self.lr.copy_(lr, non_blocking=True) if isinstance(lr, Tensor) else self.lr.fill_(lr)
         self.step.fill_(step)
         self.time.fill_(step)
-        self.t.copy_(ages.view(self.t.shape) if self.t.dim() else ages.max())
-        self.counts.copy_(counts)
+        self.t.copy_(ages.view(self.t.shape) if self.t.dim() else ages.max(), non_blocking=True)
+        self.counts.copy_(counts, non_blocking=True)
 
     def some(self, matrices: slice) -> Numbers:
         """Those of some of the matrices, in the same memory."""

@@ -21,7 +21,7 @@ def agree(plans: Iterable[Plan], peers: Peers) -> None:
     """Raises a RuntimeError on all ranks of a group if not all of them mean the same matrices, in the same order."""
     table = [(plan.name, plan.shape, plan.rank, plan.side) for plan in plans]
     digest = hashlib.blake2b(repr(table).encode(), digest_size=8).digest()
-    own = torch.tensor([int.from_bytes(digest, "little") >> 1])
+    own = torch.tensor([int.from_bytes(digest, "little") >> 1], device="cpu")
     both = total(torch.cat([own, -own]), peers, dist.ReduceOp.MAX)  # the largest, and minus the smallest
     shard_checks.same_plans(int(both[0]) == -int(both[1]), dist.get_rank(), table)
 
@@ -48,7 +48,7 @@ class Common:
         found, here = {}, dict(grads)
         for peers, params in self.groups.items():
             numbers = [(here.get(p, 0.0) ** 2, float(p in here)) for p in params]
-            whole = total(torch.tensor(numbers, dtype=torch.float64), peers)
+            whole = total(torch.tensor(numbers, dtype=torch.float64, device="cpu"), peers)
             for p, (square, ranks) in zip(params, whole.tolist(), strict=True):
                 shard_checks.gradient_on_all(self.plans[p].name, int(ranks), peers.group.size())
                 found[p] = math.sqrt(square) if square == square else math.nan
@@ -57,5 +57,5 @@ class Common:
     def anywhere(self, flag: bool) -> bool:
         """Whether it is so on any rank."""
         for peers in self.groups:
-            flag = bool(total(torch.tensor([float(flag)]), peers, dist.ReduceOp.MAX))
+            flag = bool(total(torch.tensor([int(flag)], device="cpu"), peers, dist.ReduceOp.MAX))
         return flag

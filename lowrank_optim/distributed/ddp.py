@@ -123,7 +123,8 @@ class DDPProject:
         else:
             sent = [(bucket.buffer(), [])]
         work = [dist.all_reduce(flat.div_(self.group.size()), group=self.group, async_op=True) for flat, _ in sent]
-        *others, last = [one.get_future() for one in work]
+        futures: list[Future[Any]] = [one.get_future() for one in work]
+        *others, last = futures
         return last.then(functools.partial(self._take, bucket, sent, thin, others))
 
     def _projected(self, grads: dict[Tensor, Tensor]) -> tuple[dict[Tensor, Tensor], set[Tensor]]:
@@ -160,8 +161,8 @@ class DDPProject:
     ) -> Tensor:
         """Everything has arrived: back into the bucket, or to the sums.
 
-        On GPUs a future is complete when its sum is under way. A callback has a stream of its own, which `wait` makes wait
-        for the sum, and neither the host nor the rest of backward; nobody waits for one of `collect_all`.
+        On GPUs a future is complete when its sum is under way. A callback has a stream of its own, which `wait` makes
+        wait for the sum, and neither the host nor the rest of backward; that of `collect_all` would wait for nothing.
         """
         for one in (*others, last):
             one.wait()  # raises what went wrong

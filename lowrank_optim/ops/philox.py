@@ -127,7 +127,7 @@ def sample(below: int, count: int, key: int, stream: Stream) -> Tensor:
     `count` and not with `below`. Of more than half of all integers those are drawn that are left out.
     """
     if 2 * count > below:
-        kept = torch.ones(below, dtype=torch.bool)
+        kept = torch.ones(below, dtype=torch.bool, device="cpu")
         kept[sample(below, below - count, key, stream)] = False
         return kept.nonzero().flatten()
     drawn = math.ceil(-below * math.log1p(-count / below) + 4 * math.sqrt(count))  # as many differ, but for bad luck
@@ -143,7 +143,7 @@ def sample(below: int, count: int, key: int, stream: Stream) -> Tensor:
 
 def _integers(count: int, below: int, key: int, stream: Stream) -> Tensor:
     """Uniform integers in [0, below), of 62 random bits each: the remainders differ in likelihood by below / 2^62."""
-    out = torch.empty(count, dtype=torch.int64)
+    out = torch.empty(count, dtype=torch.int64, device="cpu")
     for target, (w0, w1, w2, w3), skip in blocks(out, 2, 0, key, stream):
         bits = torch.stack([w0 << 30 | w1 >> 2, w2 << 30 | w3 >> 2], dim=-1)
         target.copy_(bits.flatten()[skip : skip + target.numel()] % below)

@@ -12,6 +12,7 @@ optimizers with 4-bit states", NeurIPS 2023; Dettmers et al., "QLoRA: efficient 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 _CPU = torch.device("cpu")
+_TABLE: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are: tables are cached
 _NF4 = (
     *(-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.091050036, 0.0),
     *(0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0),
@@ -65,7 +67,7 @@ def four_bit_map(signed: bool, device: torch.device = _CPU) -> Tensor:
 
     There is no zero in the unsigned one on purpose: a second moment that rounds to 0 would make its update explode.
     """
-    return (_dynamic(signed, decades=3) if signed else torch.arange(1.0, 17.0) / 16).to(device)
+    return (_dynamic(signed, decades=3) if signed else torch.arange(1.0, 17.0, **_TABLE) / 16).to(device)
 
 
 def nf4_map(device: torch.device = _CPU) -> Tensor:
@@ -74,12 +76,14 @@ def nf4_map(device: torch.device = _CPU) -> Tensor:
     The numbers that the QLoRA paper prints. Both 1 and -1 are there, so the peak of a block is exact.
     """
     # What is traced must not meet a tensor from outside of the graph, nor leave one of its own behind.
-    return torch.tensor(_NF4, device=device) if torch.compiler.is_compiling() else _nf4_map(device)
+    return _made_nf4(device) if torch.compiler.is_compiling() else _nf4_map(device)
 
 
-@lru_cache(maxsize=32)
-def _nf4_map(device: torch.device) -> Tensor:
-    return torch.tensor(_NF4, device=device)
+def _made_nf4(device: torch.device) -> Tensor:
+    return torch.tensor(_NF4, dtype=torch.float32, device=device)
+
+
+_nf4_map = lru_cache(maxsize=32)(_made_nf4)
 
 
 def quantize_blockwise(
@@ -189,9 +193,9 @@ def dequantize_affine(
 
 def _dynamic(signed: bool, decades: int) -> Tensor:
     """Each decade is cut into equal parts, twice as many as the decade below it; its values are their midpoints."""
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], **_TABLE)]
     for i in range(decades):
-        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, **_TABLE)
         middle = (edges[1:] + edges[:-1]) / 2 * 10.0 ** (i + 1 - decades)
         values += [middle, -middle] if signed else [middle]
     return torch.cat(values).sort().values
@@ -202,12 +206,12 @@ def _nearest_table(code_map: Tensor) -> tuple[Tensor, Tensor]:
     """For the upper 16 bits of a float32, plus 2**15: the lowest code it may get, and the midpoint to the next one."""
     entries = code_map.cpu()
     midpoints = (entries[1:] + entries[:-1]) / 2
-    upper = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32)
+    upper = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32, device="cpu")
     ends = torch.stack([upper << 16, (upper << 16) + 0xFFFF]).view(torch.float32)
     first, last = torch.bucketize(ends, midpoints).sort(0).values
     if bool((last - first > 1)[ends[0].abs() <= 1].any()):
         raise ValueError("code_map has entries closer to each other than 1/128 of their size; leave some out")
-    beyond = torch.cat([midpoints, torch.full((1,), torch.inf)])
+    beyond = torch.cat([midpoints, torch.full((1,), torch.inf, **_TABLE)])
     return first.to(code_map.device, torch.uint8), beyond[first].to(code_map.device)
 
 

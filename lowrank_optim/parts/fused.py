@@ -143,13 +143,18 @@ def _adamw_(
     recipe: Any, w: list[Tensor], g: list[Tensor], st: Sequence[State], lr: Clock, weight_decay: float, t: list[Clock]
 ) -> None:
     """torch's fused AdamW."""
-    (m, v), device = ([one[key] for one in st] for key in _MOMENTS), w[0].device
-    steps = {x: x.float() if isinstance(x, Tensor) else torch.tensor(x, device=device) for x in set(t)}
+    m, v = ([one[key] for one in st] for key in _MOMENTS)
+    steps = {x: _on_device(x, w[0].device) for x in set(t)}
     torch._fused_adamw_(
         w, g, m, v, [], [steps[x] for x in t],
         lr=lr, beta1=recipe.momentum.beta, beta2=recipe.scaling.beta, weight_decay=weight_decay, eps=recipe.scaling.eps,
         amsgrad=False, maximize=False,
     )  # fmt: skip
+
+
+def _on_device(t: Clock, device: torch.device) -> Tensor:
+    """Made there: to send a number to a GPU would stop the host."""
+    return t.float() if isinstance(t, Tensor) else torch.full((), t, dtype=torch.float32, device=device)
 
 
 _Direction = Callable[[Recipe, State, Tensor, Clock, bool], "tuple[Tensor, Clock] | None"]

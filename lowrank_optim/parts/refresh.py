@@ -118,7 +118,8 @@ class Lazy(Every):
     growth: int = 2
 
     def counters(self) -> dict[str, Tensor]:
-        return {"refresh_gap": torch.tensor(self.gap), "overlaps": torch.full((self.queue,), -1.0)}
+        overlaps = torch.full((self.queue,), -1.0, dtype=torch.float32, device="cpu")
+        return {"refresh_gap": torch.tensor(self.gap, device="cpu"), "overlaps": overlaps}
 
     def gap_now(self, counters: Mapping[str, Tensor]) -> int:
         return int(counters["refresh_gap"])
