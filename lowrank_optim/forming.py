@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from . import chunk as limits
 from .chunk import WEIGHT, Chunk, working_dtype
 from .distributed.layout import Layout
-from .kept import Shape, Spec
+from .kept import Shape, Spec, Store
 from .plan import Plan
 from .recipe import Recipe
 from .stats import Watch
@@ -59,6 +59,11 @@ class Asked:
             self.recipes[kind] = recipe_of(plan, group)
         return self.recipes[kind]
 
+    def open(self, one: Member) -> bool:
+        """Nothing that is kept of it needs a copy to be worked on."""
+        spec, _ = self.spec((id(one.group), one.plan.projected), one.plan, one.layout)
+        return not any(cast(Store, each.store).narrow for each in spec.values())
+
     def spec(self, kind: tuple[int, bool], plan: Plan, layout: Layout) -> tuple[dict[str, Spec], dict[str, Shape]]:
         key = kind, layout.key, plan.matrix, plan.rank, plan.side, plan.small
         if key not in self.specs:
@@ -68,13 +73,12 @@ class Asked:
 
 
 def form_chunks(members: list[Member], recipe_of: RecipeOf, asked: Asked, watch: Watch) -> Iterator[Chunk]:
-    """Buckets by everything that must be equal, cut to the byte limit. On CPU a loop beats stacking."""
+    """Buckets by everything that must be equal, cut to the byte limit."""
     buckets: dict[tuple[Any, ...], list[Member]] = {}
     for member in members:
         p, group, plan = member.p, member.group, member.plan
         kind, recipe = (id(group), plan.projected), asked.recipe(plan, group, recipe_of)
-        stack = p.device.type != "cpu" if group["foreach"] is None else group["foreach"]
-        alone = None if stack and (plan.projected or recipe.elementwise) else id(p)
+        alone = None if stacked(member) and (plan.projected or recipe.elementwise) else id(p)
         equal = plan.matrix, plan.batch, plan.side, plan.rank, p.dtype, member.grad.dtype, p.device, member.projected
         buckets.setdefault((kind, int(member.state["step"]) + 1, alone, member.layout.key, *equal), []).append(member)
     for (kind, step, *_), bucket in buckets.items():
@@ -104,6 +108,11 @@ def form_chunks(members: list[Member], recipe_of: RecipeOf, asked: Asked, watch:
                 shapes=shapes,
                 homes=homes,
             )
+
+
+def stacked(one: Member) -> bool:
+    """On CPU a loop beats stacking."""
+    return one.p.device.type != "cpu" if one.group["foreach"] is None else bool(one.group["foreach"])
 
 
 def waves(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:

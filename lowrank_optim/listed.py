@@ -1,19 +1,25 @@
-"""Plain parameters that one kernel updates as they lie, several at a time: no chunk is formed, nothing copied.
+"""Members whose tensors are worked on as they lie: nothing is opened, refitted, stacked or written back.
 
-What has such a kernel says `parts/fused.py`: AdamW on float32 tensors. A norm vector then costs a place in a list.
+They need no chunk. The lines of `recipe.py` are the same, and a kernel that takes lists does all of them at once, so a
+norm vector or a tiny matrix costs little more than its place in a list. `parts/fused.py` knows these kernels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from .apply import apply_
+from .chunk import is_packed
+from .distributed.algebra import WHOLE
 from .distributed.layout import HERE
-from .forming import Asked, Member, RecipeOf
+from .forming import Asked, Member, RecipeOf, stacked
 from .parts import fused
-from .recipe import AGE, Clock
+from .recipe import AGE, Recipe
+
+Work = Callable[[Recipe, list[Member], float], None]
 
 
 def update_listed_(members: list[Member], recipe_of: RecipeOf, asked: Asked) -> list[Member]:
@@ -21,28 +27,55 @@ def update_listed_(members: list[Member], recipe_of: RecipeOf, asked: Asked) -> 
     lists: dict[tuple[Any, ...], list[Member]] = {}
     others = []
     for one in members:
-        kernel = None if one.plan.projected else fused.whole(asked.recipe(one.plan, one.group, recipe_of))
-        if kernel is None or not _fits(one):
+        recipe = asked.recipe(one.plan, one.group, recipe_of)
+        work = _work(one, recipe, asked)
+        if work is None:
             others.append(one)
         else:
-            lists.setdefault((kernel, id(one.group), one.p.dtype, one.p.device), []).append(one)
-    for (kernel, *_), some in lists.items():
-        group, states = some[0].group, [one.state for one in some]
-        tensors = [one.p.detach() for one in some], [one.grad for one in some], states
-        recipe, clocks = asked.recipe(some[0].plan, group, recipe_of), [_clock(state) for state in states]
-        kernel(recipe, *tensors, group["lr"], group["weight_decay"], clocks)
-        torch._foreach_add_([state["step"] for state in states], 1)
+            lists.setdefault((work, id(one.group), _clock(one, recipe), one.p.dtype, one.p.device), []).append(one)
+    for (work, _, clock, *_), some in lists.items():
+        work(asked.recipe(some[0].plan, some[0].group, recipe_of), some, clock)
+        torch._foreach_add_([one.state["step"] for one in some], 1)
     return others
 
 
-def _fits(one: Member) -> bool:
-    """All of it is here, has one clock, and is laid out as a kernel wants it."""
-    restarted = one.state.get("refreshed_at")
-    one_clock = AGE not in one.state and (restarted is None or restarted.numel() == 1)
-    return one.layout is HERE and one_clock and not one.group["maximize"] and fused.suits(one.p, one.grad, one.state)
+def _work(one: Member, recipe: Recipe, asked: Asked) -> Work | None:
+    """What updates it, if all of it is here, has one clock, and is laid out as kernels want it."""
+    if one.layout is not HERE or one.projected or one.plan.batch or one.group["maximize"] or AGE in one.state:
+        return None
+    work = _project_ if one.plan.projected else _whole_
+    possible = fused.listed(recipe) and not stacked(one) if one.plan.projected else fused.whole(recipe) is not None
+    if not possible or is_packed(one.p) or not fused.suits(one.p, one.grad, one.state):
+        return None
+    return None if one.plan.projected and (_due(one, recipe) or not asked.open(one)) else work
 
 
-def _clock(state: dict[str, Tensor]) -> Clock:
+def _due(one: Member, recipe: Recipe) -> bool:
+    counters = {key: one.state[key] for key in recipe.refresh.counters()}
+    return recipe.refresh.due(int(one.state["step"]), int(one.state["refreshed_at"]), one.plan.place, counters)
+
+
+def _clock(one: Member, recipe: Recipe) -> float:
     """Steps that the moments have seen, this one included."""
-    birth = max(0, int(state["refreshed_at"])) if "refreshed_at" in state else 0
-    return float(int(state["step"]) + 1 - birth)
+    birth = max(0, int(one.state["refreshed_at"])) if recipe.refresh.restarts else 0
+    return float(int(one.state["step"]) + 1 - birth)
+
+
+def _whole_(recipe: Recipe, some: list[Member], t: float) -> None:
+    """Plain parameters, in one kernel."""
+    group, states = some[0].group, [one.state for one in some]
+    tensors = [one.p.detach() for one in some], [one.grad for one in some], states
+    fused.whole(recipe)(recipe, *tensors, group["lr"], group["weight_decay"], t)  # type: ignore[misc]
+
+
+def _project_(recipe: Recipe, some: list[Member], t: float) -> None:
+    """Matrices between refreshes: products one by one, the state of all in one kernel."""
+    lr, decay, states = some[0].group["lr"], some[0].group["weight_decay"], [one.state for one in some]
+    g = [recipe.residual.before(one.plan.oriented(one.grad), one.state) for one in some]
+    r = [recipe.basis.down(WHOLE, x, st) for x, st in zip(g, states, strict=True)]
+    d = fused.directions(recipe, states, r, g, t)
+    for i, one in enumerate(some):
+        w, step = one.plan.oriented(one.p.detach()), float(one.state["step"]) + 1
+        change = recipe.residual.after(WHOLE, recipe, one.state, g[i], r[i], d[i], 1.0)
+        length = recipe.step_size(WHOLE, lr, w, step) * recipe.scale
+        apply_(recipe, w, one.state, change.times(length), 1 - lr * decay if decay else 1.0)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cases import every_case
 from torch import nn
 
 import lowrank_optim
@@ -92,7 +93,7 @@ def test_one_call_per_group_also_between_large_matrices(calls):
     assert all(int(optimizer.state[p]["step"]) == 1 for p in params)
 
 
-def test_parameters_at_different_steps_share_a_call(calls):
+def test_parameters_at_different_steps(calls):
     params = [nn.Parameter(torch.randn(9)) for _ in range(3)]
     optimizer = optimizer_of(params)
     apart = [nn.Parameter(p.detach().clone()) for p in params]
@@ -102,7 +103,7 @@ def test_parameters_at_different_steps_share_a_call(calls):
             q.grad = p.grad
         optimizer.step()
         calls.append(None)
-    assert [len(some) for some in calls if some] == [2, 3]
+    assert [len(some) for some in calls if some] == [2, 2, 1]
     reference = torch.optim.AdamW(apart, **OPTIONS, fused=True)
     for p, q in zip(params, apart, strict=True):  # their last gradients once more, to compare the clocks
         q.data.copy_(p.detach())
@@ -110,6 +111,36 @@ def test_parameters_at_different_steps_share_a_call(calls):
     optimizer.step()
     reference.step()
     assert all(torch.equal(p, q) for p, q in zip(params, apart, strict=True))
+
+
+@every_case
+@pytest.mark.filterwarnings("ignore:non-finite")
+@pytest.mark.parametrize("side", ["std", "reverse_std"])
+def test_listed_matrices_equal_chunks(case, side, monkeypatch):
+    """Between refreshes as well as around them; tall, wide, square, a stack, ranks 1 and that of the matrix."""
+    finals, options = [], case.fitting({"update_proj_gap": 5, "scale": 0.7, "proj_type": side})
+    for chunked in (False, True):
+        torch.manual_seed(5)
+        params = [nn.Parameter(torch.randn(shape)) for shape in [(9, 5), (5, 9), (8, 8), (2, 20, 17), (6, 7), (11,)]]
+        groups = [{"params": params[:4], "rank": 3}, {"params": params[4:5], "rank": 1}, {"params": params[5:]}]
+        if chunked:
+            in_chunks(monkeypatch)
+        optimizer = case.build(groups, **{**options, "weight_decay": 0.1})
+        finals.append(run(optimizer, params, 12))
+    for x, y in zip(*finals, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_equal_matrices_share_a_kernel(monkeypatch):
+    taken = []
+    monkeypatch.setattr(fused, "directions", lambda *rest, f=fused.directions: taken.append(len(rest[1])) or f(*rest))
+    params = [nn.Parameter(torch.randn(shape)) for shape in [(16, 32)] * 5 + [(32, 16), (400, 300)]]
+    optimizer = lowrank_optim.GaLoreAdamW(params, rank=4, update_proj_gap=3, stagger=False, **OPTIONS)
+    for _ in range(4):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    assert taken == [1, 6] * 2, "large ones alone; none when a refresh is due"
 
 
 def test_factors_whose_moments_begin_anew(monkeypatch, calls):

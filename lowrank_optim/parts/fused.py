@@ -39,11 +39,11 @@ def direction(recipe: Recipe, st: State, r: Tensor, t: Clock, whole: Tensor | No
     return kernel(recipe, st, r, t, spare)
 
 
-def whole(recipe: Recipe) -> _Step | None:
+def whole(recipe: Any) -> _Step | None:
     """The kernel for the whole update of several W, if these parts have one."""
     parts = (recipe.basis, recipe.momentum, recipe.scaling, recipe.residual, recipe.step_size)
-    usual = recipe.momentum_of == "gradient" and recipe.scale == 1
-    return _STEPS.get(tuple(map(type, parts))) if usual and recipe.momentum.debias else None  # type: ignore[attr-defined]
+    kernel = _STEPS.get(tuple(map(type, parts)))
+    return kernel if kernel is not None and _is_adam(recipe) and recipe.scale == 1 else None
 
 
 def suits(w: Tensor, g: Tensor, st: State) -> bool:
@@ -56,10 +56,27 @@ def suits(w: Tensor, g: Tensor, st: State) -> bool:
 def step_(recipe: Recipe, w: Tensor, g: Tensor, st: State, lr: Clock, weight_decay: float, t: Clock) -> bool:
     """The whole update of w in one kernel, or False and nothing is changed."""
     one_clock = not isinstance(t, Tensor) or t.dim() == 0
-    if torch.compiler.is_compiling() or (kernel := whole(recipe)) is None or not (one_clock and suits(w, g, st)):
+    if (kernel := whole(recipe)) is None or torch.compiler.is_compiling() or not (one_clock and suits(w, g, st)):
         return False
-    kernel(recipe, [w], [g], [st], lr, weight_decay, [t])
+    kernel(recipe, [w], [g], [st], lr, weight_decay, t)
     return True
+
+
+def listed(recipe: Recipe) -> bool:
+    """Is there a kernel for the state of several matrices, of which nothing has to be derived?"""
+    kinds = type(recipe.momentum), type(recipe.scaling)
+    return kinds in _DIRECTIONS and _is_adam(recipe) and not recipe.basis.derives
+
+
+def directions(recipe: Any, states: Sequence[State], r: list[Tensor], whole: list[Tensor], t: float) -> list[Tensor]:
+    """D of several matrices in one kernel, where `listed` says so. `whole`: the gradients that r was computed from."""
+    spared = type(recipe.residual) is Drop
+    rows = [x.contiguous() for x in r]
+    d = [y if spared and not _share_memory(y, g) else y.clone() for y, g in zip(rows, whole, strict=True)]
+    m, v = ([st[key] for st in states] for key in _MOMENTS)
+    rule = recipe.momentum.beta, recipe.scaling.beta, recipe.scaling.eps, t
+    torch.ops.lowrank_optim.projected_adam_list_.default(m, v, d, *rule)
+    return d
 
 
 def stays_closed(recipe: Any, spec: Mapping[str, Spec], working: torch.dtype, stack: bool) -> set[str]:
@@ -67,9 +84,9 @@ def stays_closed(recipe: Any, spec: Mapping[str, Spec], working: torch.dtype, st
 
     `stack`: of a stack of matrices, which may restart at times of their own.
     """
-    if (type(recipe.momentum), type(recipe.scaling)) not in _DIRECTIONS or not recipe.momentum.debias:
+    if (type(recipe.momentum), type(recipe.scaling)) not in _DIRECTIONS:
         return set()
-    adam = recipe.momentum_of == "gradient" and recipe.scaling_in == "subspace" and not recipe.basis.elementwise
+    adam = _is_adam(recipe) and not recipe.basis.elementwise
     one_clock = AGE not in spec and not (stack and recipe.refresh.restarts)
     known = working == torch.float32 and all(type(spec[key].store) in _FROM_STORE for key in _MOMENTS)
     return set(_MOMENTS) if adam and one_clock and known else set()
@@ -139,26 +156,26 @@ def _share_memory(x: Tensor, y: Tensor) -> bool:
     return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
 
+def _is_adam(recipe: Any) -> bool:
+    return bool(recipe.momentum_of == "gradient" and recipe.scaling_in == "subspace" and recipe.momentum.debias)
+
+
 def _adamw_(
-    recipe: Any, w: list[Tensor], g: list[Tensor], st: Sequence[State], lr: Clock, weight_decay: float, t: list[Clock]
+    recipe: Any, w: list[Tensor], g: list[Tensor], st: Sequence[State], lr: Clock, weight_decay: float, t: Clock
 ) -> None:
     """torch's fused AdamW."""
     m, v = ([one[key] for one in st] for key in _MOMENTS)
-    steps = {x: _on_device(x, w[0].device) for x in set(t)}
+    # made on the device: to send a number to a GPU would stop the host
+    step = t.float() if isinstance(t, Tensor) else torch.full((), t, dtype=torch.float32, device=w[0].device)
     torch._fused_adamw_(
-        w, g, m, v, [], [steps[x] for x in t],
+        w, g, m, v, [], [step] * len(w),
         lr=lr, beta1=recipe.momentum.beta, beta2=recipe.scaling.beta, weight_decay=weight_decay, eps=recipe.scaling.eps,
         amsgrad=False, maximize=False,
     )  # fmt: skip
 
 
-def _on_device(t: Clock, device: torch.device) -> Tensor:
-    """Made there: to send a number to a GPU would stop the host."""
-    return t.float() if isinstance(t, Tensor) else torch.full((), t, dtype=torch.float32, device=device)
-
-
 _Direction = Callable[[Recipe, State, Tensor, Clock, bool], "tuple[Tensor, Clock] | None"]
-_Step = Callable[[Recipe, list[Tensor], list[Tensor], Sequence[State], Clock, float, list[Clock]], None]
+_Step = Callable[[Recipe, list[Tensor], list[Tensor], Sequence[State], Clock, float, Clock], None]
 _Rule = tuple[float, float, float, float, "Tensor | None"]  # beta1, beta2, eps, t and where it is on the device
 _Pairs = list[tuple[Stored, ...]]  # first and second moment of each parameter
 _DIRECTIONS: dict[tuple[type, ...], _Direction] = {(EMA, RMS): _adam_direction}
