@@ -115,7 +115,5 @@ PEERS: dict[str, Peer] = {  # by the name of our method
     "APOLLOMini": Peer("apollo-torch 1.0.3, Mini", "pip install --no-deps apollo-torch==1.0.3", _apollo_mini),
     "Flora": Peer("flora-opt 0.0.3", "pip install --no-deps flora-opt==0.0.3", _flora),
     "SNSMAdamW": Peer("sn-sm a4c1a4a", "SN_SM=a checkout of github.com/timmytonga/sn-sm", _snsm),
-    "DCTAdamW": Peer(
-        "ista-daslab-optimizers 1.1.15", "pip install --no-deps ista-daslab-optimizers==1.1.15", _dct
-    ),
+    "DCTAdamW": Peer("ista-daslab-optimizers 1.1.15", "pip install --no-deps ista-daslab-optimizers==1.1.15", _dct),
 }
