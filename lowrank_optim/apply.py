@@ -31,7 +31,11 @@ def apply_(recipe: Recipe, w: Tensor, st: State, change: Update, keep: Clock, co
         recipe.basis.add_up_(w, change.d, st, alpha=-cast(float, change.gain), beta=keep, columns=columns)
     if change.rest is not None:
         rest, gain = change.rest if columns is None else columns.of(change.rest), change.rest_gain
-        w.sub_(rest * gain) if isinstance(gain, Tensor) else w.add_(rest, alpha=-gain)
+        if isinstance(gain, Tensor):
+            one = columns is None or not gain.dim() or gain.shape[-1] == 1  # for all columns
+            w.addcmul_(rest, gain if one else cast(Columns, columns).of(gain), value=-1)
+        else:
+            w.add_(rest, alpha=-gain)
     if change.entries is not None:
         _take_entries_(w, *change.entries, columns)
 

@@ -239,7 +239,7 @@ class Update(NamedTuple):
 
     Args:
         d: `(r, n)` or None.
-        rest: `(m, n)` or None.
+        rest: `(m, n)` or None. Its gain may be `(1, n)`, a number per column.
         entries: (flat row-major positions in (m, n), values), both `(k,)`, or None.
     """
 

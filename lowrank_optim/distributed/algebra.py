@@ -104,19 +104,21 @@ class Algebra:
 
     def largest(self, g: Tensor) -> Tensor:
         """`max |G|`, NaN if there is one: (m, n) -> ()."""
-        largest: Tensor = torch.linalg.vector_norm(g, ord=math.inf, dim=(-2, -1))
-        return largest
+        return ops.largest(g)
 
     def told(self, x: Tensor) -> list[Any]:
         """The numbers of a small tensor, for decisions of the host."""
         numbers: list[Any] = x.tolist()
         return numbers
 
-    def size(self, x: Tensor) -> Tensor:
-        """The root mean square of each matrix (of the vector, if x is one), dimensions kept; x may be in 16 bits."""
+    def size(self, x: Tensor, factors: Tensor | None = None) -> Tensor:
+        """The root mean square of each matrix (of the vector, if x is one), dimensions kept; x may be in 16 bits.
+
+        `factors`: see `norm`.
+        """
         matrix = (-2, -1) if x.dim() > 1 else (-1,)
         count = math.prod([x.shape[dim] for dim in matrix])
-        return self.norm(x, matrix) / math.sqrt(count)
+        return self.norm(x, matrix, factors) / math.sqrt(count)
 
     def energy(self, x: Tensor, dim: int, power: int = 2) -> Tensor:
         """Sums of `|x|^power` over whole rows (-1) or columns (-2), the dimension dropped."""
@@ -130,9 +132,14 @@ class Algebra:
         """Sums over rows (-1) or columns (-2) of what of a gradient is here, as such sums over whole ones."""
         return sums
 
-    def norm(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-        """Norms of whole columns (-2), rows (-1) or matrices, dimensions kept. Of matrices also in 16 bits."""
-        norms = [torch.linalg.vector_norm(widened(part), dim=dim, keepdim=True) for part in _parts(x)]
+    def norm(self, x: Tensor, dim: int | tuple[int, ...], factors: Tensor | None = None) -> Tensor:
+        """Norms of whole columns (-2), rows (-1) or matrices, dimensions kept. Of matrices also in 16 bits.
+
+        `factors`: (..., 1, n) or (..., 1, 1), what x is to be multiplied by first, without a tensor of its size.
+        """
+        if factors is not None:
+            x = ops.norm(x, -2) * factors  # a row of norms has the norm of all rows
+        norms = [ops.norm(widened(part), dim) for part in _parts(x)]
         norm: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
         return norm
 

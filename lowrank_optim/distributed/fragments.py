@@ -227,10 +227,10 @@ class Overlapping(Shards):
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         return super().inner(self._once(x, -1, -1), self._once(y, -1, -2))
 
-    def size(self, x: Tensor) -> Tensor:
-        own = None if self.rows is None else self.rows.own(x)
+    def size(self, x: Tensor, factors: Tensor | None = None) -> Tensor:
+        own = None if self.rows is None or factors is not None else self.rows.own(x)
         if own is None:
-            return super().size(x)
+            return super().size(x, factors)
         # Here x may be the weight, of which this process has the elements of its own range and no others.
         total = self._completed(own.double().square().sum(-1)[..., None, None], *self.pieces)
         count = math.prod(map(int, self.shape(x)))
@@ -239,8 +239,8 @@ class Overlapping(Shards):
     def energy(self, x: Tensor, dim: int, power: int = 2) -> Tensor:
         return super().energy(self.once(x, dim), dim, power)
 
-    def norm(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-        return super().norm(self._counted(x, dim), dim)
+    def norm(self, x: Tensor, dim: int | tuple[int, ...], factors: Tensor | None = None) -> Tensor:
+        return super().norm(self._counted(x, dim), dim, factors)
 
     def mean(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         return super().mean(self._counted(x, dim), dim)

@@ -103,9 +103,9 @@ class Shards(Algebra):
         largest = super().largest(g) if g.numel() else g.new_zeros(g.shape[:-2])
         return self._completed(largest, -2, -1, op=dist.ReduceOp.MAX)
 
-    def size(self, x: Tensor) -> Tensor:
+    def size(self, x: Tensor, factors: Tensor | None = None) -> Tensor:
         both = (-2, -1) if x.dim() > 1 else (-1,)
-        return self.norm(x, both) / math.sqrt(self._count(x, both))
+        return self.norm(x, both, factors) / math.sqrt(self._count(x, both))
 
     def energy(self, x: Tensor, dim: int, power: int = 2) -> Tensor:
         return self.total(super().energy(x, dim, power), dim)
@@ -113,8 +113,8 @@ class Shards(Algebra):
     def total(self, sums: Tensor, dim: int) -> Tensor:
         return self._completed(sums, dim)
 
-    def norm(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-        norm = super().norm(x, dim)
+    def norm(self, x: Tensor, dim: int | tuple[int, ...], factors: Tensor | None = None) -> Tensor:
+        norm = super().norm(x, dim, factors)
         if not self.pieces.keys() & dims(dim):
             return norm
         return self._completed(norm.double().square(), *dims(dim)).sqrt().to(norm.dtype)  # whose squares may not fit

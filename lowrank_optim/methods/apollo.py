@@ -25,7 +25,7 @@ class APOLLO(LowRankOptimizer):
         W <- (1 - lr weight_decay) W - lr sqrt(scale) S
 
     Memory: `2 n r` elements per matrix and two numbers: P is drawn again at each step, from the seed and the number of
-    refreshes. A step holds S, one (m, n) tensor.
+    refreshes.
 
     Args:
         params, lr, betas, eps, weight_decay, rank, update_proj_gap, stagger: see `GaLoreAdamW`.

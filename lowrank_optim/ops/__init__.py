@@ -5,6 +5,7 @@ from .apply import add_rounded_
 from .linalg import fix_signs, leading_left_vectors, orthonormalize, principal, subspace_iteration, whitened
 from .philox import key_of, normal, random_bits16, sample, stream_of, uniform
 from .products import add_product_, product
+from .reductions import largest, norm
 from .rounding import round_to_bfloat16
 from .sparse import add_at_, gather_at, sampled_product
 
@@ -15,7 +16,9 @@ __all__ = [
     "fix_signs",
     "gather_at",
     "key_of",
+    "largest",
     "leading_left_vectors",
+    "norm",
     "normal",
     "orthonormalize",
     "principal",

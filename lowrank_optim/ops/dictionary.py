@@ -59,7 +59,9 @@ def _cosines(kind: str, n: int, row: Tensor, column: Tensor, dtype: torch.dtype)
     products reach n^2, and cost 2e-4 of orthogonality at n = 4096. There are 4 n of them, so cosines are looked up."""
     whole = torch.int32 if 2 * n * n < 1 << 31 else torch.int64
     frequency, place = (column.to(whole), row.to(whole)) if kind == "dct2" else (row.to(whole), column.to(whole))
-    angle = (frequency * (2 * place + 1)).remainder_(4 * n).masked_fill_(frequency == 0, 4 * n)
+    angle = frequency * (2 * place + 1)
+    angle = angle.bitwise_and_(4 * n - 1) if n & (n - 1) == 0 else angle.remainder_(4 * n)  # division is slow
+    angle.masked_fill_(frequency == 0, 4 * n)
     turns = torch.arange(4 * n, dtype=torch.float64, device=row.device) * (math.pi / (2 * n))
     table = torch.nn.functional.pad(torch.cos(turns) * math.sqrt(2 / n), (0, 1), value=math.sqrt(1 / n))
     return table.to(dtype).index_select(0, angle.flatten()).view(angle.shape)

@@ -8,10 +8,9 @@ import math
 import torch
 from torch import Tensor
 
-from ..blocks import blocks, largest_block
+from ..blocks import BLOCK, blocks, largest_block
 
 _LEAST = 1 << 20  # multiplications that are worth the call
-_BLOCK = 1 << 17  # elements of a product that wait to be added
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -37,7 +36,7 @@ def add_product_(w: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> 
     if torch.compiler.is_compiling() or beta == 0 or not _suits(a, b):
         (w.addmm_ if w.dim() == 2 else w.baddbmm_)(a, b, beta=beta, alpha=alpha)
         return
-    for columns in blocks(w.shape, most=_BLOCK):
+    for columns in blocks(w.shape, most=BLOCK):
         some, place = columns.of(b), columns.of(w).mul_(beta)
         place.add_(product(a, some) if w.is_contiguous() else product(some.mT, a.mT).mT, alpha=alpha)  # laid out like w
 
@@ -46,7 +45,7 @@ def scratch(shape: tuple[int, ...], rank: int) -> int:
     """Elements that `add_product_` holds for `(m, rank)` times `(rank, n)`, `shape` being (m, n)."""
     if not onednn_is_faster() or math.prod(shape) * rank < _LEAST:
         return 0
-    block = largest_block(shape, _BLOCK)
+    block = largest_block(shape, BLOCK)
     return block + block // shape[0] * rank  # and the columns that it is made of
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..distributed.algebra import Algebra
 from ..kept import Exact, Shape, Spec
+from ..ops.reference import PIECE
 from ..recipe import Clock, Recipe, Residual, State, Update
 from .store import Float32
 
@@ -35,22 +36,23 @@ class _Limited(Residual):
         return {"residual_size": Spec((1, 1), store=Float32()), HITS: Spec((1, 1), store=Exact(torch.int32))}
 
     def workspace(self, shape: Shape, coordinates: int) -> int:
-        return shape[0] * shape[1] + coordinates + 8 * shape[1]
+        return coordinates + 8 * shape[1] + min(shape[0] * shape[1], PIECE)  # the last: squares that are summed
 
     def _ratio(self, algebra: Algebra, d: Tensor, r: Tensor) -> Tensor:
         """How much the subspace's rule scales a gradient: per column of the turned matrix, or over all."""
         over = -2 if self.granularity == "channel" else (-2, -1)
         return algebra.norm(d, over) / (algebra.norm(r, over) + _TINY)
 
-    def _limit_(self, algebra: Algebra, st: State, rest: Tensor) -> Tensor:
+    def _limited(self, algebra: Algebra, st: State, rest: Tensor, ratio: Tensor) -> Tensor:
+        """The factors of the columns of a residual, or of all of it, shortened where it grows too fast."""
         if self.limit is None:
-            return rest
-        size, before = algebra.size(rest), st["residual_size"]
+            return ratio
+        size, before = algebra.size(rest, ratio), st["residual_size"]
         most = torch.where(before > 0, self.limit * before, size)
         shortened = torch.minimum(size, most)
         st[HITS].add_(shortened < size)
         st["residual_size"].copy_(torch.where(shortened >= FLOOR, shortened, before))
-        return rest.mul_(torch.where(size > 0, shortened / size.clamp(min=torch.finfo(size.dtype).tiny), 1.0))
+        return ratio * torch.where(size > 0, shortened / size.clamp(min=torch.finfo(size.dtype).tiny), 1.0)
 
 
 @dataclass(frozen=True)
@@ -64,18 +66,21 @@ class NormScaled(_Limited):
 
     code_scale: float | None = None
 
+    def workspace(self, shape: Shape, coordinates: int) -> int:
+        return shape[0] * shape[1] + super().workspace(shape, coordinates)
+
     def after(
         self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
     ) -> Update:
         d, rest = d * gain, g.clone()
         recipe.basis.add_up_(rest, r, st, alpha=-(self.code_scale or 1.0), beta=1)
-        rest = self._limit_(algebra, st, rest.mul_(self._ratio(recipe.basis.inside(algebra), d, r)))
-        return Update(d, 1.0, rest, 1.0 if self.code_scale is None else 1 / self.code_scale)
+        factors = self._limited(algebra, st, rest, self._ratio(recipe.basis.inside(algebra), d, r))
+        return Update(d, 1.0, rest, factors / (self.code_scale or 1.0))
 
 
 @dataclass(frozen=True)
 class Rescaled(_Limited):
-    """APOLLO: the whole gradient, scaled by what Adam does in a random subspace, and nothing else.
+    """APOLLO: the whole gradient, scaled by what Adam does in a random subspace, and nothing else. It is not copied.
 
     Args:
         front: a factor before the limiter.
@@ -87,4 +92,4 @@ class Rescaled(_Limited):
         self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
     ) -> Update:
         ratio = self._ratio(recipe.basis.inside(algebra), d * gain, r) * self.front
-        return Update(None, rest=self._limit_(algebra, st, g * ratio))
+        return Update(None, rest=g, rest_gain=self._limited(algebra, st, g, ratio))

@@ -54,7 +54,7 @@ class Raw(Residual):
         if self.clip is None:
             return update
         whole = update.whole(recipe, st, g)
-        return Update(None, rest=whole.div_((algebra.size(whole) / self.clip).clamp_(min=1)))
+        return Update(None, rest=whole, rest_gain=1 / (algebra.size(whole) / self.clip).clamp_(min=1))
 
 
 @dataclass(frozen=True)
