@@ -138,7 +138,7 @@ class Run:
 
         The checkpoint stays the converted one, and the optimizer is done with.
         """
-        lowrank_optim.merge(self.model)
+        self.model = lowrank_optim.merge(self.strategy.whole(self.model, self.job))
         loss = validation_loss(self.model, self.corpus, self.job, self.interrupt, self.team)
         if loss is not None:
             merged = dict(self.model.state_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +41,9 @@ class Strategy(Protocol):
         """`rest`, and what `restore` needs."""
 
     def restore(self, content: dict[str, Any], updater: Updater) -> None: ...
+
+    def whole(self, model: torch.nn.Module, job: Job) -> torch.nn.Module:
+        """A model that is trained no more, whole in every process, with its converted layers."""
 
 
 def of(job: Job, team: Team) -> Strategy:
@@ -83,6 +87,28 @@ def check(job: Job) -> None:
             raise PretrainError(f"{job.label} with --strategy {job.strategy}: {why}")
 
 
+def _of_converted_layers(job: Job) -> list[tuple[bool, str]]:
+    """What DeepSpeed cannot do with them."""
+    optimizer = optimizers.find(job.optimizer)
+    replaced = STAGES[job.strategy] > 0 or job.dtype == "bf16"
+    base = inspect.signature(optimizer).parameters.get("base")
+    return [
+        (
+            replaced and bool(getattr(optimizer, "irreplaceable", "")),
+            f"DeepSpeed trains other tensors in the place of the parameters of {job.optimizer}, and "
+            f"{getattr(optimizer, 'irreplaceable', '')}; take ddp",
+        ),
+        (
+            base is not None and job.keywords.get("base", base.default) not in ("dense", "none"),
+            "DeepSpeed casts all weights, which those in int8 and NF4 refuse; take base=dense, or ddp",
+        ),
+        (
+            job.warm_start > 0,
+            "--warm-start would give the model to DeepSpeed twice; train both parts by themselves, or take ddp",
+        ),
+    ]
+
+
 def _refusals(job: Job) -> list[tuple[bool, str]]:
     optimizer = optimizers.find(job.optimizer)
     converts = optimizers.is_weight_space(optimizer)
@@ -105,9 +131,10 @@ def _refusals(job: Job) -> list[tuple[bool, str]]:
             "--amp is not DeepSpeed's way; take --dtype bf16, which keeps float32 weights beside it there",
         ),
         (
-            converts and not whole,
+            converts and job.strategy == "fsdp2",
             f"{job.optimizer} converts layers, which must be whole in every process; take ddp",
         ),
+        *(_of_converted_layers(job) if converts and engine else ()),
         (
             job.keywords.get("heads") == "ranks",
             "heads='ranks' keeps other weights in every process, and checkpoints here are written by the first one; "

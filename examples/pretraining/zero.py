@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import torch
 
-from . import folders, model
+from . import folders, optimizers
+from . import model as models
 from .errors import PretrainError
 from .job import Job
 from .team import Team
@@ -74,7 +75,7 @@ class Zero:
         self._team, self._stage = team, stage
 
     def build(self, job: Job) -> torch.nn.Module:
-        return model.build(job)
+        return models.build(job)
 
     def updater(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, job: Job, scaler: torch.amp.GradScaler | None
@@ -96,6 +97,20 @@ class Zero:
         loaded, _ = cast(Engine, updater).engine.load_checkpoint(content["path"], tag=TAG)
         if loaded is None:
             raise PretrainError(f"DeepSpeed cannot read its part of the checkpoint {content['path']}")
+
+    def whole(self, model: torch.nn.Module, job: Job) -> torch.nn.Module:
+        """Of stage 3 a copy, converted as the model was, which gets its weights one by one."""
+        if self._stage < 3:
+            return model
+        copy = models.build(job)
+        optimizers.build(copy, job)
+        with torch.no_grad():
+            for ours, p in zip(copy.parameters(), model.parameters(), strict=True):
+                with _deepspeed(job.device).zero.GatheredParameters([p]):
+                    ours.copy_(p)
+            for ours, buffer in zip(copy.buffers(), model.buffers(), strict=True):
+                ours.copy_(buffer)
+        return copy
 
 
 def _deepspeed(device: str) -> Any:

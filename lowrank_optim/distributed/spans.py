@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 from .deepspeed import partition
 from .dtensors import first_row, local
+
+
+# Rows of a product that are computed together. How a product is rounded depends on its shape, so that with others the
+# parts of a weight would have other bits than the whole.
+_ROWS = 256
 
 
 class Span(NamedTuple):
@@ -24,10 +30,19 @@ class Span(NamedTuple):
     def of_product(self, b: Tensor, a: Tensor) -> Tensor:
         """The same elements of B A. `b`: the rows of B (m, r) that are here, or where x is flat all; `a`: A (r, n)."""
         if self.x.dim() > 1:
-            return b @ a
-        first, stop = self.start // a.shape[1], -(-(self.start + len(self.x)) // a.shape[1])
+            return _product(b, a, 0, len(b))
+        size = _ROWS * a.shape[1]
+        first, stop = self.start // size * _ROWS, -(-(self.start + len(self.x)) // size) * _ROWS
         skipped = self.start - first * a.shape[1]
-        return (b[first:stop] @ a).view(-1)[skipped : skipped + len(self.x)]
+        return _product(b, a, first, min(stop, len(b))).view(-1)[skipped : skipped + len(self.x)]
+
+
+def _product(b: Tensor, a: Tensor, first: int, stop: int) -> Tensor:
+    """Rows of B A, some at a time."""
+    rows = b.new_empty(max(0, stop - first), a.shape[1])
+    for top in range(first, stop, _ROWS):
+        torch.mm(b[top : top + _ROWS], a, out=rows[top - first : top - first + _ROWS])
+    return rows
 
 
 def span(w: Tensor, width: int) -> Span:

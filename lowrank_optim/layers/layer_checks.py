@@ -66,6 +66,11 @@ def convertible(model: Any) -> None:
                 f"{name}.weight is quantized ({type(weight).__name__}); convert the model with its float weights, and "
                 'let the method quantize them (base="int8" or "nf4", where it has one)'
             )
+        if weight is not None and hasattr(weight, "ds_shape"):
+            raise NotImplementedError(
+                f"{name}.weight is partitioned by DeepSpeed; make the model and convert it outside of zero.Init, and "
+                "before deepspeed.initialize, which partitions it then"
+            )
         if weight is not None and hasattr(weight, "device_mesh"):
             raise NotImplementedError(
                 f"{name}.weight is a DTensor; convert the bare model first (lowrank_optim.convert), shard it then, and "
@@ -143,6 +148,11 @@ def shards_restarted(method: str, known: bool, patterns: Iterable[str]) -> None:
 
 
 def unsharded_layer(p: Any) -> None:
+    if hasattr(p, "ds_shape") and p.shape != p.ds_shape:
+        raise NotImplementedError(
+            "merge needs whole layers, and DeepSpeed has partitioned these. Gather them on every rank meanwhile: "
+            "with deepspeed.zero.GatheredParameters(list(model.parameters())): lowrank_optim.merge(model)"
+        )
     if hasattr(p, "device_mesh"):
         raise NotImplementedError(
             "merge needs whole layers, and these are sharded. Save the full state dict (StateDictOptions("

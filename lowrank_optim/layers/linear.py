@@ -226,7 +226,7 @@ class LowRankLinear(ProductLinear):
             raise RuntimeError("a layer without a base has nothing to merge into")
         working = working_dtype(self.B)
         here, stream = span(self.base, self.in_features), ops.stream_of("merge", count)
-        product = self.scale * here.of_product(local(self.B).to(working), whole(self.A).to(working))
+        product = here.of_product(local(self.B).to(working), whole(self.A).to(working)).mul_(self.scale)
         below = self._below(here.x)
         add_to_base_(below, product, self.key, stream, stochastic=stochastic, exact=self.exact, start=here.start)
         drawn = self._drawn((self.rank, self.in_features), self.in_features, "A", count, self.A.device)
