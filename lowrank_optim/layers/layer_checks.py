@@ -116,8 +116,8 @@ def one_dtype(layer: str, vectors: torch.dtype, values: torch.dtype) -> None:
     """fully_shard would refuse it too, in the first forward pass and in words of its own."""
     if vectors != values:
         raise NotImplementedError(
-            f"{layer} keeps its vectors in {vectors} and its singular values in {values}, and fully_shard takes trained "
-            "parameters of one dtype only. Keep the weights in float32, and compute in 16 bits with "
+            f"{layer} keeps its vectors in {vectors} and its singular values in {values}, and fully_shard takes "
+            "trained parameters of one dtype only. Keep the weights in float32, and compute in 16 bits with "
             "MixedPrecisionPolicy(param_dtype=torch.bfloat16), or use DistributedDataParallel"
         )
 
@@ -135,8 +135,9 @@ def adopted(method: str, name: str, wanted: type[Any], layer: Any, options: Mapp
 def shards_restarted(method: str, known: bool, patterns: Iterable[str]) -> None:
     if not known:
         raise NotImplementedError(
-            f"{method} restarts its layers from whole weights, which a sharded model does not have; ReLoRA, SLTrain "
-            "and LowRankAdamW send thin factors only. Use these, or DistributedDataParallel"
+            f"{method} fits its factors to gradients of whole weights, and these are quantized: fully_shard adds up "
+            "the gradients of parameters, and codes have none. Use GaLoreAdamW, ReLoRA with a quantized base, or "
+            "DistributedDataParallel"
         )
     if patterns := list(patterns):
         raise ValueError(f"the model is converted already, and {patterns} would choose layers; give it to convert()")
