@@ -103,6 +103,15 @@ def shards_of_rows(layer: str, codes: str, exact: bool, cut: Sequence[Any]) -> N
         )
 
 
+def gradients_of_codes(layer: str, base: str) -> None:
+    if base != "dense":
+        raise NotImplementedError(
+            f"{layer} with base={base!r} is sharded: its basis is fitted to gradients of the whole weight, which "
+            "fully_shard adds up for parameters of floating-point numbers, and codes are none. Every process would "
+            'keep the whole gradient instead. Use base="dense", ReLoRA, or DistributedDataParallel'
+        )
+
+
 def heads_of_ranks(layer: str, ranks: bool) -> None:
     if ranks:
         raise NotImplementedError(
@@ -135,8 +144,7 @@ def adopted(method: str, name: str, wanted: type[Any], layer: Any, options: Mapp
 def shards_restarted(method: str, known: bool, patterns: Iterable[str]) -> None:
     if not known:
         raise NotImplementedError(
-            f"{method} fits its factors to gradients of whole weights, and these are quantized: fully_shard adds up "
-            "the gradients of parameters, and codes have none. Use GaLoreAdamW, ReLoRA with a quantized base, or "
+            f"{method} restarts its layers from whole weights, which a sharded model does not have. Use "
             "DistributedDataParallel"
         )
     if patterns := list(patterns):
