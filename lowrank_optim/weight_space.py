@@ -86,7 +86,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
         if group["factors"] and group.get("reset") in PARTIAL:
             layer_checks.whole_restart(type(self).__name__, group["reset"])
 
-    def updated(self, layers: Sequence[ReparameterizedLinear]) -> None:  # noqa: B027 (most have nothing to do)
+    def updated(self, layers: Sequence[ReparameterizedLinear]) -> None:
         """Called after each update with the layers that have seen it, before any of them restarts."""
 
     @abc.abstractmethod

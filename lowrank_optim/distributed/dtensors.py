@@ -106,6 +106,11 @@ def like(x: Tensor, example: Tensor) -> Tensor:
     return _again(part(x, example).detach().to(here.device, here.dtype, copy=True).contiguous(), example)
 
 
+def laid_out(x: Tensor, example: Tensor) -> Tensor:
+    """A tensor like the example of which x is what is here; the same memory."""
+    return _again(x, example) if hasattr(example, "device_mesh") else x
+
+
 def _again(x: Tensor, example: Any) -> Tensor:
     return from_local(x, example.device_mesh, example.placements, tuple(example.shape))
 

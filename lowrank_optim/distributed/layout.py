@@ -300,6 +300,14 @@ def _both(mesh: Any, placements: Sequence[Any], natural: Mapping[int, int]) -> P
     return peers_of(mesh, inside) if len(sides) == 2 else None
 
 
+def algebra_of_rows(layout: Layout, turned: bool) -> Algebra:
+    """Of a matrix that is cut by its rows, if at all, or of what is here of it transposed."""
+    if not isinstance(layout, Cut):
+        return WHOLE
+    (piece,) = layout.pieces.values()
+    return layout._shards({-1 if turned else -2: piece}, [layout.meter])
+
+
 def others() -> bool:
     """Is this another rank than 0?"""
     return dist.is_available() and dist.is_initialized() and dist.get_rank() > 0

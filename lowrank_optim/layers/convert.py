@@ -58,8 +58,8 @@ def convert(
 
     Args:
         model: not wrapped by DDP, FSDP or torch.compile: convert first, wrap then. May be on the meta device. With
-            fully_shard: convert, shard, and make the optimizer last, with the same options (`ReLoRA`, `LowRankAdamW`,
-            `SLTrain`).
+            fully_shard: convert (a quantized base with `by_rows=True`), shard, and make the optimizer last, with the
+            same options.
         layer: a class such as `LowRankLinear`.
         rank: a number, or a fraction in (0, 1] of the shorter side of each weight.
         include, exclude: regular expressions, searched in names of parameters, that decide before anything else.

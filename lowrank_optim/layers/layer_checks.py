@@ -108,6 +108,15 @@ def shards_of_rows(layer: str, codes: str, exact: bool, cut: Sequence[Any]) -> N
         )
 
 
+def gradients_of_codes(layer: str, base: str) -> None:
+    if base != "dense":
+        raise NotImplementedError(
+            f"{layer} with base={base!r} is sharded: its basis is fitted to gradients of the whole weight, which "
+            "fully_shard adds up for parameters of floating-point numbers, and codes are none. Every process would "
+            'keep the whole gradient instead. Use base="dense", ReLoRA, or DistributedDataParallel'
+        )
+
+
 def heads_of_ranks(layer: str, ranks: bool) -> None:
     if ranks:
         raise NotImplementedError(
@@ -121,8 +130,8 @@ def one_dtype(layer: str, vectors: torch.dtype, values: torch.dtype) -> None:
     """fully_shard would refuse it too, in the first forward pass and in words of its own."""
     if vectors != values:
         raise NotImplementedError(
-            f"{layer} keeps its vectors in {vectors} and its singular values in {values}, and fully_shard takes trained "
-            "parameters of one dtype only. Keep the weights in float32, and compute in 16 bits with "
+            f"{layer} keeps its vectors in {vectors} and its singular values in {values}, and fully_shard takes "
+            "trained parameters of one dtype only. Keep the weights in float32, and compute in 16 bits with "
             "MixedPrecisionPolicy(param_dtype=torch.bfloat16), or use DistributedDataParallel"
         )
 
@@ -140,8 +149,8 @@ def adopted(method: str, name: str, wanted: type[Any], layer: Any, options: Mapp
 def shards_restarted(method: str, known: bool, patterns: Iterable[str]) -> None:
     if not known:
         raise NotImplementedError(
-            f"{method} restarts its layers from whole weights, which a sharded model does not have; ReLoRA, SLTrain "
-            "and LowRankAdamW send thin factors only. Use these, or DistributedDataParallel"
+            f"{method} restarts its layers from whole weights, which a sharded model does not have. Use "
+            "DistributedDataParallel"
         )
     if patterns := list(patterns):
         raise ValueError(f"the model is converted already, and {patterns} would choose layers; give it to convert()")

@@ -11,7 +11,9 @@ from torch.nn.functional import linear
 
 from .. import checks
 from ..chunk import is_packed, unpacked, working_dtype
-from .base import kind_of
+from ..distributed.algebra import WHOLE, Algebra
+from ..distributed.dtensors import laid_out, local, part, whole
+from . import layer_checks
 from .linear import BASES, ReparameterizedLinear
 
 
@@ -42,7 +44,7 @@ class QuantizedLinear(ReparameterizedLinear):
         super().__init__(plain, rank, name=name, seed=seed)
         checks.hyperparameters({"scale": scale, "base": base}, {"base": ("nf4", "int8", "dense")})
         w, (m, n, r) = plain.weight.detach(), (self.out_features, self.in_features, self.rank)
-        self.scale, self.right_singular, self.quantize = scale, n <= m, BASES[base]
+        self.scale, self.right_singular, self.kind, self.quantize = scale, n <= m, base, BASES[base]
         self.base = nn.Parameter(self.quantize(w), requires_grad=False)
         thin, trained = ((r, n), (m, r)) if self.right_singular else ((m, r), (r, n))
         self.P = nn.Parameter(self.quantize(w.new_zeros(thin)), requires_grad=False)
@@ -54,38 +56,56 @@ class QuantizedLinear(ReparameterizedLinear):
         return linear(x, self.base, self.bias) + linear(linear(x, first) * self.scale, second)
 
     def dense(self) -> Tensor:
-        working = working_dtype(self.B)
-        b, p = self.B.to(working), unpacked(self.P, working)
-        product = b @ p if self.right_singular else p @ b
-        base = cast(Any, self.base).read(working) if is_packed(self.base) else self.base.to(working)
-        return cast(Tensor, base + self.scale * product)
+        return self._composed(self.base, self.B, self.P)
 
     @torch.no_grad()
-    def refit_(self, fit: Callable[[Tensor], Tensor], g: Tensor, iterations: int) -> Tensor:
+    def refit_(self, fit: Callable[[Tensor], Tensor], g: Tensor, iterations: int, algebra: Algebra = WHOLE) -> Tensor:
         """Moves the product into the base and takes a new subspace; the function stays up to what rounding leaves.
 
         Args:
             fit: gives the leading left singular vectors `(k, r)` of a matrix with k rows.
-            g: gradient of W (m, n), finite and not zero.
+            g: gradient of W (m, n), finite and not zero; of a sharded layer, the rows of it that are here.
             iterations: of error compensation, see `compensate`.
+            algebra: of matrices like that which `fit` is given.
 
         Returns:
             The gradient of the new B: the coordinates of g.
         """
-        w, g = self.dense(), g.to(working_dtype(self.B))
-        self.P.copy_(fit(g.mT).mT if self.right_singular else fit(g))
-        p = self.scale * self._turned(unpacked(self.P, w.dtype))
-        target, b = compensate(self._turned(w), p, self._rounded, iterations)
-        self.base.copy_(self._turned(target))
-        self.B.copy_(self._turned(b))
-        return self._turned(self._turned(g) @ p.mT).to(self.B.dtype)
+        old = (self.B, whole(self.P)) if self.right_singular else (whole(self.B), self.P)
+        w, g = self._composed(local(self.base), *map(local, old)), g.to(working_dtype(self.B))
+        basis = fit(g.mT).mT if self.right_singular else fit(g)  # what is here of the rows of P where W is wide
+        local(self.P).copy_(part(basis, self.P) if self.right_singular else basis)
+        p = self.scale * self._turned(unpacked(whole(self.P) if self.right_singular else local(self.P), w.dtype))
+        target, b = compensate(self._turned(w), p, self._rounded, iterations, algebra)
+        local(self.base).copy_(self._turned(target))
+        local(self.B).copy_(self._own(b))
+        return laid_out(self._own(algebra.total(self._turned(g) @ p.mT, -2)).to(self.B.dtype), self.B)
+
+    def made_with(self) -> dict[str, Any]:
+        return {**super().made_with(), "scale": self.scale, "base": self.kind}
+
+    def refuse_shards(self) -> None:
+        layer_checks.gradients_of_codes(type(self).__name__, self.kind)
+        layer_checks.shards_of_rows(type(self).__name__, "", False, [self.base, self.P, self.B])
 
     def restart_workspace(self) -> int:
         """W and its gradient in the working dtype, what quantizing leaves, one iteration more of both, and the SVD."""
         return 8 * self.out_features * self.in_features
 
     def describe(self) -> str:
-        return f"{kind_of(self.base)} base and basis"
+        return f"{self.kind} base and basis"
+
+    def _composed(self, base: Tensor, b: Tensor, p: Tensor) -> Tensor:
+        """W, or some rows of it, in the working dtype."""
+        working = working_dtype(b)
+        b, p = b.to(working), unpacked(p, working)
+        product = b @ p if self.right_singular else p @ b
+        base = cast(Any, base).read(working) if is_packed(base) else base.to(working)
+        return cast(Tensor, base + self.scale * product)
+
+    def _own(self, b: Tensor) -> Tensor:
+        """What is here of a turned B: its rows follow those of W where it is not turned, else all of it was summed."""
+        return b if self.right_singular else part(b.mT, self.B)
 
     def _turned(self, x: Tensor) -> Tensor:
         """As if P were always on the right: `W = Q + s B P` with P (r, k)."""
@@ -97,30 +117,34 @@ class QuantizedLinear(ReparameterizedLinear):
         return self._turned(unpacked(self.quantize(w), x.dtype))
 
 
-def compensate(w: Tensor, p: Tensor, rounded: Callable[[Tensor], Tensor], iterations: int) -> tuple[Tensor, Tensor]:
+def compensate(
+    w: Tensor, p: Tensor, rounded: Callable[[Tensor], Tensor], iterations: int, algebra: Algebra = WHOLE
+) -> tuple[Tensor, Tensor]:
     """(T, B) with `rounded(T) + B P` close to w (m, n), for P (r, n): B makes up for what rounding loses, in part.
 
     Alternates `B = (w - rounded(T)) P^+` and `T = w - B P` from T = w, and keeps the best pair. The error of the first
-    pair is that of rounding times about sqrt(1 - r / n). With 0 iterations B is zero.
+    pair is that of rounding times about sqrt(1 - r / n). With 0 iterations B is zero. `algebra`: of transposed w, where
+    others have some of it.
     """
-    inverse = _pseudo_inverse(p)
+    inverse = _pseudo_inverse(p, algebra)
     target, best = w, (w, w.new_zeros(len(w), len(p)))
-    least = torch.linalg.vector_norm(w - rounded(w))
+    least = algebra.norm(w - rounded(w), (-2, -1))
     for _ in range(iterations):
         rest = w - rounded(target)
-        b = rest @ inverse
+        b = algebra.total(rest @ inverse, -2)
         product = b @ p
-        error = torch.linalg.vector_norm(rest - product)
-        if error < least:
+        error = algebra.norm(rest - product, (-2, -1))
+        if bool(error < least):
             best, least = (target, b), error
         target = w - product
     return best
 
 
-def _pseudo_inverse(p: Tensor) -> Tensor:
+def _pseudo_inverse(p: Tensor, algebra: Algebra) -> Tensor:
     """`P^T (P P^T)^-1` for P (r, n); by its singular values where quantizing has taken its full rank."""
     wide = p.double()
-    factor, info = torch.linalg.cholesky_ex(wide @ wide.mT)
+    gram = algebra.total(wide @ wide.mT, -2)
+    factor, info = torch.linalg.cholesky_ex(gram)
     if bool(info):
-        return cast(Tensor, torch.linalg.pinv(wide)).to(p.dtype)
+        return cast(Tensor, wide.mT @ torch.linalg.pinv(gram, hermitian=True)).to(p.dtype)
     return torch.cholesky_solve(wide, factor).mT.to(p.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import count as counting
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..chunk import is_packed, working_dtype
-from ..distributed.algebra import WHOLE
-from ..forming import Member, gradient_norms
+from ..distributed.layout import algebra_of_rows
+from ..forming import Member
 from ..layers.convert import Conversion, leave_to_ranks
 from ..layers.linear import ReparameterizedLinear
 from ..layers.quantized_linear import QuantizedLinear
@@ -41,6 +40,7 @@ class LoQT(WeightSpaceOptimizer):
     Before such an update the gradient of the weight is whole: of all weights before the first update, of one after the
     other later (`stagger`), and with `step_in_backward` never of two at once. torch.compile makes a graph for each set
     of weights whose gradients are wanted: compile layers one by one, or the model with stagger=False.
+    Under `fully_shard` with base="dense" all of this is sharded, and a new subspace is fitted by sums of r columns.
 
     Args:
         rank: of B and P, or a fraction of min(m, n).
@@ -66,6 +66,7 @@ class LoQT(WeightSpaceOptimizer):
         + WEIGHT_OPTIONS
     )
     layer = QuantizedLinear
+    shardable = True
     layer_options = ("scale", "base")
     fixed = ("update_proj_gap",)
     choices = {"base": ("nf4", "int8", "dense"), "basis": ("rsvd", "svd"), "moments": ("reset", "keep")}
@@ -172,7 +173,7 @@ class LoQT(WeightSpaceOptimizer):
         due = [one for one in members if one.p in bases and bases[one.p].B in self._due]
         others = [one for one in members if one.p not in bases and one.p not in self._due]
         if _ranks() > 1:
-            for one in due:
+            for one in (one for one in due if not self._layouts[one.p].sharded):
                 _agree(bases[one.p] if self._count(bases[one.p]) == 0 else None, one.grad)
         self._refuse_nonfinite(due + others)
         for one in due:
@@ -182,25 +183,26 @@ class LoQT(WeightSpaceOptimizer):
     def _refuse_nonfinite(self, members: list[Member]) -> None:
         """With nonfinite="raise", before the first subspace is taken."""
         strict = [one for one in members if one.group["nonfinite"] == "raise"]
-        norms = gradient_norms([one.grad for one in strict])
-        bad = [one for one, norm in zip(strict, norms, strict=True) if not math.isfinite(norm)]
-        if bad:
-            self._skip(bad)
+        if strict:
+            self._finite(strict, None)
 
     def _new_subspace(self, layer: QuantizedLinear, member: Member, rescale: Rescale | None) -> None:
-        if not self._finite([member], rescale) or not bool(member.grad.any()):
+        finite, g = self._finite([member], rescale), self._layouts[member.p].here(member.grad)
+        if not finite or not self._together().anywhere(bool(g.any())):
             return  # the layer stays due
         group, count = self.param_groups[0], self._count(layer)
+        algebra = algebra_of_rows(self._layouts[member.p], turned=layer.right_singular)
 
         def draw(shape: tuple[int, ...], purpose: str = "sketch") -> Tensor:
             stream = ops.stream_of(purpose, count)
-            return ops.normal(shape, layer.key, stream, member.grad.device).to(working_dtype(layer.B))
+            here, start = algebra.own(shape)
+            return ops.normal(here, layer.key, stream, g.device, start).to(working_dtype(layer.B))
 
         def fit(g: Tensor) -> Tensor:
             at = Time(count, float(count))
-            return BASES[group["basis"]].fit(WHOLE, g, None, layer.rank, draw, at)["basis"]
+            return BASES[group["basis"]].fit(algebra, g, None, layer.rank, draw, at)["basis"]
 
-        gradient = layer.refit_(fit, member.grad, group["compensation"])
+        gradient = layer.refit_(fit, g, group["compensation"], algebra)
         self.settle(layer, layer.factors)
         if group["moments"] == "reset":
             self.reset(layer)

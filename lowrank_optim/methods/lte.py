@@ -63,6 +63,8 @@ class LTE(WeightSpaceOptimizer):
     rank that has the bad one, and a GradScaler is refused (use bfloat16). Clip factors and other parameters separately:
     one norm over both would differ between processes, and with it the parameters that DDP keeps equal.
 
+    Under DistributedDataParallel and `fully_shard`, heads in one process are cut out of the batch of each rank.
+
     Differences from the paper and from its authors' code: evaluation sees what was learned since the last merge (the
     code: W alone); W is float32 while it is summed and rounded once; factors of all heads are one parameter, which is
     skipped as one if its gradient is not finite; no biases of adapters. A mean over the batch makes gradients of heads

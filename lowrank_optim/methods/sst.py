@@ -46,6 +46,9 @@ class SST(WeightSpaceOptimizer):
     (rounding W itself: 0.17 %). Vectors are brought to unit length in float32 and rounded to nearest, which lets
     lengths be off by 0.2 %. Singular values are float32.
 
+    Under `fully_shard` all of this is sharded. An update sends the active vectors, `r (m + n)`; the end of a round
+    gathers all vectors of one layer at a time, as its forward pass does, and each rank decomposes W.
+
     Differences from the paper (its code could not be had): bias correction starts anew with the moments, so the next
     update is not longer than lr; singular values keep their moments until the round ends; active vectors are kept
     beside the stored ones, `r (m + n)` more; weight decay shrinks singular values, for it is nothing to unit vectors.
