@@ -430,7 +430,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         if self.state or self._stand_ins.pieces:
-            checks.has_state(state_dict)
+            checks.has_state(state_dict.get("full", state_dict))
             self._same_names(state_dict)
         before = self.param_groups, self._plans, self._seen, self._layouts, self._stand_ins, dict(self.state)
         self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run
@@ -501,6 +501,8 @@ class LowRankOptimizer(Optimizer, abc.ABC):
                 new[p] = self._fresh_state(p, group)
         self.state.clear()
         self.state.update(new)
+        if "full" in state_dict:
+            self._stand_ins.take_apart(state_dict["full"])
 
     def _taken_apart(self, saved: dict[str, Any], pieces: list[Tensor], group: dict[str, Any]) -> dict[str, Any]:
         """The state of a flat tensor, which is that of each of its fragments."""
