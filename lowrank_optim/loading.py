@@ -28,7 +28,7 @@ def load(optimizer: LowRankOptimizer, state_dict: dict[str, Any]) -> None:
         replaced = hook(optimizer, state_dict)
         state_dict = state_dict if replaced is None else replaced
     if optimizer.state or optimizer._stand_ins.pieces:
-        checks.has_state(state_dict)
+        checks.has_state(state_dict.get("full", state_dict))
         _same_names(optimizer, state_dict)
     derived = "param_groups", "_plans", "_seen", "_layouts", "_stand_ins"
     before, state = {name: getattr(optimizer, name) for name in derived}, dict(optimizer.state)
@@ -99,6 +99,8 @@ def _take_state(optimizer: LowRankOptimizer, state_dict: dict[str, Any]) -> None
             new[p] = optimizer._fresh_state(p, group)
     optimizer.state.clear()
     optimizer.state.update(new)
+    if "full" in state_dict:
+        optimizer._stand_ins.take_apart(state_dict["full"])
 
 
 def _of_pieces(

@@ -40,6 +40,7 @@ class Plan:
         fallback: the group asked for a projection that this parameter cannot have (`strict=True` refuses it).
         key: of its random numbers; from the name as it is without wrappers, so that a wrapped model draws the same.
         place: its number among the projected matrices; decides its turn in a staggered schedule.
+        among: matrices of the stack that a wrapper has taken this one out of.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Plan:
     fallback: bool
     key: int
     place: int
+    among: int = 1
 
     @property
     def projected(self) -> bool:
@@ -60,7 +62,7 @@ class Plan:
     @property
     def small(self) -> bool:
         """Kept in full precision, whatever the rest is kept in; by the size of the whole parameter on any shard."""
-        return len(self.matrix) < 2 or math.prod(self.shape) < _LEAST_QUANTIZED
+        return len(self.matrix) < 2 or math.prod(self.shape) * self.among < _LEAST_QUANTIZED
 
     @property
     def count(self) -> int:

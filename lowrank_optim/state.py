@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from . import checks
 from .chunk import COMPENSATION, is_packed, working_dtype
 from .distributed.layout import Layout
-from .kept import Store
+from .kept import Kept, Store
 from .plan import Plan
 from .recipe import Recipe
 
@@ -37,10 +37,8 @@ def fresh(
     """All state before the first step; on the device of the parameter, or where it only is to be counted on "meta"."""
     device = p.device if device is None else device
     state = {"step": torch.tensor(0.0, **_COUNT), "skipped": torch.tensor(0, device="cpu")}
-    for key, spec in recipe.spec(layout.matrix(plan), plan.rank or 0, plan.small).items():
-        store = cast(Store, spec.store)
-        for suffix, kept in zip(store.suffixes, store.layout(spec.shape, working_dtype(p)), strict=True):
-            state[key + suffix] = layout.zeros(plan.batch, kept.shape, kept.dtype, device)
+    for key, one in kept(plan, recipe, layout, working_dtype(p)):
+        state[key] = layout.zeros(plan.batch, one.shape, one.dtype, device)
     if plan.projected or recipe.refresh.restarts:
         state["refreshes"] = torch.zeros(plan.batch, dtype=torch.int64, device="cpu")
         state["refreshed_at"] = torch.full(plan.batch, -1, device="cpu")
@@ -49,6 +47,14 @@ def fresh(
     if _compensated(p, group):
         state[COMPENSATION] = torch.zeros_like(p.detach(), device=device)
     return state
+
+
+def kept(plan: Plan, recipe: Recipe, layout: Layout, working: torch.dtype) -> Iterator[tuple[str, Kept]]:
+    """What the parts ask for, of one matrix; a side that is cut is a `Side`."""
+    for key, spec in recipe.spec(layout.matrix(plan), plan.rank or 0, plan.small).items():
+        store = cast(Store, spec.store)
+        for suffix, one in zip(store.suffixes, store.layout(spec.shape, working), strict=True):
+            yield key + suffix, one
 
 
 def follow(state: dict[str, Tensor], p: Tensor, group: dict[str, Any]) -> None:

@@ -130,12 +130,12 @@ class WeightSpaceOptimizer(LowRankOptimizer):
     def _counts(self) -> list[int]:
         """The same of each layer. Under ZeRO all ranks call it: not all of them have something of each factor."""
         layers = self._conversion.layers.values()
-        if not self._stand_ins.ranges:
+        if not self._stand_ins.spread:
             return [self._count(layer) for layer in layers]
         # Factors may be in different flat tensors, which are stepped one after the other: the last completes a layer.
         sizes = [len(layer.factors) for layer in layers]
         offered = [self._offered(getattr(layer, key)) for layer in layers for key in layer.factors]
-        everywhere = largest(self._stand_ins.ranges, torch.tensor(offered))
+        everywhere = largest(self._stand_ins.spread, torch.tensor(offered))
         return [int(some.min()) for some in torch.split(everywhere, sizes)]
 
     def _offered(self, factor: Tensor) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import math
 import random
 import re
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from cases import CASES, every_case, gradients
 from test_fsdp2 import ROWS, Counted, message, spawn
+from test_full_state import equal
 from torch import nn
 
 import lowrank_optim
@@ -47,7 +49,7 @@ class Zero:
     def __init__(self, optimizer, cuts):
         """`cuts(size)`: where the parts of all ranks begin and end."""
         self.optimizer, self.rank = optimizer, dist.get_rank()
-        self.groups = [list(group["params"]) for group in optimizer.param_groups]
+        self.groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
         self.parts = []
         for group, params in zip(optimizer.param_groups, self.groups, strict=True):
             whole = flattened(params)
@@ -133,7 +135,7 @@ def some_gradients(sizes, dtype):
 
 
 def difference(case, cuts, side, dtype=torch.float64, **options):
-    """The largest from one process, or what was said instead of training."""
+    """The largest from one process, also after moving to other cuts, or what was said instead of training."""
     optimizer, one = build(case, dtype, side, **options), build(case, dtype, side, **options)
     grads = some_gradients(shapes(one), dtype)
     zero = Zero(optimizer, cuts)
@@ -146,8 +148,30 @@ def difference(case, cuts, side, dtype=torch.float64, **options):
             for p, g in zip(group["params"], own, strict=True):
                 p.grad = g
         one.step()
+    return max(apart(zero.weights(), one), moved(zero, one, build(case, dtype, side, **options), cuts, grads[-1]))
+
+
+def apart(weights, one):
     expected = [p for group in one.param_groups for p in group["params"]]
-    return max((a - b).abs().max().item() for a, b in zip(zero.weights(), expected, strict=True))
+    return max((a - b).abs().max().item() for a, b in zip(weights, expected, strict=True))
+
+
+def moved(zero, one, optimizer, cuts, grads):
+    """The largest difference from one process that goes on, of fragments cut elsewhere that go on from a full state."""
+    full = lowrank_optim.full_state(zero.optimizer)
+    for p, w in zip((p for group in optimizer.param_groups for p in group["params"]), zero.weights(), strict=True):
+        p.data.copy_(w)
+    other = Zero(optimizer, lambda size: [0, *sorted(size - at for at in cuts(size)[1:-1]), size])
+    lowrank_optim.load_full_state(optimizer, full)
+    again = lowrank_optim.full_state(optimizer)
+    same = dist.get_rank() > 0 or equal(again, {key: x for key, x in full.items() if key != "borders"})
+    lowrank_optim.load_full_state(one, full)
+    for group, own in zip(one.param_groups, grads, strict=True):
+        for p, g in zip(group["params"], own, strict=True):
+            p.grad = g
+    one.step()
+    other.step(grads)
+    return apart(other.weights(), one) if same else math.inf
 
 
 # -- what three processes do -------------------------------------------------------------------------------------------
@@ -159,7 +183,7 @@ def three(rank, world, folder):
         for side in ("std", "right") if case.name in ROWS else ("std",):  # "std" is both, of tall ones and wide ones
             results[case.name, side] = difference(case, anywhere(number), side)
     results["full"] = difference(ADAMW, anywhere(len(CASES)), "full")
-    for check in (algebra, counts, decisions, kept, refused):
+    for check in (algebra, counts, decisions, kept, narrow, refused):
         results[check.__name__] = check(rank)
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
@@ -381,6 +405,44 @@ def test_a_state_dict_goes_on_exactly(results):
     assert results["kept"] == 0
 
 
+def narrow(rank):
+    """Of narrow state, and a frozen parameter: (equal bits in other cuts, edited lr, difference of weights, names)."""
+    found, grads = {}, some_gradients([[(64, 64)] * 3], torch.float32)
+    third = [0, 4096, 8192, 12288]
+    for dtype, cuts in (("int8", third), ("int8", [0, 8192, 8192, 12288]), ("bfloat16", [0, 5000, 5003, 12288])):
+        first, second = (narrowly(dtype, one) for one in (third, cuts))
+        for step in grads[:3]:
+            first.step(step)
+        first.optimizer.param_groups[0]["lr"] = 0.0042
+        full = lowrank_optim.full_state(first.optimizer)
+        for p, w in zip(itertools.chain(*second.groups), first.weights(), strict=True):
+            p.data.copy_(w)
+        (group,), (begin, end, _) = second.optimizer.param_groups, second.parts[0]
+        group["params"][0].copy_(flattened(first.weights())[begin:end])
+        lowrank_optim.load_full_state(second.optimizer, full)
+        same = rank > 0 or equal(lowrank_optim.full_state(second.optimizer), full)
+        for zero in (first, second):
+            zero.step(grads[3])
+        difference = max((a - b).abs().max().item() for a, b in zip(first.weights(), second.weights(), strict=True))
+        found[dtype, cuts[1]] = same, group["lr"], difference, sorted(full["state"] if full else ())
+    return found
+
+
+def narrowly(dtype, cuts):
+    torch.manual_seed(0)
+    params = [(name, nn.Parameter(torch.randn(64, 64))) for name in ("a", "b", "c", "still")]
+    params[-1][1].requires_grad_(False)
+    optimizer = lowrank_optim.GaLoreAdamW(params, rank=4, state_dtype=dtype, proj_type="right", weight_decay=0.1)
+    return Zero(optimizer, lambda _: cuts)
+
+
+@pytest.mark.parametrize(("dtype", "cut"), [("int8", 4096), ("int8", 8192), ("bfloat16", 5000)])
+def test_narrow_state_moves_to_other_cuts(dtype, cut, results):
+    same, lr, difference, names = results["narrow"][dtype, cut]
+    assert (same, lr, names) == (True, 0.0042, ["a", "b", "c"])
+    assert difference == 0 if dtype == "int8" else difference < 1e-6
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -400,8 +462,7 @@ def refused(rank):
     optimizer.param_groups[0]["params"][0][:1].add_(1)
     copied, zero_too = one_matrix("right")
     zero_too.step([[torch.ones(256, 96)]])
-    found["full state"] = message(NotImplementedError, lowrank_optim.full_state, copied)
-    found["load full state"] = message(NotImplementedError, lowrank_optim.load_full_state, copied, None)
+    found |= no_full_state(rank)
     found["copy"] = message(NotImplementedError, copy.deepcopy, copied)
     moved = copied.state_dict()
     moved["state"] = {0: {"m5": moved["state"][0]["m0"]}}
@@ -410,13 +471,30 @@ def refused(rank):
     return found
 
 
+def no_full_state(rank):
+    found, full = {}, lowrank_optim.full_state
+    narrow = build(ADAMW, torch.bfloat16, bf16_update="kahan")
+    Zero(narrow, equal_parts)
+    found["kahan"] = message(NotImplementedError, full, narrow)
+    differing, zero = one_matrix("right")
+    zero.step([[torch.randn(256, 96, generator=torch.Generator().manual_seed(0))]])
+    next(iter(differing.state.values()))["m0"]["basis"].add_(rank)
+    found["ranks differ"] = message(RuntimeError, full, differing)
+    alone = [dist.new_group([one]) for one in range(dist.get_world_size())][rank]
+    spread = differing._stand_ins.spread
+    spread.update({p: one._replace(peers=Peers(alone, "cpu")) for p, one in spread.items()})
+    found["some ranks"] = message(NotImplementedError, full, differing)
+    return found
+
+
 @pytest.mark.parametrize(
     ("what", "said"),
     [
+        ("kahan", 'tall is kept in 16 bits in flat tensors, with bf16_update="kahan"'),
+        ("ranks differ", r"ranks have different state \(basis of w"),
+        ("some ranks", "w is in flat tensors of 1 of 3 ranks"),
         ("blocks", 'quantized in blocks that depend on the number of ranks.*"bfloat16"'),
         ("capturable", "capturable=True of GaLoreAdamW does not work under a wrapper"),
-        ("full state", "flat tensors of a wrapper.*the engine's checkpoint instead"),
-        ("load full state", "flat tensors of a wrapper.*the engine's checkpoint instead"),
         ("copy", "cannot be copied or pickled"),
         ("other pieces", "of other pieces of the parameters"),
         ("wrong map", "does not match its master weights.*round_robin_gradients to false"),

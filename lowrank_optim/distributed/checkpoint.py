@@ -1,21 +1,24 @@
 """Optimizer state without a layout: whole tensors by parameter name, with which any number of processes can go on.
 
-What knows layouts is `Layout.gather` and `Layout.part`; what comes in between is plain.
+What knows layouts is `Layout.gather` and `Layout.part`, and of flat tensors assembly.py; what is in between is plain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import checks
 from ..checks import few
 from ..optimizer import LowRankOptimizer
-from ..plan import bare_name
+from ..plan import bare_name, decide, shape_of
+from . import assembly
 from .layout import Layout, others
+from .stand_ins import GROUP
 
 FORMAT = 1
 _KEYS = ("format", "method", "groups", "state")
@@ -24,9 +27,10 @@ _KEYS = ("format", "method", "groups", "state")
 def full_state(optimizer: LowRankOptimizer) -> dict[str, Any] | None:
     """All state of an optimizer, independent of how many processes there are and of how they share it.
 
-    For one process, DistributedDataParallel and FSDP2 (also hybrid). All ranks call it, and each sharded tensor is on
-    all of them for a moment, one after the other. Names are without what wrappers put into them, so that what a wrapped
-    model has saved is that of the bare one.
+    For one process, DistributedDataParallel, FSDP2 (also hybrid) and DeepSpeed ZeRO 0 to 3. All ranks call it, and each
+    sharded tensor is on all of them for a moment, one after the other (of ZeRO 1 to 3: the state of each parameter).
+    Names are without what wrappers put into them, so that what a wrapped model has saved is that of the bare one.
+    Weights are not in it, nor DeepSpeed's float32 ones.
 
     Returns:
         On rank 0, and without torch.distributed: `format`, `method` (the class), `groups` (the numbers of each group,
@@ -34,7 +38,7 @@ def full_state(optimizer: LowRankOptimizer) -> dict[str, Any] | None:
         `torch.load(weights_only=True)` takes. None on other ranks.
 
     Errors:
-        NotImplementedError: parameters in flat tensors (DeepSpeed ZeRO 1 to 3).
+        NotImplementedError: parameters in flat tensors of some ranks, of which others may have more.
         ValueError: two parameters of one name.
         RuntimeError: state that should be the same on all ranks and is not, such as with one head per rank (LTE).
 
@@ -44,64 +48,97 @@ def full_state(optimizer: LowRankOptimizer) -> dict[str, Any] | None:
         if state is not None:
             torch.save({"model": model.state_dict(), "optimizer": state}, "checkpoint.pt")
     """
-    _check_whole(optimizer)
+    _find(optimizer)
     _same_on_all_ranks(optimizer)
     state: dict[str, dict[str, Tensor]] = {}
     for name, layout, tensors in _by_name(optimizer):
         whole = {key: layout.gather(x) for key, x in tensors.items()}
         state[name] = {key: x for key, x in whole.items() if x is not None}
+    borders: dict[str, assembly.Borders] = {}
+    for p, assembled, rows in assembly.whole_states(optimizer):
+        if not others():
+            state[_name(optimizer, p)] = _copies(assembled.items())
+        if rows:
+            borders[_name(optimizer, p)] = rows
+    borders = _of_all_ranks(optimizer, borders)
+    masters = _copies((_name(optimizer, p), x) for p, x in assembly.masters(optimizer))
     if others():
         return None
-    return {"format": FORMAT, "method": type(optimizer).__name__, "groups": list(_groups(optimizer)), "state": state}
+    full = {"format": FORMAT, "method": type(optimizer).__name__, "groups": list(_groups(optimizer)), "state": state}
+    return {**full, **{key: some for key, some in (("borders", borders), ("masters", masters)) if some}}
 
 
 def load_full_state(optimizer: LowRankOptimizer, state: Mapping[str, Any] | None) -> None:
     """Goes on with what `full_state` has returned, on any number of processes; all ranks call it.
 
     State of equal bits, so that as many processes as before go on bit for bit, and others to rounding. Load the model's
-    weights by their own means.
+    weights by their own means; under DeepSpeed also its float32 ones (docs/distributed.md shows how).
 
     Args:
-        optimizer: built as the saved one was, from parameters of the same names.
+        optimizer: built as the saved one was, from parameters of the same names; before or after
+            `deepspeed.initialize`.
         state: on every rank, or on rank 0 and None on others, to which it is then sent. Each rank has it whole in main
             memory meanwhile.
 
     Errors:
-        NotImplementedError: parameters in flat tensors (DeepSpeed ZeRO 1 to 3).
+        NotImplementedError: as of `full_state`, and numbers of groups that cannot be used here.
         ValueError: a state of another format, method or model; it names what is missing and what is unknown. Nothing
             was loaded then, on no rank.
     """
-    _check_whole(optimizer)
+    _find(optimizer)
     state = _everywhere(state)
-    _check(optimizer, state)
-    groups = {frozenset(group["names"]): group for group in state["groups"]}
-    saved: dict[str, Any] = {"state": {}, "param_groups": []}
-    index = 0
+    _agreed(lambda: _check(optimizer, state))
+    numbers = _numbers(optimizer, state)
+    saved: dict[str, Any] = {"state": {}, "param_groups": [], "full": {"borders": {}, "masters": {}, **state}}
+    index, flats = 0, optimizer._stand_ins.pieces
     for group in optimizer.param_groups:
-        names = [_name(optimizer, p) for p in group["params"]]
-        numbers = {key: value for key, value in groups[frozenset(names)].items() if key != "names"}
-        own = {"params": list(range(index, index + len(names)))}
-        own |= {key: group[key] for key in ("param_names",) if key in group}
-        saved["param_groups"].append({**numbers, **own})
-        saved["state"] |= {index + i: state["state"][name] for i, name in enumerate(names) if name in state["state"]}
-        index += len(names)
+        here = dict(enumerate(group["params"], index))
+        index += len(here)
+        own = {key: group[key] for key in ("param_names",) if key in group}
+        saved["param_groups"].append({**numbers[group[GROUP]], **own, "params": list(here)})
+        names = {i: _name(optimizer, p) for i, p in here.items() if p not in flats}
+        saved["state"] |= {i: state["state"][name] for i, name in names.items() if name in state["state"]}
     optimizer.load_state_dict(saved)
 
 
-def _by_name(optimizer: LowRankOptimizer) -> Iterator[tuple[str, Layout, dict[str, Tensor]]]:
-    """What is here of the state of each parameter that has any."""
+def _copies(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """On the CPU of rank 0, one after the other."""
+    return {key: x.to("cpu", copy=True) for key, x in tensors if not others()}
+
+
+def _find(optimizer: LowRankOptimizer) -> None:
+    """Where everything is, before anything is done with it."""
     names: set[str] = set()
-    for p, _ in optimizer._members():
-        name = _name(optimizer, p)
+    for name in (name for group in optimizer.param_groups for name in _names(optimizer, group)):
         if name in names:
             raise ValueError(f"two parameters are called {name}; give each a name of its own")
         names.add(name)
-        if optimizer.state.get(p):
-            yield name, optimizer._layouts[p], optimizer.state[p]
+    optimizer._stand_ins.adopt(early=True)
+    assembly.check(optimizer)
+
+
+def _by_name(optimizer: LowRankOptimizer) -> Iterator[tuple[str, Layout, dict[str, Tensor]]]:
+    """What is here of the state of each parameter that has any and is in no flat tensor."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if optimizer.state.get(p) and p not in optimizer._stand_ins.pieces:
+                yield _name(optimizer, p), optimizer._layouts[p], optimizer.state[p]
 
 
 def _name(optimizer: LowRankOptimizer, p: Tensor) -> str:
     return bare_name(optimizer._plans[p].name)
+
+
+def _names(optimizer: LowRankOptimizer, group: dict[str, Any]) -> list[str]:
+    """Of the parameters that a group was made of, whatever is in their place now."""
+    return [_name(optimizer, p) for _, p in optimizer._stand_ins.given[group[GROUP]]]
+
+
+def _numbers(optimizer: LowRankOptimizer, state: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """The saved numbers of each group, by its own number."""
+    saved = {frozenset(group["names"]): group for group in state["groups"]}
+    found = {group[GROUP]: saved[frozenset(_names(optimizer, group))] for group in optimizer.param_groups}
+    return {one: {key: value for key, value in group.items() if key != "names"} for one, group in found.items()}
 
 
 def _groups(optimizer: LowRankOptimizer) -> Iterator[dict[str, Any]]:
@@ -109,19 +146,10 @@ def _groups(optimizer: LowRankOptimizer) -> Iterator[dict[str, Any]]:
         numbers = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         for key, value in numbers.items():
             numbers[key] = value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value  # lr may be one
-        yield {"names": [_name(optimizer, p) for p in group["params"]], **numbers}
+        yield {"names": _names(optimizer, group), **numbers}
 
 
 # -- what does not fit -------------------------------------------------------------------------------------------------
-
-
-def _check_whole(optimizer: LowRankOptimizer) -> None:
-    optimizer._stand_ins.adopt()
-    if optimizer._stand_ins.pieces:
-        raise NotImplementedError(
-            f"{type(optimizer).__name__} has its parameters in the flat tensors of a wrapper (DeepSpeed ZeRO 1 to 3), "
-            "whose ranges full_state does not put together. Save and load the engine's checkpoint instead"
-        )
 
 
 def _check(optimizer: LowRankOptimizer, state: Any) -> None:
@@ -133,11 +161,12 @@ def _check(optimizer: LowRankOptimizer, state: Any) -> None:
     if state["method"] != type(optimizer).__name__:
         raise _misfit(f"it is of {state['method']}, and this optimizer is {type(optimizer).__name__}")
     _check_names(optimizer, state["groups"])
+    _check_tensors(optimizer, state)
 
 
 def _check_names(optimizer: LowRankOptimizer, groups: list[Mapping[str, Any]]) -> None:
     saved = [frozenset(group["names"]) for group in groups]
-    ours = [frozenset(_name(optimizer, p) for p in group["params"]) for group in optimizer.param_groups]
+    ours = [frozenset(_names(optimizer, group)) for group in optimizer.param_groups]
     known, here = {name for names in saved for name in names}, {name for names in ours for name in names}
     missing, unknown = here - known, known - here
     if missing:
@@ -149,11 +178,41 @@ def _check_names(optimizer: LowRankOptimizer, groups: list[Mapping[str, Any]]) -
         raise _misfit(f"its groups are others: {few(sorted(split[0]))} are one group here. Build the groups alike")
 
 
+def _check_tensors(optimizer: LowRankOptimizer, state: Mapping[str, Any]) -> None:
+    """Of what is in flat tensors: also of parameters of which this rank has nothing, so that all say the same."""
+    numbers = _numbers(optimizer, state)
+    for p, one in optimizer._stand_ins.spread.items():
+        group, name = {**one.group, **numbers[one.group[GROUP]]}, _name(optimizer, p)
+        plan = decide(name, 0, 0, shape_of(p), group, optimizer.ranked)
+        if name in state["state"]:
+            checks.loaded_state(name, state["state"][name], assembly.expected(optimizer, plan, one.flat.dtype, group))
+    for p in [p for pairs in optimizer._stand_ins.given.values() for _, p in pairs]:
+        saved = state.get("masters", {}).get(_name(optimizer, p))
+        if saved is not None and saved.shape != shape_of(p):
+            raise _misfit(f"{_name(optimizer, p)} is {tuple(shape_of(p))}, and its master {tuple(saved.shape)}")
+
+
 def _misfit(why: str) -> ValueError:
     return ValueError(f"the full state does not fit: {why}; nothing was loaded")
 
 
 # -- ranks -------------------------------------------------------------------------------------------------------------
+
+
+def _agreed(check: Callable[[], None]) -> None:
+    """Raises on all ranks what it raises on any."""
+    own = None
+    try:
+        check()
+    except (ValueError, NotImplementedError) as error:
+        own = error
+    everyone = [own]
+    if _several():
+        everyone *= dist.get_world_size()
+        dist.all_gather_object(everyone, own)
+    for one in [own, *everyone]:
+        if one is not None:
+            raise one
 
 
 def _several() -> bool:
@@ -175,16 +234,31 @@ def _everywhere(state: Mapping[str, Any] | None) -> Any:
     return state
 
 
+def _sum(x: Tensor) -> int:
+    return int(x.detach().contiguous().view(-1).view(torch.uint8).sum())
+
+
+def _of_all_ranks(optimizer: LowRankOptimizer, found: dict[str, assembly.Borders]) -> dict[str, assembly.Borders]:
+    """What each of them has found in flat tensors, by name."""
+    if not _several() or not optimizer._stand_ins.spread:
+        return found
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
+    names = dict.fromkeys(name for one in everyone for name in one)
+    return {name: {at: row for one in everyone for at, row in one.get(name, {}).items()} for name in names}
+
+
 def _same_on_all_ranks(optimizer: LowRankOptimizer) -> None:
     """Of state that is not cut, rank 0 speaks for all; a sum of its bytes tells if it may."""
     if not _several():
         return
     sums = {
-        f"{key} of {name}": int(x.detach().contiguous().view(-1).view(torch.uint8).sum())
+        f"{key} of {name}": _sum(x)
         for name, _, tensors in _by_name(optimizer)
         for key, x in tensors.items()
         if not hasattr(x, "device_mesh") and x.numel()
     }
+    sums |= {what: _sum(x) for what, x in assembly.replicated(optimizer) if x.numel()}
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, sums)
     odd = [what for what in everyone[0] if any(other.get(what) != everyone[0][what] for other in everyone)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -38,11 +39,28 @@ def ranges(method: str, flat: Tensor, params: Sequence[Tensor], group: Mapping[s
     """
     known = [cast(Any, p) for p in params if hasattr(p, "_z3_optimizer") or hasattr(p, "_hp_mapping")]
     shard_checks.flat(method, flat.shape, bool(known))
-    try:
+    with _known_attributes():
         _refuse(params, group)
         if hasattr(known[0], "_z3_optimizer"):
             return list(_of_stage_3(known[0]._z3_optimizer, flat))
         return list(_of_stage_1_and_2(known))
+
+
+def later(params: Sequence[Tensor]) -> list[Tensor]:
+    """The flat tensors of a group of stage 3, which gets them one at a time, in its step; none of other stages."""
+    zero = next((cast(Any, p)._z3_optimizer for p in params if hasattr(p, "_z3_optimizer")), None)
+    if zero is None:
+        return []
+    own = {id(p) for p in params}
+    with _known_attributes():
+        groups = zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
+        return [flat for flat, members in groups if any(id(p) in own for p in members)]
+
+
+@contextmanager
+def _known_attributes() -> Iterator[None]:
+    try:
+        yield
     except AttributeError as error:
         version = getattr(sys.modules.get("deepspeed"), "__version__", "(of an unknown version)")
         raise RuntimeError(

@@ -41,6 +41,7 @@ class Fragment(NamedTuple):
     Args:
         key: of its state.
         offset, length: of its elements in the flat tensor.
+        matrix: its number, if it is one of a stack, or a part of one.
     """
 
     key: str
@@ -48,6 +49,7 @@ class Fragment(NamedTuple):
     layout: Layout
     offset: int
     length: int
+    matrix: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +99,24 @@ class _Fragment(Cut):
     def piece(self) -> Piece:
         return self.pieces[self.side]
 
+    @property
+    def twice(self) -> int:
+        """Rows at the beginning that another process has as well, and counts: 0 or 1."""
+        return 0
+
     def zeros(self, batch: Shape, shape: Shape, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         return torch.zeros(batch + tuple(map(int, self._shape_here(shape))), dtype=dtype, device=device)
+
+    def within(self, whole: Tensor, shape: Shape) -> Tensor:
+        return _narrowed(whole, shape, self.piece.start, self.piece.length)
+
+    def once(self, x: Tensor, shape: Shape) -> Tensor | None:
+        if not cut_dimensions(shape):
+            return None if self.piece.place else x
+        return _narrowed(x, shape, self.twice, self.piece.length - self.twice)
+
+    def border(self, x: Tensor, shape: Shape) -> Tensor | None:
+        return _narrowed(x, shape, 0, 1) if self.twice and cut_dimensions(shape) else None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -116,6 +134,9 @@ class Stretch(_Fragment):
 
     def weight(self, plan: Plan) -> Shape:
         return self._shape_here(self.matrix(plan))
+
+    def within(self, whole: Tensor, shape: Shape) -> Tensor:
+        return super().within(whole.reshape(-1) if cut_dimensions(shape) else whole, shape)
 
     @property
     def place(self) -> str:
@@ -164,11 +185,19 @@ class Rows(_Fragment):
     def first(self, plan: Plan) -> int:
         return self.index
 
+    @property
+    def twice(self) -> int:
+        return int(self.skipped > 0)
+
+    @property
+    def begin(self) -> int:
+        return self.piece.start * self.width + self.skipped
+
     def plan(self, plan: Plan) -> Plan:
         return replace(super().plan(plan), shape=(self.piece.length, self.width))
 
     def algebra(self, layouts: Sequence[Layout]) -> Algebra:
-        return Overlapping(self.pieces, None, Traffic([self.meter]), int(self.skipped > 0), self)
+        return Overlapping(self.pieces, None, Traffic([self.meter]), self.twice, self)
 
     def own(self, x: Tensor) -> Tensor | None:
         """The elements of the range, of something like the matrix; None if x is nothing like it."""
@@ -290,6 +319,17 @@ class Overlapping(Shards):
         return x.narrow(dim, self.twice, x.shape[dim] - self.twice) if self.twice and side in self.pieces else x
 
 
+def cut_dimensions(shape: Shape) -> list[int]:
+    """Which dimension of state of one matrix is cut, if any is; counted from the last."""
+    return [i - len(shape) for i, side in enumerate(shape) if isinstance(side, Side)]
+
+
+def _narrowed(x: Tensor, shape: Shape, start: int, length: int) -> Tensor:
+    for dim in cut_dimensions(shape):
+        x = x.narrow(dim, start, length)
+    return x
+
+
 def complete_edges(gradients: Iterable[tuple[Layout, Tensor]], add_up: Callable[..., Tensor] = total) -> None:
     """Adds up the rows of gradients that are cut, of all parameters in one all-reduce per group of processes.
 
@@ -357,16 +397,16 @@ def cut(
 def _of_stack(one: Range, there: list[tuple[int, int]], plan: Plan, key: str, seat: Seat) -> Iterator[Fragment]:
     """Each matrix of a stack, in one place or cut as a matrix is."""
     size = math.prod(plan.matrix)
-    part = replace(plan, shape=plan.shape[-2:], batch=())
+    part = replace(plan, shape=plan.shape[-2:], batch=(), among=plan.count)
     for number in range(plan.count):
         here, *all_ = (_within(start, length, number * size, size) for start, length in [one[1:3], *there])
         own = one._replace(start=here[0], length=here[1], offset=one.offset + max(0, number * size - one.start))
         if any(length == size for _, length in all_):
             if own.length:
-                yield Fragment(f"{key}.{number}", part, Inside(part.shape, number), own.offset, own.length)
+                yield Fragment(f"{key}.{number}", part, Inside(part.shape, number), own.offset, own.length, number)
         else:
             layout = replace(_rows(own, all_, part, seat), index=number)
-            yield Fragment(f"{key}.{number}", part, layout, own.offset, own.length)
+            yield Fragment(f"{key}.{number}", part, layout, own.offset, own.length, number)
 
 
 def _within(start: int, length: int, first: int, size: int) -> tuple[int, int]:

@@ -96,6 +96,23 @@ class Layout:
         """What of a whole tensor belongs where `ours` is, in its dtype and layout; new memory. All ranks call it."""
         return like(whole, ours)
 
+    def within(self, whole: Tensor, shape: Shape) -> Tensor:
+        """What is here of the state of a matrix in a flat tensor, a view; `shape` as it is kept, with cut sides."""
+        return whole
+
+    def once(self, x: Tensor, shape: Shape) -> Tensor | None:
+        """Of such state, what this process speaks for where others have it too; None: nothing."""
+        return x
+
+    @property
+    def begin(self) -> int:
+        """The number of the first element that is here of a matrix in flat tensors."""
+        return 0
+
+    def border(self, x: Tensor, shape: Shape) -> Tensor | None:
+        """Of such state, the row that another process speaks for, if there is one."""
+        return None
+
     def number(self, shape: Shape, element: int, several: bool) -> int | Places:
         """The number in the whole tensor of an element of what is here of it, `shape` as from `spec`; `several`: of
         tensors of that shape one after the other."""

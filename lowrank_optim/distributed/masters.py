@@ -16,10 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..plan import shape_of
-from .deepspeed import Range
-from .fragments import peers_in
 from .lockstep import total
-from .stand_ins import StandIns
+from .stand_ins import Spread, StandIns
 
 
 @contextmanager
@@ -30,43 +28,40 @@ def masters(stand_ins: StandIns, module: nn.Module, keys: Sequence[str]) -> Iter
     """
     held = cast(dict[str, Any], module._parameters)
     params = {key: held[key] for key in keys}
-    cut = {key: p for key, p in params.items() if p in stand_ins.ranges}
-    whole = _gathered([(p, *stand_ins.ranges[p]) for p in cut.values()])
+    cut = [key for key, p in params.items() if p in stand_ins.spread]
+    spread = [stand_ins.spread[params[key]] for key in cut]
+    whole = _gathered(spread)
     copies = {key: stand_ins.of_parameter(p)[0] for key, p in params.items() if key not in cut}
     held.update({**copies, **dict(zip(cut, whole, strict=True))})
     try:
         yield
     finally:
         held.update(params)
-    for p, x in zip(cut.values(), whole, strict=True):
-        _put(p, *stand_ins.ranges[p], x)
+    for one, x in zip(spread, whole, strict=True):
+        _put(one, x)
 
 
-def largest(ranges: Mapping[Tensor, tuple[Tensor, Range]], numbers: Tensor) -> Tensor:
+def largest(spread: Mapping[Tensor, Spread], numbers: Tensor) -> Tensor:
     """Of each number the largest of all ranks that share some parameters, which all call it."""
-    _, here = next(iter(ranges.values()))
-    return total(numbers, peers_in(here.group, numbers.device), dist.ReduceOp.MAX)
+    return total(numbers, next(iter(spread.values())).peers, dist.ReduceOp.MAX)
 
 
-def _gathered(cut: Sequence[tuple[Tensor, Tensor, Range]]) -> list[Tensor]:
-    """Parameters of one group, where they are and whole; in one all-reduce, in which each element has one summand."""
-    if not cut:
+def _gathered(spread: Sequence[Spread]) -> list[Tensor]:
+    """Parameters of one group, whole; in one all-reduce, in which each element has one summand."""
+    if not spread:
         return []
-    sizes, (p, flat, one) = [math.prod(shape_of(p)) for p, *_ in cut], cut[0]
-    x = torch.zeros(sum(sizes), dtype=flat.dtype, device=p.device)
-    for part, (_, flat, here) in zip(torch.split(x, sizes), cut, strict=True):
-        part[here.start : here.start + here.length] = _own(flat, here)
-    parts = torch.split(total(x, peers_in(one.group, x.device)), sizes)
-    return [part.view(shape_of(p)) for part, (p, *_) in zip(parts, cut, strict=True)]
+    first, shapes = spread[0], [shape_of(one.range.param) for one in spread]
+    sizes = [math.prod(shape) for shape in shapes]
+    x = torch.zeros(sum(sizes), dtype=first.flat.dtype, device=first.range.param.device)
+    for part, one in zip(torch.split(x, sizes), spread, strict=True):
+        part[one.whole] = one.flat.detach()[one.here]
+    parts = torch.split(total(x, first.peers), sizes)
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _put(p: Tensor, flat: Tensor, here: Range, whole: Tensor) -> None:
-    own = whole.reshape(-1)[here.start : here.start + here.length]
-    _own(flat, here).copy_(own)
-    shard = getattr(p, "ds_tensor", None)
+def _put(one: Spread, whole: Tensor) -> None:
+    own = whole.reshape(-1)[one.whole]
+    one.flat.detach()[one.here].copy_(own)
+    shard = getattr(one.range.param, "ds_tensor", None)
     if shard is not None:  # where this flat tensor was published before another one was stepped
-        shard.detach()[: here.length].copy_(own)
-
-
-def _own(flat: Tensor, here: Range) -> Tensor:
-    return flat.detach()[here.offset : here.offset + here.length]
+        shard.detach()[: len(own)].copy_(own)

@@ -115,6 +115,23 @@ def same_fragments(same: bool) -> None:
         )
 
 
+def of_everybody(name: str, ranks: int, world: int) -> None:
+    """Refuses a parameter that other processes have as well, under the same name (tensor parallelism of DeepSpeed)."""
+    if ranks != world:
+        raise NotImplementedError(
+            f"{name} is in flat tensors of {ranks} of {world} ranks, and others may have another one of that name, so "
+            "there is no state of all of them. Save and load the engine's checkpoint instead"
+        )
+
+
+def owes_nothing(name: str, owes: bool) -> None:
+    if owes:
+        raise NotImplementedError(
+            f'{name} is kept in 16 bits in flat tensors, with bf16_update="kahan": what its weights owe is not put '
+            "together. Save and load the engine's checkpoint instead, or let DeepSpeed keep float32 weights"
+        )
+
+
 def same_plans(same: bool, rank: int, plans: Sequence[Any]) -> None:
     if not same:
         raise RuntimeError(

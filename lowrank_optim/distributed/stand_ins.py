@@ -6,16 +6,17 @@ them at a time. Whatever a parameter is updated as, its plan is that of the para
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from ..plan import shape_of
-from . import shard_checks
-from .deepspeed import Range, ranges, verify
-from .fragments import Fragment, fragments
+from ..plan import bare_name, shape_of
+from . import assembly, shard_checks
+from .deepspeed import Range, later, ranges, verify
+from .fragments import Fragment, fragments, peers_in
 from .layout import HERE
+from .lockstep import Peers
 
 if TYPE_CHECKING:
     from ..optimizer import LowRankOptimizer
@@ -31,6 +32,32 @@ class Home(NamedTuple):
     group: dict[str, Any]
 
 
+class Spread(NamedTuple):
+    """A parameter in flat tensors.
+
+    Args:
+        range: what is here of it in the flat tensor.
+        pieces: the fragments that this is.
+        peers: the processes that have the rest.
+    """
+
+    group: dict[str, Any]
+    flat: Tensor
+    range: Range
+    pieces: list[Tensor]
+    peers: Peers
+
+    @property
+    def whole(self) -> slice:
+        """Which elements of the parameter."""
+        return slice(self.range.start, self.range.start + self.range.length)
+
+    @property
+    def here(self) -> slice:
+        """Where in the flat tensor."""
+        return slice(self.range.offset, self.range.offset + self.range.length)
+
+
 class StandIns:
     """Of one optimizer.
 
@@ -38,8 +65,8 @@ class StandIns:
         given: the parameters of each group as the optimizer got them, with their names.
         homes: of each fragment. It is a tensor, a view of the flat one.
         pieces: the fragments of each flat tensor.
-        instead: what is updated here in the place of a parameter: its copy, or its fragments.
-        ranges: the flat tensor that has a parameter, and what is here of it.
+        spread: the parameters that are in flat tensors, in an order that all ranks share.
+        copies: what is updated in the place of a parameter that has a copy.
     """
 
     def __init__(self, optimizer: LowRankOptimizer) -> None:
@@ -47,8 +74,8 @@ class StandIns:
         self.given: dict[int, list[tuple[str, Tensor]]] = {}
         self.homes: dict[Tensor, Home] = {}
         self.pieces: dict[Tensor, list[Tensor]] = {}
-        self.instead: dict[Tensor, list[Tensor]] = {}
-        self.ranges: dict[Tensor, tuple[Tensor, Range]] = {}
+        self.spread: dict[Tensor, Spread] = {}
+        self.copies: dict[Tensor, Tensor] = {}
         self._unverified: list[tuple[Tensor, list[Range]]] = []
 
     def note(self, group: dict[str, Any]) -> None:
@@ -64,12 +91,16 @@ class StandIns:
 
     # -- finding them --------------------------------------------------------------------------------------------------
 
-    def adopt(self) -> None:
-        """Looks for tensors that are not known yet. All ranks call it, at the same steps."""
+    def adopt(self, early: bool = False) -> None:
+        """Looks for tensors that are not known yet. All ranks call it, at the same steps.
+
+        `early`: also those that a group only has during a step.
+        """
         plans = self.optimizer._plans
         for group in self.optimizer.param_groups:
-            new = [p for p in group["params"] if p not in plans and p not in self.pieces]
             given = [p for _, p in self.given[group[GROUP]]]
+            there = [*group["params"], *(later(given) if early else ())]
+            new = [p for p in dict.fromkeys(there) if p not in plans and p not in self.pieces]
             if not new or any(p is q for p in group["params"] for q in given):
                 continue  # a parameter that somebody has appended is refused elsewhere
             shard_checks.can_be_replaced(type(self.optimizer).__name__, self._ways(group), self.optimizer.irreplaceable)
@@ -98,10 +129,10 @@ class StandIns:
 
     def _adopt_copies(self, given: list[Tensor], copies: list[Tensor], group: dict[str, Any]) -> None:
         optimizer = self.optimizer
+        self.copies.update(zip(given, copies, strict=True))
         plans = {copy: optimizer._plans[p] for p, copy in zip(given, copies, strict=True)}
         layouts = optimizer._lay_out(plans, group)
         for p, copy in zip(given, copies, strict=True):
-            self.instead[p] = [copy]
             state = optimizer.state.pop(p, None)
             if state and layouts[copy] is HERE is optimizer._layouts[p]:
                 optimizer.state[copy] = state
@@ -120,13 +151,15 @@ class StandIns:
             if one.layout.sharded:
                 optimizer._admit_shard(one.plan, one.layout, group)  # type: ignore[arg-type]
         self.pieces[flat] = [flat.detach()[one.offset : one.offset + one.length] for one in cut]
+        own: dict[str, list[Tensor]] = {key: [] for key in keys}
         for piece, one in zip(self.pieces[flat], cut, strict=True):
+            own[one.key.partition(".")[0]].append(piece)
             self.homes[piece] = Home(flat, one, group)
             optimizer._plans[piece], optimizer._layouts[piece] = one.plan, one.layout
-        for key, own in zip(keys, found, strict=True):
-            here = [piece for piece in self.pieces[flat] if self.homes[piece].fragment.key.split(".")[0] == key]
-            self.instead[own.param], self.ranges[own.param] = here, (flat, own)
-            optimizer.state.pop(own.param, None)
+        for there, key in zip(found, keys, strict=True):
+            self.spread[there.param] = Spread(group, flat, there, own[key], peers_in(there.group, flat.device))
+            if there.param in optimizer.state:
+                assembly.take_apart(optimizer, there.param, optimizer.state.pop(there.param), {})
         self._unverified.append((flat, found))
 
     def verify(self) -> None:
@@ -138,7 +171,7 @@ class StandIns:
 
     def of_parameter(self, p: Tensor) -> list[Tensor]:
         """What is updated here of a parameter."""
-        return self.instead.get(p, [p])
+        return self.spread[p].pieces if p in self.spread else [self.copies.get(p, p)]
 
     def of(self, group: dict[str, Any]) -> Iterator[Tensor]:
         """What is updated of the tensors that are in a group now."""
@@ -172,6 +205,18 @@ class StandIns:
         if home is None:
             return states.get(p, {})  # type: ignore[no-any-return]
         return states.get(home.flat, {}).get(home.fragment.key, {})  # type: ignore[no-any-return]
+
+    def take_apart(self, full: Mapping[str, Any]) -> None:
+        """Of what `full_state` has put together by name, all that is in other tensors than the parameters."""
+        self.adopt(early=True)
+        names = {p: bare_name(plan.name) for p, plan in self.optimizer._plans.items()}
+        for p in self.spread:
+            if names[p] in full["state"]:
+                assembly.take_apart(self.optimizer, p, full["state"][names[p]], full["borders"].get(names[p], {}))
+        given = [p for pairs in self.given.values() for _, p in pairs]
+        assembly.set_masters(
+            self.optimizer, {p: full["masters"][names[p]] for p in given if names[p] in full["masters"]}
+        )
 
     def keep(self, p: Tensor, state: dict[str, Tensor]) -> None:
         home = self.homes.get(p)
