@@ -180,7 +180,9 @@ def _send(letters: Sequence[_Letter]) -> None:
     The buffer is new and row-major: collectives add up memory, and LAPACK, say, returns column-major tensors.
     """
     op, peers, example = letters[0].op, letters[0].peers, letters[0].x
-    flat = torch.cat([letter.x.reshape(-1) for letter in letters]).to(peers.device)
+    flat = torch.cat([letter.x.reshape(-1) for letter in letters])
+    if flat.device.type != peers.device:  # "cuda" alone is the current GPU, which need not be the one of x
+        flat = flat.to(peers.device)
     dist.all_reduce(flat, op, group=peers.group)
     parts = torch.split(flat.to(example.device), [letter.x.numel() for letter in letters])
     for letter, part in zip(letters, parts, strict=True):
