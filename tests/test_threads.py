@@ -50,12 +50,13 @@ def test_the_stream_of_a_gpu(monkeypatch):
 
 
 def test_sums_stay_on_their_gpu(monkeypatch):
-    """ "cuda" alone is the current GPU, which is another one where nobody called torch.cuda.set_device."""
+    """The type alone is the current GPU, which is another one where nobody called torch.cuda.set_device."""
     sent = []
     monkeypatch.setattr(lockstep.dist, "all_reduce", lambda flat, op, group: sent.append(flat))
     x = torch.ones(2, 3, device="meta")
     letter = lockstep._Letter(x, lockstep.dist.ReduceOp.SUM, lockstep.Peers(None, "meta"))
-    monkeypatch.setattr(torch.Tensor, "to", lambda y, place: y if place == y.device else pytest.fail(f"to {place}"))
+    moved = lambda y, place: y if isinstance(place, torch.device) else pytest.fail(f"moved to some {place}")  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "to", moved)
     lockstep._send([letter])
     assert sent[0].device == x.device
     assert letter.x.shape == x.shape
