@@ -25,7 +25,7 @@ _this = threading.local()  # its `lockstep`: the one that a thread works for
 
 
 class Peers(NamedTuple):
-    """Those who add up: a process group, and the type of device on which it can."""
+    """Those who add up: a process group, and the device on which it can, or only its type: the current one."""
 
     group: dist.ProcessGroup
     device: str
@@ -181,7 +181,7 @@ def _send(letters: Sequence[_Letter]) -> None:
     """
     op, peers, example = letters[0].op, letters[0].peers, letters[0].x
     flat = torch.cat([letter.x.reshape(-1) for letter in letters])
-    if flat.device.type != peers.device:  # "cuda" alone is the current GPU, which need not be the one of x
+    if flat.device.type != torch.device(peers.device).type:  # "cuda" alone need not be the GPU of x
         flat = flat.to(peers.device)
     dist.all_reduce(flat, op, group=peers.group)
     parts = torch.split(flat.to(example.device), [letter.x.numel() for letter in letters])
