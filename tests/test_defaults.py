@@ -1,4 +1,4 @@
-"""`torch.set_default_device` and `torch.set_default_dtype` change nothing: counters stay on the CPU, numbers keep bits."""
+"""`torch.set_default_device` and `torch.set_default_dtype` change nothing: not where counters are, and no bit."""
 
 from __future__ import annotations
 

@@ -613,6 +613,21 @@ def test_the_cuda_library_compiles_links_and_registers(tmp_path, monkeypatch):
     run(code, str(library))
 
 
+def test_the_nvcc_that_the_environment_names_comes_first(tmp_path, monkeypatch):
+    for folder in ("path", "home/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "nvcc").write_text("#!/bin/sh\n")
+        (tmp_path / folder / "nvcc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert build._nvcc() == "nvcc"
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    assert build._nvcc() == str(tmp_path / "home/bin/nvcc")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "gone"))
+    assert build._nvcc() == "nvcc"
+
+
 # -- loading -----------------------------------------------------------------------------------------------------------
 
 SHOW = (

@@ -100,7 +100,7 @@ class DDPProject:
         self.group: Any = model.process_group
         self.meters: dict[Tensor, Meter] = {p: Meter() for p in model.parameters()}
         self._sums: dict[Tensor, Tensor] = {}  # R since the last step, averaged over ranks
-        agree(optimizer._plans.values(), Peers(self.group, next(iter(optimizer._plans)).device.type))
+        agree(optimizer._plans.values(), Peers(self.group, str(next(iter(optimizer._plans)).device)))
         model.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))  # DDP does not read quoted annotations
         optimizer._projecting = self
 

@@ -25,7 +25,7 @@ _this = threading.local()  # its `lockstep`: the one that a thread works for
 
 
 class Peers(NamedTuple):
-    """Those who add up: a process group, and the type of device on which it can."""
+    """Those who add up: a process group, and the device on which it can, or only its type: the current one."""
 
     group: dist.ProcessGroup
     device: str
@@ -92,7 +92,8 @@ class _Lockstep:
         self._stopped = threading.Semaphore(0)  # released by a thread that stops, for the one that called
         self._error: BaseException | None = None
         self._over = False
-        self._grad = torch.is_grad_enabled()  # which belongs to a thread, like the stream
+        # what belongs to a thread, and is to be the caller's in all of them
+        self._inference, self._grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         used = torch.accelerator.is_available() and torch.get_device_module().is_initialized()
         self._stream: Any = torch.accelerator.current_stream() if used else None
 
@@ -155,10 +156,9 @@ class _Lockstep:
     def _work(self) -> None:
         """A thread takes one task after the other: as many of them as wait at once have one each, and no more."""
         _this.lockstep = self
-        torch.set_grad_enabled(self._grad)
         if self._stream is not None:
-            torch.accelerator.set_stream(self._stream)
-        with suppress(_Abandoned):
+            torch.accelerator.set_stream(self._stream)  # and its device
+        with suppress(_Abandoned), torch.inference_mode(self._inference), torch.set_grad_enabled(self._grad):
             while self._fresh and self._error is None:
                 self._do(*self._fresh.popleft())
         self._stopped.release()
@@ -180,7 +180,9 @@ def _send(letters: Sequence[_Letter]) -> None:
     The buffer is new and row-major: collectives add up memory, and LAPACK, say, returns column-major tensors.
     """
     op, peers, example = letters[0].op, letters[0].peers, letters[0].x
-    flat = torch.cat([letter.x.reshape(-1) for letter in letters]).to(peers.device)
+    flat = torch.cat([letter.x.reshape(-1) for letter in letters])
+    if flat.device.type != torch.device(peers.device).type:  # "cuda" alone need not be the GPU of x
+        flat = flat.to(peers.device)
     dist.all_reduce(flat, op, group=peers.group)
     parts = torch.split(flat.to(example.device), [letter.x.numel() for letter in letters])
     for letter, part in zip(letters, parts, strict=True):

@@ -64,9 +64,8 @@ class Counting(Shards):
     """Shards of tensors without values. What accelerators compute whatever the values are, is counted."""
 
     def told(self, x: Tensor) -> list[Any]:
-        return torch.ones(
-            x.shape, dtype=x.dtype, device="cpu"
-        ).tolist()  # no gradient is zero; any order of heads costs the same
+        # no gradient is zero, and any order of heads costs the same
+        return torch.ones(x.shape, dtype=x.dtype, device="cpu").tolist()
 
     def leading(self, g: Tensor, rank: int) -> Tensor:
         cast(Tally, self.traffic).unknown = True

@@ -221,8 +221,10 @@ def _cxx() -> str:
 
 
 def _nvcc() -> str:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    for name in (os.environ.get("CUDACXX"), "nvcc", f"{home}/bin/nvcc"):
+    """What the environment names comes before what is on PATH, as for torch: a system's own is often older."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    named = os.environ.get("CUDACXX") or (f"{home}/bin/nvcc" if home else None)
+    for name in (named, "nvcc", "/usr/local/cuda/bin/nvcc"):
         if name and shutil.which(name):
             return name
     raise BuildError("no nvcc on PATH; install the CUDA toolkit, or set CUDA_HOME")
