@@ -27,27 +27,28 @@ def update_listed_(members: list[Member], recipe_of: RecipeOf, asked: Asked) -> 
     lists: dict[tuple[Any, ...], list[Member]] = {}
     others = []
     for one in members:
-        recipe = asked.recipe(one.plan, one.group, recipe_of)
+        recipe = asked.recipe(one, recipe_of)
         work = _work(one, recipe, asked)
         if work is None:
             others.append(one)
         else:
             lists.setdefault((work, id(one.group), _clock(one, recipe), one.p.dtype, one.p.device), []).append(one)
     for (work, _, clock, *_), some in lists.items():
-        work(asked.recipe(some[0].plan, some[0].group, recipe_of), some, clock)
+        work(asked.recipe(some[0], recipe_of), some, clock)
         torch._foreach_add_([one.state["step"] for one in some], 1)
     return others
 
 
 def _work(one: Member, recipe: Recipe, asked: Asked) -> Work | None:
     """What updates it, if all of it is here, has one clock, and is laid out as kernels want it."""
-    if one.layout is not HERE or one.projected or one.plan.batch or one.group["maximize"] or AGE in one.state:
+    known = fused.listed(recipe) if one.plan.projected else fused.whole(recipe) is not None
+    if not known or one.layout is not HERE or one.projected or one.plan.batch or one.group["maximize"]:
         return None
-    work = _project_ if one.plan.projected else _whole_
-    possible = fused.listed(recipe) and not stacked(one) if one.plan.projected else fused.whole(recipe) is not None
-    if not possible or is_packed(one.p) or not fused.suits(one.p, one.grad, one.state):
+    if AGE in one.state or is_packed(one.p) or not fused.suits(one.p, one.grad, one.state):
         return None
-    return None if one.plan.projected and (_due(one, recipe) or not asked.open(one)) else work
+    if not one.plan.projected:
+        return _whole_
+    return None if stacked(one) or asked.spec(one).narrow or _due(one, recipe) else _project_
 
 
 def _due(one: Member, recipe: Recipe) -> bool:
