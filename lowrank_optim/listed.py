@@ -66,12 +66,13 @@ def _whole_(recipe: Recipe, some: list[Member], t: float) -> None:
     """Plain parameters, in one kernel."""
     group, states = some[0].group, [one.state for one in some]
     tensors = [one.p.detach() for one in some], [one.grad for one in some], states
-    fused.whole(recipe)(recipe, *tensors, group["lr"], group["weight_decay"], t)  # type: ignore[misc]
+    fused.whole(recipe)(recipe, *tensors, float(group["lr"]), group["weight_decay"], t)  # type: ignore[misc]
 
 
 def _project_(recipe: Recipe, some: list[Member], t: float) -> None:
     """Matrices between refreshes: products one by one, the state of all in one kernel."""
-    lr, decay, states = some[0].group["lr"], some[0].group["weight_decay"], [one.state for one in some]
+    lr, decay = float(some[0].group["lr"]), some[0].group["weight_decay"]
+    states = [one.state for one in some]
     g = [recipe.residual.before(one.plan.oriented(one.grad), one.state) for one in some]
     r = [recipe.basis.down(WHOLE, x, st) for x, st in zip(g, states, strict=True)]
     d = fused.directions(recipe, states, r, g, t)
