@@ -41,34 +41,45 @@ class Member(NamedTuple):
     state: dict[str, Tensor]
 
 
+class Tensors(NamedTuple):
+    """The state of a kind of matrix.
+
+    Attributes:
+        shapes: of it and of the weight.
+        narrow: some of it has to be opened to be worked on.
+    """
+
+    spec: dict[str, Spec]
+    shapes: dict[str, Shape]
+    narrow: bool
+
+
 @dataclass
 class Asked:
     """What recipes have answered during one step: filled as it goes along.
 
     Attributes:
         recipes: by group, and whether the parameter is projected.
-        specs: the state of each kind of matrix, and the shapes of it and of the weight.
+        specs: the state of each kind of matrix.
     """
 
     recipes: dict[tuple[int, bool], Recipe] = field(default_factory=dict)
-    specs: dict[tuple[Any, ...], tuple[dict[str, Spec], dict[str, Shape]]] = field(default_factory=dict)
+    specs: dict[tuple[Any, ...], Tensors] = field(default_factory=dict)
 
-    def recipe(self, plan: Plan, group: dict[str, Any], recipe_of: RecipeOf) -> Recipe:
-        kind = id(group), plan.projected
+    def recipe(self, one: Member, recipe_of: RecipeOf) -> Recipe:
+        kind = id(one.group), one.plan.projected
         if kind not in self.recipes:
-            self.recipes[kind] = recipe_of(plan, group)
+            self.recipes[kind] = recipe_of(one.plan, one.group)
         return self.recipes[kind]
 
-    def open(self, one: Member) -> bool:
-        """Nothing that is kept of it needs a copy to be worked on."""
-        spec, _ = self.spec((id(one.group), one.plan.projected), one.plan, one.layout)
-        return not any(cast(Store, each.store).narrow for each in spec.values())
-
-    def spec(self, kind: tuple[int, bool], plan: Plan, layout: Layout) -> tuple[dict[str, Spec], dict[str, Shape]]:
+    def spec(self, one: Member) -> Tensors:
+        """Of a member whose recipe has been asked for."""
+        plan, layout, kind = one.plan, one.layout, (id(one.group), one.plan.projected)
         key = kind, layout.key, plan.matrix, plan.rank, plan.side, plan.small
         if key not in self.specs:
             spec = layout.spec(self.recipes[kind].spec(layout.matrix(plan), plan.rank or 0, plan.small))
-            self.specs[key] = spec, {name: one.shape for name, one in spec.items()} | {WEIGHT: layout.weight(plan)}
+            shapes = {name: one.shape for name, one in spec.items()} | {WEIGHT: layout.weight(plan)}
+            self.specs[key] = Tensors(spec, shapes, any(cast(Store, one.store).narrow for one in spec.values()))
         return self.specs[key]
 
 
@@ -77,13 +88,13 @@ def form_chunks(members: list[Member], recipe_of: RecipeOf, asked: Asked, watch:
     buckets: dict[tuple[Any, ...], list[Member]] = {}
     for member in members:
         p, group, plan = member.p, member.group, member.plan
-        kind, recipe = (id(group), plan.projected), asked.recipe(plan, group, recipe_of)
+        kind, recipe = (id(group), plan.projected), asked.recipe(member, recipe_of)
         alone = None if stacked(member) and (plan.projected or recipe.elementwise) else id(p)
         equal = plan.matrix, plan.batch, plan.side, plan.rank, p.dtype, member.grad.dtype, p.device, member.projected
         buckets.setdefault((kind, int(member.state["step"]) + 1, alone, member.layout.key, *equal), []).append(member)
     for (kind, step, *_), bucket in buckets.items():
         p, group, _, projected, plan, layout, _ = bucket[0]
-        spec, shapes = asked.spec(kind, plan, layout)
+        spec, shapes, _ = asked.spec(bucket[0])
         most = layout.most(plan)
         limit = max(1, limits.CHUNK_BYTES // (working_dtype(p).itemsize * max(1, most)))
         for start in range(0, len(bucket), limit):

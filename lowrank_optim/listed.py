@@ -27,27 +27,28 @@ def update_listed_(members: list[Member], recipe_of: RecipeOf, asked: Asked) -> 
     lists: dict[tuple[Any, ...], list[Member]] = {}
     others = []
     for one in members:
-        recipe = asked.recipe(one.plan, one.group, recipe_of)
+        recipe = asked.recipe(one, recipe_of)
         work = _work(one, recipe, asked)
         if work is None:
             others.append(one)
         else:
             lists.setdefault((work, id(one.group), _clock(one, recipe), one.p.dtype, one.p.device), []).append(one)
     for (work, _, clock, *_), some in lists.items():
-        work(asked.recipe(some[0].plan, some[0].group, recipe_of), some, clock)
+        work(asked.recipe(some[0], recipe_of), some, clock)
         torch._foreach_add_([one.state["step"] for one in some], 1)
     return others
 
 
 def _work(one: Member, recipe: Recipe, asked: Asked) -> Work | None:
     """What updates it, if all of it is here, has one clock, and is laid out as kernels want it."""
-    if one.layout is not HERE or one.projected or one.plan.batch or one.group["maximize"] or AGE in one.state:
+    known = fused.listed(recipe) if one.plan.projected else fused.whole(recipe) is not None
+    if not known or one.layout is not HERE or one.projected or one.plan.batch or one.group["maximize"]:
         return None
-    work = _project_ if one.plan.projected else _whole_
-    possible = fused.listed(recipe) and not stacked(one) if one.plan.projected else fused.whole(recipe) is not None
-    if not possible or is_packed(one.p) or not fused.suits(one.p, one.grad, one.state):
+    if AGE in one.state or is_packed(one.p) or not fused.suits(one.p, one.grad, one.state):
         return None
-    return None if one.plan.projected and (_due(one, recipe) or not asked.open(one)) else work
+    if not one.plan.projected:
+        return _whole_
+    return None if stacked(one) or asked.spec(one).narrow or _due(one, recipe) else _project_
 
 
 def _due(one: Member, recipe: Recipe) -> bool:
@@ -65,12 +66,13 @@ def _whole_(recipe: Recipe, some: list[Member], t: float) -> None:
     """Plain parameters, in one kernel."""
     group, states = some[0].group, [one.state for one in some]
     tensors = [one.p.detach() for one in some], [one.grad for one in some], states
-    fused.whole(recipe)(recipe, *tensors, group["lr"], group["weight_decay"], t)  # type: ignore[misc]
+    fused.whole(recipe)(recipe, *tensors, float(group["lr"]), group["weight_decay"], t)  # type: ignore[misc]
 
 
 def _project_(recipe: Recipe, some: list[Member], t: float) -> None:
     """Matrices between refreshes: products one by one, the state of all in one kernel."""
-    lr, decay, states = some[0].group["lr"], some[0].group["weight_decay"], [one.state for one in some]
+    lr, decay = float(some[0].group["lr"]), some[0].group["weight_decay"]
+    states = [one.state for one in some]
     g = [recipe.residual.before(one.plan.oriented(one.grad), one.state) for one in some]
     r = [recipe.basis.down(WHOLE, x, st) for x, st in zip(g, states, strict=True)]
     d = fused.directions(recipe, states, r, g, t)

@@ -188,15 +188,17 @@ class StandIns:
         """(parameter or fragment, its group, its gradient) of what has one."""
         for group in self.optimizer.param_groups:
             for p in group["params"]:
-                if p.grad is None:
+                grad = p.grad
+                if grad is None:
                     continue
-                if p not in self.pieces:
-                    yield p, group, p.grad
-                for piece in self.pieces.get(p, ()):
+                if not self.pieces or p not in self.pieces:
+                    yield p, group, grad
+                    continue
+                for piece in self.pieces[p]:
                     one = self.homes[piece].fragment
                     here = slice(one.offset, one.offset + one.length)
                     piece.data = p.data[here]  # which may have been moved
-                    yield piece, group, p.grad[here]
+                    yield piece, group, grad[here]
 
     def state(self, p: Tensor) -> dict[str, Any]:
         """Of a parameter, or of a fragment in that of its flat tensor; empty if there is none yet."""

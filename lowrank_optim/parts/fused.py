@@ -50,7 +50,9 @@ def suits(w: Tensor, g: Tensor, st: State) -> bool:
     """Kernels of `whole` walk tensors flat, whatever their strides, so all must be laid out alike."""
     if w.dtype not in _DTYPES or w.device.type not in _DEVICES:
         return False
-    return all(x.is_contiguous() and x.dtype == w.dtype for x in (w, g, *(st[key] for key in _MOMENTS)))
+    m, v = (st[key] for key in _MOMENTS)
+    alike = w.dtype == g.dtype == m.dtype == v.dtype
+    return alike and w.is_contiguous() and g.is_contiguous() and m.is_contiguous() and v.is_contiguous()
 
 
 def step_(recipe: Recipe, w: Tensor, g: Tensor, st: State, lr: Clock, weight_decay: float, t: Clock) -> bool:
