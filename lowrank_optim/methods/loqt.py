@@ -191,9 +191,9 @@ class LoQT(WeightSpaceOptimizer):
             return  # the layer stays due
         group, count = self.param_groups[0], self._count(layer)
 
-        def draw(shape: tuple[int, ...], purpose: str = "sketch") -> Tensor:
+        def draw(shape: tuple[int, ...], purpose: str = "sketch", some: slice | None = None) -> Tensor:
             stream = ops.stream_of(purpose, count)
-            return ops.normal(shape, layer.key, stream, member.grad.device).to(working_dtype(layer.B))
+            return ops.normal(shape, layer.key, stream, member.grad.device, some=some).to(working_dtype(layer.B))
 
         def fit(g: Tensor) -> Tensor:
             at = Time(count, float(count))
