@@ -90,7 +90,7 @@ def principal(y: Tensor, rank: int, total: Total = _alone, first: int = 0) -> tu
     if y.dtype == torch.float64:  # whose digits a Gram matrix in float64 would halve
         return _principal64(y, rank, total, first)
     squares = total(gram, y)
-    finite = torch.isfinite(squares).all(-1, keepdim=True).all(-2, keepdim=True)
+    finite = torch.isfinite(squares.diagonal(dim1=-2, dim2=-1)).all(-1)[..., None, None]  # no other entry is larger
     squares = torch.where(finite, squares, 0.0)
     values, vectors = torch.linalg.eigh(squares)
     values, vectors = values[..., -rank:].flip(-1), vectors[..., -rank:].flip(-1)
@@ -102,7 +102,7 @@ def principal(y: Tensor, rank: int, total: Total = _alone, first: int = 0) -> tu
     q = _times(y, (vectors * gain).to(y.dtype)).div_(size)
     found = finite & (largest > 0).unsqueeze(-1)
     # Column i is a sum of columns of y that cancel: its rounding error has grown by the length of the summands.
-    lengths = squares.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) @ vectors.square()
+    lengths = squares.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) @ vectors.square_()
     steep = lengths * gain.square() > _STEEP**2 * largest.unsqueeze(-1)
     if _looks(y) and bool(there.all()) and not bool(steep.any()):
         return q, found
@@ -158,15 +158,16 @@ def _mixing(squares: Tensor, shift: float) -> tuple[Tensor, Tensor, Tensor, Tens
     """
     size = squares.diagonal(dim1=-2, dim2=-1).sqrt()
     inverse_size = torch.where(size > 0, 1 / size, 0.0)
-    unit = squares * inverse_size.unsqueeze(-1) * inverse_size.unsqueeze(-2)
+    unit = (squares * inverse_size.unsqueeze(-1)).mul_(inverse_size.unsqueeze(-2))
+    unit.diagonal(dim1=-2, dim2=-1).add_(shift)
+    factor, info = torch.linalg.cholesky_ex(unit)
     eye = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
-    factor, info = torch.linalg.cholesky_ex(unit + shift * eye)
     inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
-    smooth = (inverse.square().sum(-1) <= _STEEP**2).all(-1)
+    smooth = (torch.linalg.vector_norm(inverse, dim=-1) <= _STEEP).all(-1)
     # The inverse may be beyond float32 where y is small; what it is divided by is not.
     largest = torch.where(size > 0, size, 1.0).amax(-1)[..., None, None]
     fits = (info == 0) & torch.isfinite(size).all(-1)
-    return inverse.mT * (inverse_size.unsqueeze(-1) * largest), largest, fits, smooth
+    return inverse.mT.mul_(inverse_size.unsqueeze(-1) * largest), largest, fits, smooth
 
 
 def _times(y: Tensor, mix: Tensor) -> Tensor:
