@@ -171,8 +171,8 @@ def _refresh(bench: Bench, m: int, n: int, rank: int) -> Found:
     older = 0.7 * g + 0.3 * noise * g.norm() / noise.norm()
     random, exact = SubspaceIteration(), SVD()
 
-    def draw(shape: tuple[int, ...], purpose: str = "") -> Tensor:
-        return ops.normal(shape, 1, (0, 0), bench.device)
+    def draw(shape: tuple[int, ...], purpose: str = "", some: slice | None = None) -> Tensor:
+        return ops.normal(shape, 1, (0, 0), bench.device, some=some)
 
     previous = random.fit(WHOLE, older, None, rank, draw, None)
     fits: dict[str, Callable[[], Tensor]] = {

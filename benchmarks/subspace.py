@@ -35,8 +35,8 @@ def spectrum(m: int, n: int, power: float) -> Tensor:
 NOW = Time(0, 0.0)
 
 
-def draw(shape: tuple[int, ...], purpose: str = "") -> Tensor:
-    return ops.normal(shape, 1, (0, 0))
+def draw(shape: tuple[int, ...], purpose: str = "", some: slice | None = None) -> Tensor:
+    return ops.normal(shape, 1, (0, 0), some=some)
 
 
 LLAMA = ((512, 512, 128), (512, 1376, 128), (1024, 1024, 256), (1024, 2736, 256), (2048, 2048, 512))  # 60M to 1B

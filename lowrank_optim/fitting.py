@@ -64,8 +64,8 @@ def _count(one: Due) -> int:
 
 
 def _stacked(draws: list[Draw]) -> Draw:
-    def draw(shape: tuple[int, ...], purpose: str = "sketch") -> Tensor:
-        return torch.stack([one(shape, purpose) for one in draws])
+    def draw(shape: tuple[int, ...], purpose: str = "sketch", some: slice | None = None) -> Tensor:
+        return torch.stack([one(shape, purpose, some) for one in draws])
 
     return draw
 
@@ -80,10 +80,10 @@ def draws(algebra: Algebra, plan: Plan, expert: int, g: Tensor) -> Callable[[int
     """The random numbers of one matrix, for refresh number `count`."""
 
     def of(count: int | Tensor) -> Draw:
-        def draw(shape: tuple[int, ...], purpose: str = "sketch") -> Tensor:
+        def draw(shape: tuple[int, ...], purpose: str = "sketch", some: slice | None = None) -> Tensor:
             stream = ops.stream_of(f"{purpose} {expert}", count)
             here, start = algebra.own(shape)
-            return ops.normal(here, plan.key, stream, g.device, start).to(g.dtype)
+            return ops.normal(here, plan.key, stream, g.device, start, some).to(g.dtype)
 
         return draw
 

@@ -54,10 +54,10 @@ Clock = float | Tensor
 class Draw(Protocol):
     """Standard normal numbers of a shape, the same on every device and rank; one stream per purpose and refresh.
 
-    Of a shape that begins with a side from `algebra.shape`, those rows that this process has.
+    Of a shape that begins with a side from `algebra.shape`, those rows that this process has. some: only these of them.
     """
 
-    def __call__(self, shape: tuple[int, ...], purpose: str = "sketch") -> Tensor: ...
+    def __call__(self, shape: tuple[int, ...], purpose: str = "sketch", some: slice | None = None) -> Tensor: ...
 
 
 class Time(NamedTuple):

@@ -381,8 +381,8 @@ def test_a_stack_of_experts_equals_separate_matrices(case, monkeypatch):
     """Each expert draws its own random numbers; here all draw the same, so that the rest can be compared."""
     normal = ops.normal
 
-    def alike(shape, key, stream, device, start=0):
-        return normal(shape, 1, (0, stream[1]))
+    def alike(shape, key, stream, device, start=0, some=None):
+        return normal(shape, 1, (0, stream[1]), some=some)
 
     monkeypatch.setattr("lowrank_optim.ops.normal", alike)
     stack = nn.Parameter(0.2 * torch.randn(3, 10, 20, dtype=torch.float64))

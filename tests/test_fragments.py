@@ -264,6 +264,7 @@ def thin(n, some):
 OPERATIONS = {
     "project": lambda a, g, rows, columns: a.project(thin(a.shape(g)[0], rows), g),
     "sketch": lambda a, g, rows, columns: a.sketch(g, thin(a.shape(g)[1], columns)),
+    "random sketch": lambda a, g, rows, columns: a.random_sketch(g, 2, lambda some: thin(a.shape(g)[1], columns)[some]),
     "inner": lambda a, g, rows, columns: a.inner(thin(a.shape(g)[1], columns).mT, thin(a.shape(g)[1], columns)),
     "norm": lambda a, g, rows, columns: a.norm(g, (-2, -1)),
     "columns": lambda a, g, rows, columns: a.norm(g, -2),

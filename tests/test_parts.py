@@ -14,8 +14,8 @@ from lowrank_optim.turns import Turn
 BASES = [SVD(), SubspaceIteration(), TwoSided(SVD()), TwoSided(SubspaceIteration())]
 
 
-def draw(shape):
-    return ops.normal(shape, 7, (0, 0))
+def draw(shape, some=None):
+    return ops.normal(shape, 7, (0, 0), some=some)
 
 
 @pytest.mark.parametrize("basis", BASES, ids=repr)

@@ -13,8 +13,8 @@ from lowrank_optim.parts import SVD, SubspaceIteration
 RANK = 12
 
 
-def draw(shape, purpose="sketch"):
-    return ops.normal(shape, 7, ops.stream_of(purpose, 3))
+def draw(shape, purpose="sketch", some=None):
+    return ops.normal(shape, 7, ops.stream_of(purpose, 3), some=some)
 
 
 def with_values(m, n, values):
@@ -62,7 +62,9 @@ every_shape = pytest.mark.parametrize("shape", [(60, 140), (140, 60), (80, 80)],
 def test_any_gradient_has_its_leading_subspace(shape, values, dtype):
     g = with_values(*shape, values).to(dtype)
     for old in (None, {"basis": torch.linalg.qr(torch.randn(shape[0], RANK, dtype=dtype))[0]}):
-        basis = fitted(g, old, drawn=lambda *args: draw(*args).to(dtype), basis=SubspaceIteration(warm_rounds=2))
+        basis = fitted(
+            g, old, drawn=lambda *args, **some: draw(*args, **some).to(dtype), basis=SubspaceIteration(warm_rounds=2)
+        )
         best = energy(SVD().fit(WHOLE, g, None, RANK, draw, 0.0)["basis"], g)
         assert basis.dtype == dtype
         assert basis.shape == (shape[0], RANK)
@@ -134,8 +136,8 @@ def test_a_stack_is_its_matrices(shape):
     g = torch.stack([with_values(*shape, values) for values in kinds] + [torch.zeros(shape)])
     first = [fitted(x) for x in g]
 
-    def stacked(sides, purpose="sketch"):
-        return torch.stack([draw(sides, purpose)] * len(g))
+    def stacked(sides, purpose="sketch", some=None):
+        return torch.stack([draw(sides, purpose, some)] * len(g))
 
     both = fitted(g, drawn=stacked)
     for one, x, together in zip(first, g, both, strict=True):
@@ -155,12 +157,44 @@ def test_orthonormalize_never_fails(y):
 
 def test_whitened_columns_span_the_same():
     y = torch.randn(300, 20) @ torch.diag(10.0 ** -torch.linspace(0, 2, 20)) @ torch.randn(20, 20)
-    z = ops.whitened(y)
+    z = ops.whiten_(y.clone())
     assert_orthonormal(z, 1e-2)
     rest = y - z @ torch.linalg.lstsq(z, y).solution
     assert rest.norm() < 1e-5 * y.norm()
-    assert ops.whitened(torch.zeros(8, 3)).abs().max() == 0
-    assert torch.allclose(ops.whitened(y.mT.contiguous().mT), z, atol=1e-3), "memory layout"
+    assert ops.whiten_(torch.zeros(8, 3)).abs().max() == 0
+    turned = y.mT.contiguous().mT
+    assert ops.whiten_(turned).data_ptr() == turned.data_ptr()
+    assert torch.allclose(turned, z, atol=1e-3), "memory layout"
+
+
+def test_random_sketches_draw_some_rows_at_a_time(monkeypatch):
+    g, drawn = torch.randn(2, 60, 300), []
+
+    def rows(some):
+        drawn.append(some.stop - some.start)
+        return draw((300, 20), some=some)
+
+    whole = g @ draw((300, 20))
+    assert torch.allclose(WHOLE.random_sketch(g[0], 20, rows), whole[0], atol=1e-4)
+    assert drawn == [300]
+    monkeypatch.setattr("lowrank_optim.blocks.BLOCK", 64 * 20)
+    assert torch.allclose(WHOLE.random_sketch(g[0], 20, rows), whole[0], atol=1e-4)
+    assert drawn[1:] == [64, 64, 64, 64, 44]
+    stacked = WHOLE.random_sketch(g, 20, lambda some: rows(some).expand(2, -1, -1))
+    assert torch.allclose(stacked, whole, atol=1e-4)
+    assert WHOLE.random_sketch(g[0, :, :0], 20, lambda some: draw((0, 20), some=some)).equal(torch.zeros(60, 20))
+
+
+def test_blocks_make_no_difference(monkeypatch):
+    y = torch.randn(300, 20) @ torch.diag(10.0 ** -torch.linspace(0, 5, 20)) @ torch.randn(20, 20)
+    layouts = y, y.mT.contiguous().mT
+    whole = [(ops.whiten_(x.clone()), ops.orthonormalize(x)) for x in layouts]
+    monkeypatch.setattr("lowrank_optim.blocks.BLOCK", 64 * 20)
+    for x, expected in zip(layouts, whole, strict=True):
+        before = x.clone()
+        assert torch.allclose(ops.orthonormalize(x), expected[1], atol=1e-5)
+        assert x.equal(before), "only whiten_ is in place"
+        assert torch.allclose(ops.whiten_(x.clone()), expected[0], atol=1e-5)
 
 
 def test_products_are_products(monkeypatch):

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..blocks import blocks, widened
+from ..blocks import Columns, blocks, widened
+
+Drawn = Callable[[slice], Tensor]  # some rows of a random matrix
 
 
 class Algebra:
@@ -44,6 +46,15 @@ class Algebra:
     def sketch(self, g: Tensor, thin: Tensor) -> Tensor:
         """`G Q`: (m, n), (n, k) -> (m, k)."""
         return ops.product(g, thin)
+
+    def random_sketch(self, g: Tensor, width: int, drawn: Drawn) -> Tensor:
+        """`G Omega`: (m, n) -> (m, k), with only some rows of Omega (n, k) drawn at a time."""
+        cut = blocks((*g.shape[:-2], width, g.shape[-1]), g.device.type)
+        first, *rest = list(cut) or [Columns(0, 0, 0)]
+        y = ops.product(first.of(g), drawn(slice(first.first, first.stop)))
+        for columns in rest:
+            ops.add_product_(y, columns.of(g), drawn(slice(columns.first, columns.stop)), 1.0, 1.0)
+        return y
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         """`X Y` over the long side: (r, n), (n, k) -> (r, k)."""
@@ -81,9 +92,9 @@ class Algebra:
         """An orthonormal basis of the columns of y, whose rows are those (-2) or the columns (-1) of G."""
         return ops.orthonormalize(y)
 
-    def whitened(self, y: Tensor, side: int) -> Tensor:
-        """The same, nearly, for what is only iterated on."""
-        return ops.whitened(y)
+    def whiten_(self, y: Tensor, side: int) -> Tensor:
+        """The same, nearly and in place, for what is only iterated on."""
+        return ops.whiten_(y)
 
     def principal(self, y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """The leading left singular vectors of a thin matrix with the rows of G, (m, k) -> (m, rank), and whether there

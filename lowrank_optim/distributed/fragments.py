@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..kept import Shape, Side
 from ..plan import Plan
-from .algebra import WHOLE, Algebra
+from .algebra import WHOLE, Algebra, Drawn
 from .deepspeed import Range
 from .layout import Cut, Layout
 from .lockstep import Peers, total
@@ -252,6 +252,11 @@ class Overlapping(Shards):
 
     def sketch(self, g: Tensor, thin: Tensor) -> Tensor:
         return super().sketch(self._once(g, -1, -1), self._once(thin, -1, -2))
+
+    def random_sketch(self, g: Tensor, width: int, drawn: Drawn) -> Tensor:
+        once = self._once(g, -1, -1)
+        skipped = g.shape[-1] - once.shape[-1]
+        return super().random_sketch(once, width, lambda some: drawn(slice(some.start + skipped, some.stop + skipped)))
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         return super().inner(self._once(x, -1, -1), self._once(y, -1, -2))

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import ops
 from ..kept import Side
 from . import lockstep
-from .algebra import WHOLE, Algebra, beside
+from .algebra import WHOLE, Algebra, Drawn, beside
 from .lockstep import Peers
 from .pieces import Piece
 
@@ -93,6 +93,9 @@ class Shards(Algebra):
 
     def sketch(self, g: Tensor, thin: Tensor) -> Tensor:
         return self._completed(super().sketch(g, thin), -1)
+
+    def random_sketch(self, g: Tensor, width: int, drawn: Drawn) -> Tensor:
+        return self._completed(super().random_sketch(g, width, drawn), -1)
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         return self._completed(super().inner(x, y), -1)
@@ -176,8 +179,8 @@ class Shards(Algebra):
     def orthonormal(self, y: Tensor, side: int) -> Tensor:
         return ops.orthonormalize(y, *self._lines(side))
 
-    def whitened(self, y: Tensor, side: int) -> Tensor:
-        return ops.whitened(y, *self._lines(side)[:1])
+    def whiten_(self, y: Tensor, side: int) -> Tensor:
+        return ops.whiten_(y, *self._lines(side)[:1])
 
     def principal(self, y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         return ops.principal(y, rank, *self._lines(-2))
@@ -201,8 +204,11 @@ class Shards(Algebra):
         m, n = self.shape(g)
         width = int(min(rank + 8, m, n))
         shape, start = self.own((n, width))
-        guess = ops.normal(shape, 0, ops.stream_of("leading", 0), g.device, start).to(g.dtype)
-        basis = ops.subspace_iteration(self, g, self.sketch(g, guess), width, 2)
+
+        def drawn(some: slice) -> Tensor:
+            return ops.normal(shape, 0, ops.stream_of("leading", 0), g.device, start, some).to(g.dtype)
+
+        basis = ops.subspace_iteration(self, g, self.random_sketch(g, width, drawn), width, 2)
         enough = 8 * math.sqrt(rank) * torch.finfo(g.dtype).eps
         for _ in range(_MOST_ROUNDS):
             old, basis = basis, ops.subspace_iteration(self, g, basis, width, 2)

@@ -193,10 +193,10 @@ class LoQT(WeightSpaceOptimizer):
         group, count = self.param_groups[0], self._count(layer)
         algebra = algebra_of_rows(self._layouts[member.p], turned=layer.right_singular)
 
-        def draw(shape: tuple[int, ...], purpose: str = "sketch") -> Tensor:
+        def draw(shape: tuple[int, ...], purpose: str = "sketch", some: slice | None = None) -> Tensor:
             stream = ops.stream_of(purpose, count)
             here, start = algebra.own(shape)
-            return ops.normal(here, layer.key, stream, g.device, start).to(working_dtype(layer.B))
+            return ops.normal(here, layer.key, stream, g.device, start, some).to(working_dtype(layer.B))
 
         def fit(g: Tensor) -> Tensor:
             at = Time(count, float(count))

@@ -2,7 +2,7 @@
 
 from . import reference, schema
 from .apply import add_rounded_
-from .linalg import fix_signs, leading_left_vectors, orthonormalize, principal, subspace_iteration, whitened
+from .linalg import fix_signs, leading_left_vectors, orthonormalize, principal, subspace_iteration, whiten_
 from .philox import key_of, normal, random_bits16, sample, stream_of, uniform
 from .products import add_product_, product
 from .reductions import largest, norm
@@ -32,5 +32,5 @@ __all__ = [
     "stream_of",
     "subspace_iteration",
     "uniform",
-    "whitened",
+    "whiten_",
 ]

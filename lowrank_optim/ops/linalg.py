@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..blocks import blocks
 from .philox import normal, stream_of
 from .products import product
 from .schema import kernel
@@ -59,24 +60,25 @@ def orthonormalize(y: Tensor, total: Total = _alone, first: int = 0) -> Tensor:
         total: completes sums over rows, where this process has some of them only.
         first: the number of the first row that is here.
     """
-    q, fits, _ = _pass(y, total)
-    q, again, _ = _pass(q, total)
+    q = torch.empty_like(y)
+    fits, _ = _pass(y, total, q)
+    again, _ = _pass(q, total, q)
     fits = fits & again
     if _looks(y) and bool(fits.all()):
         return q
     return torch.where(fits[..., None, None], q, _completed(y, total, first))
 
 
-def whitened(y: Tensor, total: Total = _alone) -> Tensor:
-    """Nearly orthonormal columns `(m, k)` that span those of `y (m, k)`: what an iteration needs in between.
+def whiten_(y: Tensor, total: Total = _alone) -> Tensor:
+    """Nearly orthonormal columns that span those of `y (m, k)`, in its place: what an iteration needs in between.
 
     One pass, or a second where rounding errors would grow. Directions that are rounding errors beside their neighbours
     fade out instead of being blown up, so that a y that lacks rank, or is zero, needs no exception.
     """
-    q, _, smooth = _pass(y, total, _FADE[y.dtype])
-    if _looks(y) and bool(smooth.all()):
-        return q
-    return _pass(q, total, _FADE[y.dtype])[0]
+    _, smooth = _pass(y, total, y, _FADE[y.dtype])
+    if not (_looks(y) and bool(smooth.all())):
+        _pass(y, total, y, _FADE[y.dtype])
+    return y
 
 
 def principal(y: Tensor, rank: int, total: Total = _alone, first: int = 0) -> tuple[Tensor, Tensor]:
@@ -88,7 +90,7 @@ def principal(y: Tensor, rank: int, total: Total = _alone, first: int = 0) -> tu
     if y.dtype == torch.float64:  # whose digits a Gram matrix in float64 would halve
         return _principal64(y, rank, total, first)
     squares = total(gram, y)
-    finite = torch.isfinite(squares).all(-1, keepdim=True).all(-2, keepdim=True)
+    finite = torch.isfinite(squares.diagonal(dim1=-2, dim2=-1)).all(-1)[..., None, None]  # no other entry is larger
     squares = torch.where(finite, squares, 0.0)
     values, vectors = torch.linalg.eigh(squares)
     values, vectors = values[..., -rank:].flip(-1), vectors[..., -rank:].flip(-1)
@@ -100,7 +102,7 @@ def principal(y: Tensor, rank: int, total: Total = _alone, first: int = 0) -> tu
     q = _times(y, (vectors * gain).to(y.dtype)).div_(size)
     found = finite & (largest > 0).unsqueeze(-1)
     # Column i is a sum of columns of y that cancel: its rounding error has grown by the length of the summands.
-    lengths = squares.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) @ vectors.square()
+    lengths = squares.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) @ vectors.square_()
     steep = lengths * gain.square() > _STEEP**2 * largest.unsqueeze(-1)
     if _looks(y) and bool(there.all()) and not bool(steep.any()):
         return q, found
@@ -139,27 +141,38 @@ def _count(x: Tensor) -> Tensor:
     return torch.full((), float(x.shape[-2]), dtype=torch.float64, device=x.device)
 
 
-def _pass(y: Tensor, total: Total, shift: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """`Y L^-T` with `L L^T = Y^T Y`; whether there is such an L, and whether it lets rounding errors be, both `()`.
-    `shift` is added to the squares of columns of length 1."""
-    squares = total(gram, y)
+def _pass(y: Tensor, total: Total, out: Tensor, shift: float = 0.0) -> tuple[Tensor, Tensor]:
+    """`out = Y L^-T` with `L L^T = Y^T Y`, `out` being y or like it. Returns whether there is such an L, and whether it
+    lets rounding errors be, both `()`."""
+    mix, largest, fits, smooth = _mixing(total(gram, y), shift)
+    mix, largest = mix.to(y.dtype), largest.to(y.dtype)
+    for rows in blocks(y.mT.shape, y.device.type):
+        torch.div(_times(rows.of(y.mT).mT, mix), largest, out=rows.of(out.mT).mT)
+    return fits, smooth
+
+
+def _mixing(squares: Tensor, shift: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`L^-T` times the largest length of a column, that length `(1, 1)`, and the two answers of `_pass`.
+
+    shift: added to the squares of columns of length 1.
+    """
     size = squares.diagonal(dim1=-2, dim2=-1).sqrt()
     inverse_size = torch.where(size > 0, 1 / size, 0.0)
-    unit = squares * inverse_size.unsqueeze(-1) * inverse_size.unsqueeze(-2)
+    unit = (squares * inverse_size.unsqueeze(-1)).mul_(inverse_size.unsqueeze(-2))
+    unit.diagonal(dim1=-2, dim2=-1).add_(shift)
+    factor, info = torch.linalg.cholesky_ex(unit)
     eye = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
-    factor, info = torch.linalg.cholesky_ex(unit + shift * eye)
     inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+    smooth = (torch.linalg.vector_norm(inverse, dim=-1) <= _STEEP).all(-1)
     # The inverse may be beyond float32 where y is small; what it is divided by is not.
     largest = torch.where(size > 0, size, 1.0).amax(-1)[..., None, None]
-    mix = inverse.mT * (inverse_size.unsqueeze(-1) * largest)
-    q = _times(y, mix.to(y.dtype)).div_(largest.to(y.dtype))
-    smooth = (inverse.square().sum(-1) <= _STEEP**2).all(-1)
-    return q, (info == 0) & torch.isfinite(size).all(-1), smooth
+    fits = (info == 0) & torch.isfinite(size).all(-1)
+    return inverse.mT.mul_(inverse_size.unsqueeze(-1) * largest), largest, fits, smooth
 
 
 def _times(y: Tensor, mix: Tensor) -> Tensor:
     """`Y M`, in the memory layout of y."""
-    return product(mix.mT, y.mT).mT if y.mT.is_contiguous() else product(y, mix)
+    return product(y, mix) if y.stride(-1) == 1 else product(mix.mT, y.mT).mT
 
 
 def _completed(y: Tensor, total: Total, first: int) -> Tensor:
@@ -168,7 +181,7 @@ def _completed(y: Tensor, total: Total, first: int) -> Tensor:
     size = total(lambda y: y.double().square().sum(-2, keepdim=True), y).sqrt()
     q = (y / torch.where(size > 0, size, 1.0)).to(y.dtype) + _NOISE * noise(y, total, first)
     for shift in (1e-13, 1e-13, 0.0, 0.0):
-        q = _pass(q, total, shift)[0]
+        _pass(q, total, q, shift)
     return q
 
 
@@ -186,12 +199,12 @@ def leading_left_vectors(g: Tensor, rank: int) -> Tensor:
 
 
 def subspace_iteration(
-    algebra: Algebra, g: Tensor, start: Tensor, rank: int, rounds: int, otherwise: Tensor | None = None
+    algebra: Algebra, g: Tensor, y: Tensor, rank: int, rounds: int, otherwise: Tensor | None = None
 ) -> Tensor:
     """Approximate leading left singular vectors `(m, rank)` of `g (m, n)`, ordered, signs fixed.
 
     Args:
-        start: `(m, k)`, k >= rank columns that span a first guess, of lengths around 1.
+        y: `(m, k)`, k >= rank columns that span a first guess, of lengths around 1. Not written to.
         rounds: each is one product with `g^T` and one with `g`, whitened in between.
         otherwise: the result where g is zero or its products are not finite; random vectors, if that is None.
 
@@ -200,10 +213,9 @@ def subspace_iteration(
 
     Reference: Halko, Martinsson and Tropp, "Finding structure with randomness", SIAM Review 2011, algorithm 4.4.
     """
-    y = start
     for i in range(rounds):
-        y = algebra.whitened(y, -2) if i else y
-        y = algebra.sketch(g, algebra.whitened(algebra.project(y, g).mT, -1))
-    basis, found = algebra.principal(y, rank)
-    basis = algebra.signed(basis)
-    return basis if otherwise is None else torch.where(found, basis, otherwise)
+        y = algebra.project(algebra.whiten_(y, -2) if i else y, g).mT  # one name: what went before is not kept
+        y = algebra.sketch(g, algebra.whiten_(y, -1))
+    y, found = algebra.principal(y, rank)
+    y = algebra.signed(y)
+    return y if otherwise is None else torch.where(found, y, otherwise)

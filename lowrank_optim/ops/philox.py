@@ -62,9 +62,20 @@ def stream_of(purpose: str, time: int | Tensor) -> Stream:
 
 
 def normal(
-    shape: tuple[int, ...], key: int, stream: Stream, device: torch.device | str = "cpu", start: int = 0
+    shape: tuple[int, ...],
+    key: int,
+    stream: Stream,
+    device: torch.device | str = "cpu",
+    start: int = 0,
+    some: slice | None = None,
 ) -> Tensor:
-    """Standard normal numbers, float32, the same on all devices, from element `start` of the stream on."""
+    """Standard normal numbers, float32, the same on all devices, from element `start` of the stream on.
+
+    some: of the tensor of this shape only these rows, without a step.
+    """
+    if some is not None:
+        first, stop, _ = some.indices(shape[0])
+        shape, start = (stop - first, *shape[1:]), start + first * math.prod(shape[1:])
     out = torch.empty(shape, dtype=torch.float32, device=device)
     kernel("philox_normal_")(out, *numbers_of(key, stream), start)
     return out

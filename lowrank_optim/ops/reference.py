@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..blocks import blocks as column_blocks
+
 _TINY = torch.finfo(torch.float32).tiny
 PIECE = 1 << 16  # elements worked on at once on CPU, so that a piece and its temporaries stay in cache
 
@@ -138,8 +140,11 @@ def _midpoints(code_map: Tensor, lower: Tensor) -> Tensor:
 
 def gram_(out: Tensor, y: Tensor, across: bool = False) -> None:
     """`Y^T Y` in float64 of y (m, k), or `Y Y^T` if across."""
-    wide = y.double()
-    torch.matmul(wide if across else wide.mT, wide.mT if across else wide, out=out)
+    out.zero_()
+    lines = y if across else y.mT
+    for columns in column_blocks(lines.shape, y.device.type):
+        wide = columns.of(lines).double()
+        out.add_(wide @ wide.mT)
 
 
 def fix_signs_(basis: Tensor) -> None:

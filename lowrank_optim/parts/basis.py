@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..blocks import Columns
+from ..blocks import BLOCK, Columns
 from ..distributed.algebra import WHOLE, Algebra
 from ..kept import Shape, Spec
 from ..ops import add_product_, subspace_iteration
-from ..ops.philox import BLOCK
+from ..ops.philox import BLOCK as COUNTERS
 from ..ops.products import scratch
 from ..recipe import Basis, Draw, State, Time
 from ..turns import Turn
@@ -111,22 +111,27 @@ class SubspaceIteration(OneSided):
     def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
         m, n = algebra.shape(g)
         width = self._width(m, n, rank)
+        # What iterations start from has no name here, which would keep it as long as they take.
         if old is None:
-            start = algebra.whitened(algebra.sketch(g, draw((n, width))), -2)
-            return {"basis": subspace_iteration(algebra, g, start, rank, self.rounds)}
-        # unit columns on average, like the old basis, so that neither part drowns the other in rounding
-        fresh = draw((m, width - rank)) / m**0.5
-        start = torch.cat([old["basis"], fresh], dim=-1)
-        return {"basis": subspace_iteration(algebra, g, start, rank, self.warm_rounds, otherwise=old["basis"])}
+            return {"basis": subspace_iteration(algebra, g, self._sketch(algebra, g, width, draw), rank, self.rounds)}
+        rounds, known = self.warm_rounds, old["basis"]
+        basis = subspace_iteration(algebra, g, self._continued(known, m, width, draw), rank, rounds, otherwise=known)
+        return {"basis": basis}
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         width = self._width(m, n, rank)
-        long = max(m, n) * width
-        drawing = n * width + 16 * min(n * width, 4 * BLOCK)  # words, and their logarithms and cosines in float64
-        completing = m * width + 16 * min(m * rank, 4 * BLOCK)
-        # both sketches and one that is whitened, then a copy of one or small matrices in float64
-        fitting = (m + n) * width + long + max(2 * long, 16 * width**2) + 3 * m * rank
-        return max(drawing, completing, fitting)
+        sides, long, small = (m + n) * width, max(m, n) * width, 16 * width**2  # the latter in float64
+        block, words = min(long, BLOCK), 16 * min(long, 4 * COUNTERS)  # of plain torch's random numbers, in float64
+        fitted = m * width + max(small, 3 * m * rank + words)  # vectors, in order and signed, and what completes them
+        return max(sides + words, long + max(3 * block, small), fitted)
+
+    def _sketch(self, algebra: Algebra, g: Tensor, width: int, draw: Draw) -> Tensor:
+        _, n = algebra.shape(g)
+        return algebra.whiten_(algebra.random_sketch(g, width, lambda some: draw((n, width), some=some)), -2)
+
+    def _continued(self, basis: Tensor, m: int, width: int, draw: Draw) -> Tensor:
+        """With fresh columns as long as those of the old basis, on average, so that neither drown the others."""
+        return torch.cat([basis, draw((m, width - basis.shape[-1])) / m**0.5], dim=-1)
 
     def _width(self, m: int, n: int, rank: int) -> int:
         return min(rank + self.oversample, m, n)
