@@ -75,6 +75,8 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.step_time --model 60m
 	$(BIN)/python -m benchmarks.step_time --model h1024
 	$(BIN)/python -m benchmarks.step_time --all --model 60m --rounds 9
+	$(BIN)/python -m benchmarks.versus --model 60m
+	$(BIN)/python -m benchmarks.versus --model h1024
 	$(BIN)/python -m benchmarks.subspace
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.weight_memory

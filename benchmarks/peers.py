@@ -22,10 +22,9 @@ Params = dict[str, nn.Parameter]
 
 
 class Peer(NamedTuple):
-    """The package of a method, how to get it, and its optimizer for named parameters at a rank."""
+    """The package of a method, and its optimizer for named parameters at a rank."""
 
     package: str
-    install: str
     make: Callable[[Params, int], torch.optim.Optimizer]
 
 
@@ -74,7 +73,7 @@ def _flora(params: Params, rank: int) -> torch.optim.Optimizer:
 def _snsm(params: Params, rank: int) -> torch.optim.Optimizer:
     path = os.environ.get("SN_SM")
     if path is None:
-        raise ImportError("SN_SM is not set")
+        raise ImportError("set SN_SM to a checkout of it")
     if path not in sys.path:
         sys.path.append(path)
     groups = split(params, rank=rank, update_proj_gap=NEVER, proj_type="svd", subset_size="heuristics")
@@ -109,11 +108,11 @@ def _stand_in(path: str, **names: Any) -> None:
 
 
 PEERS: dict[str, Peer] = {  # by the name of our method
-    "GaLoreAdamW": Peer("galore-torch 1.0", "pip install --no-deps galore-torch==1.0", _galore),
-    "FiraAdamW": Peer("fira 1.0.2", "pip install --no-deps fira==1.0.2", _fira),
-    "APOLLO": Peer("apollo-torch 1.0.3", "pip install --no-deps apollo-torch==1.0.3", _apollo),
-    "APOLLOMini": Peer("apollo-torch 1.0.3, Mini", "pip install --no-deps apollo-torch==1.0.3", _apollo_mini),
-    "Flora": Peer("flora-opt 0.0.3", "pip install --no-deps flora-opt==0.0.3", _flora),
-    "SNSMAdamW": Peer("sn-sm a4c1a4a", "SN_SM=a checkout of github.com/timmytonga/sn-sm", _snsm),
-    "DCTAdamW": Peer("ista-daslab-optimizers 1.1.15", "pip install --no-deps ista-daslab-optimizers==1.1.15", _dct),
+    "GaLoreAdamW": Peer("galore-torch 1.0", _galore),
+    "FiraAdamW": Peer("fira 1.0.2", _fira),
+    "APOLLO": Peer("apollo-torch 1.0.3", _apollo),
+    "APOLLOMini": Peer("apollo-torch 1.0.3, Mini", _apollo_mini),
+    "Flora": Peer("flora-opt 0.0.3", _flora),
+    "SNSMAdamW": Peer("sn-sm a4c1a4a", _snsm),
+    "DCTAdamW": Peer("ista-daslab-optimizers 1.1.15", _dct),
 }

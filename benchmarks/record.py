@@ -22,7 +22,8 @@ def write(name: str, result: dict[str, Any], quiet: bool = False, folder: Path =
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.json"
     record = {"command": _command(), "date": datetime.date.today().isoformat(), "machine": _machine()}
-    record["versions"] = _versions("torch", "numpy", "lowrank_optim", "galore-torch", "transformers", "tokenizers")
+    peers = "apollo-torch", "fira", "flora-opt", "galore-torch", "ista-daslab-optimizers"
+    record["versions"] = _versions("torch", "numpy", "lowrank_optim", "transformers", "tokenizers", *peers)
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps({**record, **result}, indent=1) + "\n")
     os.replace(part, path)

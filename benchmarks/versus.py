@@ -90,7 +90,7 @@ def field(name: str, model: str, grads: dict[str, torch.Tensor]) -> Iterator[Con
     try:
         yield Guest(PEERS[name].package, grads, PEERS[name], rank, ours.gap)
     except ImportError as error:
-        print(f"{name}: {PEERS[name].package} is not there ({error}). {PEERS[name].install}")
+        print(f"{name}: {PEERS[name].package} is left out ({error}); see benchmarks/peers.txt")
 
 
 def measure(name: str, model: str, rounds: int, refreshes: int) -> dict[str, Any]:

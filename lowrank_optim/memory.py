@@ -328,7 +328,8 @@ def _step_bytes(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) ->
     for key, one in spec.items():
         count = plan.count * math.prod(one.shape)
         elements += min(count, PIECE) if key in closed else count * (1 if one.steady else 2)
-    block = recipe.basis.add_workspace(plan.matrix, rank) if plan.projected and not plan.batch else 0
+    lifted = plan.projected and not plan.batch and recipe.residual.lifts
+    block = recipe.basis.add_workspace(plan.matrix, rank) if lifted else 0
     if is_packed(p):
         elements += 4 * size
     elif p.dtype != working:  # all of G, or a block of it and then one of W

@@ -271,6 +271,7 @@ class Residual(abc.ABC):
 
     feeds_back: ClassVar[bool] = False  # True: `before` changes the gradient
     thin: ClassVar[bool] = False  # True: nothing, so R is all that a step needs to know of G
+    lifts: ClassVar[bool] = True  # False: `after` gives no direction, so nothing is brought back from the subspace
 
     def uncut(self) -> Mapping[int, str]:
         """As in `Basis`."""

@@ -228,3 +228,28 @@ def test_subspace_iteration_captures_the_energy(shape, rounds, least):
     assert (basis.mT @ basis - torch.eye(16)).abs().max() < 1e-5
     captured = (basis.mT @ g).norm(dim=1)
     assert (captured[:-1] >= 0.97 * captured[1:]).all(), "columns are ordered by what they capture"
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (300, 400), (3, 90, 1200), (1, 9), (9, 1)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_norms_of_columns_are_torchs(shape, turned):
+    """However the matrix lies in memory, and also where it is summed in several pieces."""
+    x = torch.randn(*shape[:-2], shape[-1], shape[-2]).mT if turned else torch.randn(shape)
+    for dim in (-2, -1, (-2, -1)):
+        expected = torch.linalg.vector_norm(x.double(), dim=dim, keepdim=True)
+        torch.testing.assert_close(ops.norm(x, dim).double(), expected, rtol=1e-6, atol=0)
+
+
+def test_the_largest_entry_may_be_negative_or_nan():
+    x = torch.tensor([[[1.0, -3.0], [2.0, 0.5]], [[1.0, 4.0], [-2.0, 0.0]]])
+    assert ops.largest(x).tolist() == [3, 4]
+    x[1, 0, 1] = float("nan")
+    assert ops.largest(x)[0] == 3
+    assert ops.largest(x)[1].isnan()
+
+
+@pytest.mark.parametrize("shape", [(6, 11), (300, 400), (2, 7, 5)])
+def test_a_size_with_factors_is_that_of_the_product(shape):
+    x, factors = torch.randn(shape), torch.rand(*shape[:-2], 1, shape[-1]) + 0.5
+    for some in (factors, factors[..., :1]):
+        torch.testing.assert_close(WHOLE.size(x, some), WHOLE.size(x * some), rtol=1e-6, atol=0)

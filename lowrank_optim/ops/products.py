@@ -37,7 +37,9 @@ def add_product_(w: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> 
         (w.addmm_ if w.dim() == 2 else w.baddbmm_)(a, b, beta=beta, alpha=alpha)
         return
     for columns in blocks(w.shape, most=BLOCK):
-        some, place = columns.of(b), columns.of(w).mul_(beta)
+        some, place = columns.of(b), columns.of(w)
+        if beta != 1:
+            place.mul_(beta)
         place.add_(product(a, some) if w.is_contiguous() else product(some.mT, a.mT).mT, alpha=alpha)  # laid out like w
 
 
