@@ -10,7 +10,6 @@ from torch import Tensor
 from .deepspeed import partition
 from .dtensors import first_row, local
 
-
 # Rows of a product that are computed together. How a product is rounded depends on its shape, so that with others the
 # parts of a weight would have other bits than the whole.
 _ROWS = 256
