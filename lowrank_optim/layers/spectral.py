@@ -105,7 +105,7 @@ class SpectralLinear(ReparameterizedLinear):
             length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
             good = length.isfinite() & (length > 0)
             active.copy_(torch.where(good, x / length, stored[self.index].to(x.dtype)))
-            stored.index_copy_(0, self.index, active)
+            stored.index_copy_(0, self.index, active.to(stored.dtype))
 
     @torch.no_grad()
     def orthogonalize_(self) -> bool:

@@ -52,6 +52,8 @@ class SST(WeightSpaceOptimizer):
         + WEIGHT_OPTIONS
     )
     layer = SpectralLinear
+    irreplaceable = ""
+    unpartitionable = "after each update it writes to some of all singular vectors, which are frozen weights"
 
     def __init__(
         self,
@@ -81,14 +83,14 @@ class SST(WeightSpaceOptimizer):
         super().__init__(model, given(locals()), strict=strict)
 
     def restart(self, name: str, layer: ReparameterizedLinear, count: int, group: dict[str, Any]) -> bool:
-        spectral = cast(SpectralLinear, layer)
-        spectral.retract_()
-        draws, rest = divmod(count, group["iteration_steps"])
-        if rest:
-            return False
-        draws_per_round = group["iterations"] or -(-len(spectral.sigma) // spectral.rank)
-        anew = draws % draws_per_round == 0 and spectral.orthogonalize_()
-        spectral.activate_(draws)
+        spectral, (draws, rest) = cast(SpectralLinear, layer), divmod(count, group["iteration_steps"])
+        with self.trained(spectral, *spectral.factors):
+            spectral.retract_()
+            if rest:
+                return False
+            draws_per_round = group["iterations"] or -(-len(spectral.sigma) // spectral.rank)
+            anew = draws % draws_per_round == 0 and spectral.orthogonalize_()
+            spectral.activate_(draws)
         changed = spectral.factors if anew else SEGMENT
         self.settle(spectral, changed)
         self.reset(spectral, only=changed)
