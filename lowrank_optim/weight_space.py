@@ -44,6 +44,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
     layer: ClassVar[type[ReparameterizedLinear]]
     shardable = False
     irreplaceable = "its restarts read and write these"
+    unpartitionable = "its restarts read and write frozen weights"
     layer_options: ClassVar[tuple[str, ...]] = ()  # constructor arguments that are the layer's and not the groups'
 
     def __init__(self, model: nn.Module, options: dict[str, Any], *, strict: bool = False) -> None:

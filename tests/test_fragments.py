@@ -560,10 +560,10 @@ def test_an_unknown_deepspeed_is_named():
         ranges("GaLoreAdamW", torch.randn(24), [given(_hp_mapping=None)], {})
 
 
-def test_methods_that_restart_weights_are_refused():
-    optimizer = lowrank_optim.ReLoRA(nn.Sequential(nn.Linear(32, 24)), rank=2)
+def test_methods_that_need_their_parameters_are_refused():
+    optimizer = lowrank_optim.LoQT(nn.Sequential(nn.Linear(32, 24)), rank=2)
     optimizer.param_groups[0]["params"] = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
-    with pytest.raises(NotImplementedError, match="this method of ReLoRA does not work under a wrapper"):
+    with pytest.raises(NotImplementedError, match=r"LoQT does not work under DeepSpeed.*quantized weights"):
         optimizer.step()
 
 

@@ -242,6 +242,21 @@ def test_a_merge_in_bfloat16_rounds_once_and_right_on_average():
     assert torch.equal(layer.base, exact.bfloat16())
 
 
+def test_merges_of_float32_masters_are_of_what_the_forward_pass_sees():
+    """Under DeepSpeed in bfloat16: heads take back rounded factors, so these are what is merged."""
+    torch.manual_seed(0)
+    rounded, trained = (MultiHeadLinear(nn.Linear(24, 37, dtype=torch.bfloat16), 4, heads=2, name="w") for _ in "ab")
+    trained.load_state_dict(rounded.state_dict())
+    for key in rounded.factors:
+        master = torch.randn_like(getattr(rounded, key), dtype=torch.float32) / 8
+        getattr(rounded, key).data.copy_(master)
+        trained._parameters[key] = master
+    for layer in (rounded, trained):
+        layer.merge_(1)
+    for key in ("base", "B_merged", "A_merged"):
+        assert torch.equal(getattr(rounded, key), getattr(trained, key)), key
+
+
 @pytest.mark.parametrize(("how", "share"), [("stochastic", 1.0), ("kahan", 1.0), ("none", 0.0)])
 def test_merges_below_the_last_bit_add_up(how, share):
     model, batches = one_layer((48, 64), torch.bfloat16), pairs((48, 64), 1, torch.bfloat16)

@@ -97,8 +97,8 @@ def test_what_is_refused(jobs):
         ({"optimizer": "Muon", "strategy": "zero2"}, "torch's Muon needs matrices"),
         ({"optimizer": "ReLoRA", "warm_start": 3}, "would give the model to DeepSpeed twice"),
         ({"optimizer": "ReLoRA", "keywords": {"base": "nf4"}}, "take base=dense"),
-        ({"optimizer": "SST", "strategy": "zero3"}, "trains other tensors in the place of the parameters of SST"),
-        ({"optimizer": "SST", "dtype": "bf16"}, "trains other tensors in the place of the parameters of SST"),
+        ({"optimizer": "SST", "strategy": "zero3"}, "stage 3 partitions all weights of SST"),
+        ({"optimizer": "LoQT", "dtype": "bf16"}, "trains other tensors in the place of the parameters of LoQT"),
         ({"batch": 13}, "must be a multiple of the number of processes"),
     ):
         assert message in refusal(dataclasses.replace(job, **changes))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ def test_parts_of_a_product_have_the_bits_of_the_whole(m, n, r):
     whole = span(torch.empty(m, n), n).of_product(b, a)
     torch.testing.assert_close(whole, b @ a)
     for cuts in ((0, m * n), (0, 5, 5, m * n // 2 + 3, m * n), (0, n, m * n - 1, m * n, m * n)):
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             part = Span(torch.empty(stop - start), start).of_product(b, a)
             assert torch.equal(part, whole.view(-1)[start:stop]), (start, stop)
 

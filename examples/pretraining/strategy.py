@@ -90,13 +90,17 @@ def check(job: Job) -> None:
 def _of_converted_layers(job: Job) -> list[tuple[bool, str]]:
     """What DeepSpeed cannot do with them."""
     optimizer = optimizers.find(job.optimizer)
-    replaced = STAGES[job.strategy] > 0 or job.dtype == "bf16"
+    stage = STAGES[job.strategy]
+    why, whole = (str(getattr(optimizer, key)) for key in ("irreplaceable", "unpartitionable"))
     base = inspect.signature(optimizer).parameters.get("base")
     return [
         (
-            replaced and bool(getattr(optimizer, "irreplaceable", "")),
-            f"DeepSpeed trains other tensors in the place of the parameters of {job.optimizer}, and "
-            f"{getattr(optimizer, 'irreplaceable', '')}; take ddp",
+            bool(why) and (stage > 0 or job.dtype == "bf16"),
+            f"DeepSpeed trains other tensors in the place of the parameters of {job.optimizer}, and {why}; take ddp",
+        ),
+        (
+            bool(whole) and stage == 3,
+            f"stage 3 partitions all weights of {job.optimizer}, and {whole}; take another stage, or ddp",
         ),
         (
             base is not None and job.keywords.get("base", base.default) not in ("dense", "none"),

@@ -54,10 +54,10 @@ def picked(x: Tensor, index: Tensor) -> Tensor:
 def place_(x: Tensor, index: Tensor, rows: Tensor) -> None:
     """Overwrites some rows of a tensor that is cut by rows, if at all, by what all ranks have."""
     if not hasattr(x, "device_mesh"):
-        x.index_copy_(0, index, rows)
+        x.index_copy_(0, index, rows.to(x.dtype))
     else:
         mine, here = _numbers_here(x, index)
-        local(x).index_copy_(0, here, rows[mine])
+        local(x).index_copy_(0, here, rows[mine].to(x.dtype))
 
 
 def _numbers_here(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -75,6 +75,14 @@ def can_be_replaced(method: str, ways: Mapping[str, bool], why_not: str) -> None
         )
 
 
+def can_be_partitioned(method: str, why_not: str) -> None:
+    if why_not:
+        raise NotImplementedError(
+            f"{method} does not work under stage 3 of DeepSpeed ZeRO, which partitions all weights: {why_not}. Use "
+            "another stage, or DistributedDataParallel"
+        )
+
+
 def can_be_copied(method: str, in_pieces: bool) -> None:
     if in_pieces:
         raise NotImplementedError(

@@ -142,6 +142,8 @@ class StandIns:
     def _adopt_flat(self, flat: Tensor, group: dict[str, Any], given: list[Tensor]) -> None:
         optimizer = self.optimizer
         found = ranges(type(optimizer).__name__, flat, given, group)
+        if any(hasattr(one.param, "ds_tensor") for one in found):
+            shard_checks.can_be_partitioned(type(optimizer).__name__, optimizer.unpartitionable)
         plans = [optimizer._plans[one.param] for one in found]
         rules = [optimizer._recipe_of(plan, group).elementwise and not plan.projected for plan in plans]
         numbers = {p: i for i, (_, p) in enumerate(pair for pairs in self.given.values() for pair in pairs)}

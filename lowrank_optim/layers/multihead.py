@@ -188,7 +188,8 @@ class MultiHeadLinear(ReparameterizedLinear):
         return base if self.rows is None else self.rows.weight(base, self.B.dtype)
 
     def _all(self) -> list[Tensor]:
-        return [self.B, self.A, self.B_merged, self.A_merged]
+        """As the forward pass sees them, also where what is trained has more bits: what is merged can be taken back."""
+        return [x.to(self.B_merged.dtype) for x in (self.B, self.A, self.B_merged, self.A_merged)]
 
     def _orthogonal(self, head: int, like: Tensor) -> Tensor:
         """Orthonormal rows (r, n) of head number `head` among all processes."""

@@ -67,6 +67,7 @@ class LoQT(WeightSpaceOptimizer):
     )
     layer = QuantizedLinear
     shardable = True
+    irreplaceable = "its subspaces follow gradients of quantized weights, which DeepSpeed takes for trained ones"
     layer_options = ("scale", "base")
     fixed = ("update_proj_gap",)
     choices = {"base": ("nf4", "int8", "dense"), "basis": ("rsvd", "svd"), "moments": ("reset", "keep")}

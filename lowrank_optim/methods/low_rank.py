@@ -43,7 +43,7 @@ class LowRankAdamW(WeightSpaceOptimizer):
     )
     layer = LowRankLinear
     shardable = True
-    irreplaceable = ""
+    irreplaceable = unpartitionable = ""
     layer_options = ("alpha", "base", "init")
 
     def __init__(

@@ -74,6 +74,8 @@ class LTE(WeightSpaceOptimizer):
     )
     layer = MultiHeadLinear
     shardable = True
+    irreplaceable = ""
+    unpartitionable = "its merges keep copies of the factors beside the weights, and read all of both"
     layer_options = ("heads", "ranks", "alpha", "base", "init")
     choices = {"base": ("dense", "int8", "nf4"), "init": INITS, "reset": ("keep", "drop")}
 
@@ -110,6 +112,7 @@ class LTE(WeightSpaceOptimizer):
         options["heads"], options["ranks"] = checks.heads(heads)
         super().__init__(model, options, strict=strict)
         if self._apart:
+            self.irreplaceable = "it would average heads that are not the same in any two processes"
             layers = {id(layer.leader) for layer in self._conversion.layers.values()}
             own = (*MultiHeadLinear.factors, *MERGED)
             found = [name for name, one in model.named_modules() if id(getattr(one, "B", None)) in layers]
@@ -127,8 +130,8 @@ class LTE(WeightSpaceOptimizer):
         With heads="ranks" every process must call it after the same update. Training goes on from there; heads then
         know of each other earlier than they would have.
         """
-        for layer in self._conversion.layers.values():
-            self._merge(layer, self._count(layer))
+        for name, layer in self._conversion.layers.items():
+            self._merge(layer, self._counted[name])
 
     def restart(self, name: str, layer: ReparameterizedLinear, count: int, group: dict[str, Any]) -> bool:
         if count % group["merge_every"]:
@@ -144,7 +147,8 @@ class LTE(WeightSpaceOptimizer):
     def _merge(self, layer: ReparameterizedLinear, count: int) -> None:
         # Merges are many and small. To nearest, what is below the last bit of W would be lost, and heads not know it.
         stochastic = self.param_groups[0]["bf16_update"] != "none"
-        cast(MultiHeadLinear, layer).merge_(count, stochastic)
+        with self.trained(layer, *layer.factors):
+            cast(MultiHeadLinear, layer).merge_(count, stochastic)
 
     # -- heads on ranks: all count alike, whatever happens to the gradients of one -------------------------------------
 

@@ -51,7 +51,7 @@ class ReLoRA(WeightSpaceOptimizer):
     )
     layer = LowRankLinear
     shardable = True
-    irreplaceable = ""
+    irreplaceable = unpartitionable = ""
     layer_options = ("alpha", "base", "exact_base")
     choices = {"base": ("dense", "int8", "nf4")}
 

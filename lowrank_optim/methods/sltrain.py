@@ -54,7 +54,7 @@ class SLTrain(WeightSpaceOptimizer):
     )
     layer = SparseLowRankLinear
     shardable = True
-    irreplaceable = ""
+    irreplaceable = unpartitionable = ""
     layer_options = ("density", "alpha", "init")
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -57,6 +58,8 @@ class SST(WeightSpaceOptimizer):
     )
     layer = SpectralLinear
     shardable = True
+    irreplaceable = ""
+    unpartitionable = "after each update it writes to some of all singular vectors, which are frozen weights"
 
     def __init__(
         self,
@@ -87,21 +90,25 @@ class SST(WeightSpaceOptimizer):
 
     def updated(self, layers: Sequence[ReparameterizedLinear]) -> None:
         """Vectors back to unit length, and to where all of them are kept."""
-        works = [cast(SpectralLinear, layer).retract_ for layer in layers]
+        works = [partial(self._retract, cast(SpectralLinear, layer)) for layer in layers]
         if self._together().groups:
             together(works)
         else:
             for work in works:
                 work()
 
+    def _retract(self, layer: SpectralLinear) -> None:
+        with self.trained(layer, *layer.factors):
+            layer.retract_()
+
     def restart(self, name: str, layer: ReparameterizedLinear, count: int, group: dict[str, Any]) -> bool:
-        spectral = cast(SpectralLinear, layer)
-        draws, rest = divmod(count, group["iteration_steps"])
+        spectral, (draws, rest) = cast(SpectralLinear, layer), divmod(count, group["iteration_steps"])
         if rest:
             return False
         draws_per_round = group["iterations"] or -(-len(spectral.sigma) // spectral.rank)
-        anew = draws % draws_per_round == 0 and spectral.orthogonalize_()
-        spectral.activate_(draws)
+        with self.trained(spectral, *spectral.factors):
+            anew = draws % draws_per_round == 0 and spectral.orthogonalize_()
+            spectral.activate_(draws)
         changed = spectral.factors if anew else SEGMENT
         self.settle(spectral, changed)
         self.reset(spectral, only=changed)
