@@ -13,8 +13,9 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 import lowrank_optim
-from lowrank_optim import ops
+from lowrank_optim import LowRankLinear, ops
 from lowrank_optim.layers.quantized import Int8Weight, NF4Weight, QuantizedWeight, quantize_weights
+from lowrank_optim.layers.rows import KINDS, Rows
 from lowrank_optim.ops.quantize import nf4_map
 
 KEY = ops.key_of(3, "layer.weight")
@@ -557,3 +558,52 @@ def test_merges_into_nf4_average_out():
     whole = float(one @ (merges * merge) @ one)
     assert float(one @ (w.unpack() - start) @ one) == pytest.approx(whole, rel=0.05)
     assert abs(float(one @ (nearest.unpack() - start) @ one)) < 0.2 * whole
+
+
+# -- rows of bytes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [5, 37, 64, 256, 300])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_bytes_are_weights_of_one_row_each(kind, n):
+    w, rows, stream = (
+        torch.randn(7, n, generator=torch.Generator().manual_seed(n)),
+        Rows(KINDS[kind], n),
+        ops.stream_of("merge", 3),
+    )
+    kept = rows.bytes_of(w)
+    alone = torch.cat([KINDS[kind].quantize(row[None]).unpack() for row in w])
+    assert torch.equal(rows.weight(kept, w.dtype).unpack(), alone)
+    assert kept.dtype == torch.uint8
+    codes = {"int8": n + 8 * -(-n // 256), "nf4": -(-n // 2) + 4 * -(-n // 64)}[kind]
+    assert kept.shape == (7, -(-codes // 4) * 4)
+    parts = kept.clone()
+    rows.weight(kept, w.dtype).pack_(3 * w, 5, stream)
+    for first, last in ((0, 4), (4, 4), (4, 7)):  # those of three ranks, one of which has none
+        rows.weight(parts[first:last], w.dtype).pack_(3 * w[first:last], 5, stream, first * n)
+    assert torch.equal(parts, kept)
+    assert torch.equal(rows.weight(kept.to(torch.bfloat16), w.dtype).unpack(), rows.weight(kept, w.dtype).unpack())
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_blocks_by_rows_are_the_blocks_as_they_are(kind, exact):
+    torch.manual_seed(0)
+    plain, x = nn.Linear(256, 37), torch.randn(3, 256)
+    made = [LowRankLinear(plain, 4, base=kind, exact_base=exact, by_rows=by_rows, seed=3) for by_rows in (False, True)]
+    for count in (1, 2):
+        for layer in made:
+            with torch.no_grad():
+                layer.B.fill_(0.25)
+            layer.merge_(count)
+        assert torch.equal(made[0].weight, made[1].weight)
+    grads = [torch.autograd.grad(layer(x).square().sum(), layer.B)[0] for layer in made]
+    assert torch.equal(*grads)
+    twin = LowRankLinear(nn.Linear(256, 37), 4, base=kind, exact_base=exact, by_rows=True)
+    twin.load_state_dict(made[1].state_dict())
+    assert torch.equal(twin.weight, made[0].weight)
+
+
+def test_rows_are_for_quantized_bases():
+    with pytest.raises(ValueError, match="by_rows=True is for quantized bases, and base='dense' is not one"):
+        LowRankLinear(nn.Linear(24, 37), 4, by_rows=True)

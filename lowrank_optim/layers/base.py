@@ -12,11 +12,6 @@ from ..chunk import is_packed, unpacked
 from ..ops.philox import Stream
 
 
-def kind_of(base: Tensor) -> str:
-    """How a weight is kept, in a word: "dense", "int8", "nf4"."""
-    return type(base).__name__.removesuffix("Weight").lower() if is_packed(base) else "dense"
-
-
 def add_to_base_(
     base: Tensor,
     delta: Tensor,

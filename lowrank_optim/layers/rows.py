@@ -6,8 +6,7 @@ share out its values; a plain matrix of bytes goes through both as it is, and no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,10 +27,14 @@ class Rows:
 
     kind: type[QuantizedWeight]
     n: int
+    spans: tuple[tuple[str, torch.dtype, int, int], ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spans", _spans(self.kind, self.n))
 
     def bytes_of(self, w: Tensor) -> Tensor:
         """The nearest such weight to `w (m, n)`: uint8 `(m, width)`."""
-        width = -(-_spans(self.kind, self.n)[-1][3] // _WORD) * _WORD
+        width = -(-self.spans[-1][3] // _WORD) * _WORD
         new = torch.zeros(len(w), width, dtype=torch.uint8, device=w.device)
         if not w.is_meta:
             self.weight(new, w.dtype).copy_(w)
@@ -41,14 +44,13 @@ class Rows:
         """The weight that some such rows are, in the same memory; to torch it is of `dtype`."""
         # A policy of mixed precision that casts whatever it gathers leaves whole numbers below 256 what they are.
         rows = rows.detach() if rows.dtype == torch.uint8 else rows.detach().to(torch.uint8)
-        inner = {name: rows[:, start:stop].view(kind) for name, kind, start, stop in _spans(self.kind, self.n)}
+        inner = {name: rows[:, start:stop].view(kind) for name, kind, start, stop in self.spans}
         return self.kind(*(inner[name] for name in self.kind.per), shape=torch.Size((len(rows), self.n)), dtype=dtype)
 
 
-@lru_cache(maxsize=256)
 def _spans(kind: type[QuantizedWeight], n: int) -> tuple[tuple[str, torch.dtype, int, int], ...]:
     """Name, dtype, first byte and first byte of the next of what a row consists of."""
-    example = kind.quantize(torch.zeros(1, n), by_rows=True).parts()
+    example = kind.quantize(torch.zeros(1, n, device="cpu"), by_rows=True).parts()
     spans, start = [], 0
     for name, x in sorted(zip(kind.per, example, strict=True), key=lambda one: -one[1].element_size()):
         spans.append((name, x.dtype, start, start + x.nbytes))

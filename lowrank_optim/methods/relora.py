@@ -31,7 +31,8 @@ class ReLoRA(WeightSpaceOptimizer):
         merge_every: updates between merges.
         alpha: s times the rank.
         base: how the frozen weight is kept: "dense" in its dtype, "int8" or "nf4" in blocks. Merges into a quantized
-            base round stochastically, which is right on average and noisy.
+            base round stochastically, which is right on average and noisy. With `fully_shard` such a base is converted
+            with `by_rows=True`.
         exact_base: with a quantized base, merge into an exact copy in main memory and quantize from that.
         reset: what a merge does to the moments of the factors: "drop" takes all; "magnitude" all but the largest first
             moments; "random" any. What is reset has a clock of its own, so the next update is not longer than lr.
