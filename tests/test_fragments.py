@@ -183,7 +183,7 @@ def three(rank, world, folder):
         for side in ("std", "right") if case.name in ROWS else ("std",):  # "std" is both, of tall ones and wide ones
             results[case.name, side] = difference(case, anywhere(number), side)
     results["full"] = difference(ADAMW, anywhere(len(CASES)), "full")
-    for check in (algebra, counts, decisions, kept, narrow, refused):
+    for check in (algebra, counts, decisions, gathered, kept, narrow, refused):
         results[check.__name__] = check(rank)
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
@@ -406,12 +406,28 @@ def test_a_state_dict_goes_on_exactly(results):
     assert results["kept"] == 0
 
 
+def gathered(rank):
+    """Bytes in the collectives of a full state, and of the state of each parameter."""
+    zero = Zero(build(ADAMW, torch.float32), equal_parts)
+    zero.step(some_gradients([[p.shape for p in group] for group in zero.groups], torch.float32)[0])
+    with Counted() as counted:
+        full = lowrank_optim.full_state(zero.optimizer)
+    states = full["state"].values() if full else ()
+    return counted.sizes, [sum(x.nbytes for x in state.values()) for state in states]
+
+
+def test_a_full_state_is_of_one_parameter_at_a_time(results):
+    (clocks, *sizes), states = results["gathered"]
+    assert clocks == 2 * len(states)
+    assert sorted(sizes) == sorted(states)
+
+
 def narrow(rank):
     """Of narrow state, and a frozen parameter: (equal bits in other cuts, edited lr, difference of weights, names)."""
-    found, grads = {}, some_gradients([[(64, 64)] * 3], torch.float32)
-    third = [0, 4096, 8192, 12288]
-    for dtype, cuts in (("int8", third), ("int8", [0, 8192, 8192, 12288]), ("bfloat16", [0, 5000, 5003, 12288])):
-        first, second = (narrowly(dtype, one) for one in (third, cuts))
+    found, grads = {}, some_gradients([[(64, 64), (64, 64), (6, 32, 32)]], torch.float32)
+    whole = [0, 4096, 8192, 14336]  # a matrix or a stack on each rank
+    for dtype, cuts in (("int8", whole), ("int8", [0, 11264, 11264, 14336]), ("bfloat16", [0, 5000, 5003, 14336])):
+        first, second = (narrowly(dtype, one) for one in (whole, cuts))
         for step in grads[:3]:
             first.step(step)
         first.optimizer.param_groups[0]["lr"] = 0.0042
@@ -421,26 +437,29 @@ def narrow(rank):
         (group,), (begin, end, _) = second.optimizer.param_groups, second.parts[0]
         group["params"][0].copy_(flattened(first.weights())[begin:end])
         lowrank_optim.load_full_state(second.optimizer, full)
-        same = rank > 0 or equal(lowrank_optim.full_state(second.optimizer), full)
+        again = lowrank_optim.full_state(second.optimizer)
+        same = rank > 0 or equal(again, full)
         for zero in (first, second):
             zero.step(grads[3])
         difference = max((a - b).abs().max().item() for a, b in zip(first.weights(), second.weights(), strict=True))
-        found[dtype, cuts[1]] = same, group["lr"], difference, sorted(full["state"] if full else ())
+        lr = second.optimizer.param_groups[0]["lr"]
+        found[dtype, cuts[1]] = same, lr, difference, sorted(full["state"] if full else ())
     return found
 
 
 def narrowly(dtype, cuts):
     torch.manual_seed(0)
-    params = [(name, nn.Parameter(torch.randn(64, 64))) for name in ("a", "b", "c", "still")]
+    shapes = {"a": (64, 64), "b": (64, 64), "stack": (6, 32, 32), "still": (64, 64)}
+    params = [(name, nn.Parameter(torch.randn(shape))) for name, shape in shapes.items()]
     params[-1][1].requires_grad_(False)
     optimizer = lowrank_optim.GaLoreAdamW(params, rank=4, state_dtype=dtype, proj_type="right", weight_decay=0.1)
     return Zero(optimizer, lambda _: cuts)
 
 
-@pytest.mark.parametrize(("dtype", "cut"), [("int8", 4096), ("int8", 8192), ("bfloat16", 5000)])
+@pytest.mark.parametrize(("dtype", "cut"), [("int8", 4096), ("int8", 11264), ("bfloat16", 5000)])
 def test_narrow_state_moves_to_other_cuts(dtype, cut, results):
     same, lr, difference, names = results["narrow"][dtype, cut]
-    assert (same, lr, names) == (True, 0.0042, ["a", "b", "c"])
+    assert (same, lr, names) == (True, 0.0042, ["a", "b", "stack"])
     assert difference == 0 if dtype == "int8" else difference < 1e-6
 
 

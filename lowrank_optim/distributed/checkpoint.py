@@ -30,12 +30,13 @@ def full_state(optimizer: LowRankOptimizer) -> dict[str, Any] | None:
     For one process, DistributedDataParallel, FSDP2 (also hybrid) and DeepSpeed ZeRO 0 to 3. All ranks call it, and each
     sharded tensor is on all of them for a moment, one after the other (of ZeRO 1 to 3: the state of each parameter).
     Names are without what wrappers put into them, so that what a wrapped model has saved is that of the bare one.
-    Weights are not in it, nor DeepSpeed's float32 ones.
 
     Returns:
         On rank 0, and without torch.distributed: `format`, `method` (the class), `groups` (the numbers of each group,
         and the names of its parameters) and `state` (by parameter name, tensors on the CPU), copies that
-        `torch.load(weights_only=True)` takes. None on other ranks.
+        `torch.load(weights_only=True)` takes. Under DeepSpeed also `masters`, where it updates other weights than the
+        model's (float32 beside bfloat16), and `borders`, what two processes have of one row and differs in its last
+        bits. None on other ranks.
 
     Errors:
         NotImplementedError: parameters in flat tensors of some ranks, of which others may have more.
@@ -71,12 +72,12 @@ def full_state(optimizer: LowRankOptimizer) -> dict[str, Any] | None:
 def load_full_state(optimizer: LowRankOptimizer, state: Mapping[str, Any] | None) -> None:
     """Goes on with what `full_state` has returned, on any number of processes; all ranks call it.
 
-    State of equal bits, so that as many processes as before go on bit for bit, and others to rounding. Load the model's
-    weights by their own means; under DeepSpeed also its float32 ones (docs/distributed.md shows how).
+    State of equal bits, so that as many processes as before go on bit for bit (of DeepSpeed in the same stage), and
+    others to rounding. Load the model's weights by their own means, before `deepspeed.initialize`, and this after it:
+    then DeepSpeed's float32 weights become the saved ones (docs/distributed.md).
 
     Args:
-        optimizer: built as the saved one was, from parameters of the same names; before or after
-            `deepspeed.initialize`.
+        optimizer: built as the saved one was, from parameters of the same names.
         state: on every rank, or on rank 0 and None on others, to which it is then sent. Each rank has it whole in main
             memory meanwhile.
 
