@@ -38,6 +38,11 @@ COLUMNS = {
     "zero2": "ZeRO-2",
     "zero3": "ZeRO-3",
 }
+# name, shape, rank: tall, wide, square, a stack; in full space. Halves end within rows.
+WEIGHTS = [
+    ("tall", (25, 10), 4), ("wide", (9, 22), 3), ("square", (13, 13), 5), ("stack", (3, 5, 16), 2),
+    ("bias", (13,), None),
+]  # fmt: skip
 
 
 class Projecting:
@@ -45,32 +50,40 @@ class Projecting:
 
     def __init__(self, case: Case) -> None:
         self.case, self.name, self.method = case, case.name, case.make.__name__
-        torch.manual_seed(1)
-        self.grads = [gradients(tuple(p.shape), STEPS) for p in Weights().parameters()]
+        self.grads = [gradients(tuple(p.shape), STEPS) for p in Weights(WEIGHTS).parameters()]  # which sets the seed
 
     def columns(self) -> list[str]:
         return [column for column in COLUMNS if column != "fsdp2 right" or self.case.has("proj_type", "right")]
 
     def model(self) -> nn.Module:
-        return Weights()
+        return Weights(WEIGHTS)
 
     def sharded(self, model: nn.Module) -> nn.Module:
         return model
 
     def optimizer(self, model: nn.Module, side: str) -> Any:
-        return self.case.build(groups_of(model, self.case, side))
+        return self.case.build(groups_of(model, self.case, side, WEIGHTS))
 
     def loss(self, model: nn.Module, step: int, dtype: torch.dtype, rank: int, world: int) -> Tensor:
-        shift = (-1) ** rank / 8 if world > 1 else 0.0
-        mean = [(some[step] * 8).round().clamp(-60, 60) / 8 for some in self.grads]
+        shift, mean = (-1) ** rank / 8 if world > 1 else 0.0, [some[step] for some in self.grads]
+        if dtype == torch.bfloat16:  # which g - 1/8 and g + 1/8 are, as g is
+            mean = [(g * 32).round().clamp(-240, 240) / 32 for g in mean]
         return model([(g + shift).to(dtype) for g in mean])
+
+    def output(self, model: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+        return []
+
+    def compared(self, got: list[Tensor]) -> list[Tensor]:
+        """What does not depend on signs and bases that a method is free to choose."""
+        return got
 
 
 class Converting:
     """A method of weight_cases.py, on a small network with data: ranks have half of what each head sees.
 
-    In bfloat16 they have the same half, because gradients of halves would be rounded to other means than those of both.
-    And eps is well above the rounding of gradients in float32, which Adam divides by the gradients' own size.
+    In bfloat16 they have the same half, as gradients of halves would be rounded to other means than those of both.
+    And eps is well above the rounding of gradients in float32: Adam divides gradients by their own size, and begins
+    anew after each restart, so rounding errors of gradients that have hardly a size would be whole steps of weights.
     """
 
     def __init__(self, case: WeightCase) -> None:
@@ -81,8 +94,13 @@ class Converting:
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)
-        layers = (nn.Linear(18, 37), nn.Tanh(), nn.Linear(37, 25, bias=False), nn.Tanh(), nn.Linear(25, 25))
-        return nn.Sequential(*layers, nn.LayerNorm(25), nn.Linear(25, 18))
+        layers = nn.Linear(18, 37), nn.Tanh(), nn.Linear(37, 25, bias=False), nn.Tanh(), nn.LayerNorm(25)
+        model = nn.Sequential(*layers, nn.Linear(25, 18))
+        with torch.no_grad():
+            for w in (model[0].weight, model[2].weight, model[5].weight):  # whose singular values are far apart
+                spread = torch.linspace(1.5, 0.5, min(w.shape))
+                nn.init.orthogonal_(w).mul_(spread if w.shape[0] > w.shape[1] else spread[:, None])
+        return model
 
     def sharded(self, model: nn.Module) -> nn.Module:
         """Converted before it is sharded, as the method would convert it."""
@@ -93,14 +111,23 @@ class Converting:
         )
 
     def optimizer(self, model: nn.Module, side: str) -> Any:
-        return self.case.build(model, eps=1e-3)
+        return self.case.build(model, lr=0.004, eps=0.1)
 
     def loss(self, model: nn.Module, step: int, dtype: torch.dtype, rank: int, world: int) -> Tensor:
-        x = torch.randn(2, 6, 18, generator=torch.Generator().manual_seed(step))
-        if dtype != torch.float32:
-            rank, world = 0, 2
-        x = x.chunk(world, dim=1)[rank].flatten(0, 1).to(dtype)
-        return (model(x) - x.flip(-1)).float().square().mean()
+        if dtype == torch.bfloat16:
+            rank, world = 0, WORLD
+        x = self._data(step).chunk(world, dim=1)[rank].flatten(0, 1).to(dtype)
+        return (model(x) - x.flip(-1)).to(torch.promote_types(dtype, torch.float32)).square().mean()
+
+    def output(self, model: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+        with torch.no_grad():
+            return [model(self._data(STEPS).flatten(0, 1).to(dtype)).clone()]
+
+    def compared(self, got: list[Tensor]) -> list[Tensor]:
+        return got[-1:]
+
+    def _data(self, step: int) -> Tensor:
+        return torch.randn(2, 6, 18, generator=torch.Generator().manual_seed(step))
 
 
 ROWS = [*map(Projecting, CASES), *map(Converting, WEIGHT_CASES)]
@@ -110,15 +137,15 @@ ROWS = [*map(Projecting, CASES), *map(Converting, WEIGHT_CASES)]
 
 
 def alone(row: Any, dtype: torch.dtype, side: str = "std") -> list[Tensor]:
-    """The weights after training in this process."""
+    """The weights after training in this process, and what the network then says."""
     model = row.model().to(dtype)
     optimizer = row.optimizer(model, side)
     _train(row, model, optimizer, dtype)
-    return [p.detach() for p in model.parameters()]
+    return [p.detach() for p in model.parameters()] + row.output(model, dtype)
 
 
 def together(row: Any, column: str, dtype: torch.dtype) -> list[Tensor] | str:
-    """The whole weights after training in several, or what was said instead."""
+    """The same of several processes, weights whole; or what was said instead."""
     try:
         return _zero(row, int(column[-1]), dtype) if column.startswith("zero") else _torch(row, column, dtype)
     except (NotImplementedError, ValueError) as error:
@@ -134,14 +161,14 @@ def _torch(row: Any, column: str, dtype: torch.dtype) -> list[Tensor]:
             fully_shard(one, mesh=mesh)
         optimizer = row.optimizer(model, column.partition(" ")[2] or "std")
         _train(row, model, optimizer, dtype, dist.get_rank(), dist.get_world_size())
-        return [p.full_tensor().detach() for p in model.parameters()]
+        return [p.full_tensor().detach() for p in model.parameters()] + row.output(model, dtype)
     optimizer = row.optimizer(model, "std")
     wrapped = DistributedDataParallel(model)
     if column == "ddp_project":
         ddp_project(wrapped, optimizer)
     _train(row, wrapped, optimizer, dtype, dist.get_rank(), dist.get_world_size())
     assert same_everywhere(model.parameters()), "ranks differ"
-    return [p.detach() for p in model.parameters()]
+    return [p.detach() for p in model.parameters()] + row.output(model, dtype)
 
 
 def _zero(row: Any, stage: int, dtype: torch.dtype) -> list[Tensor]:
@@ -150,7 +177,7 @@ def _zero(row: Any, stage: int, dtype: torch.dtype) -> list[Tensor]:
     for step in range(STEPS):
         engine.backward(row.loss(engine, step, dtype, dist.get_rank(), dist.get_world_size()))
         engine.step()
-    return gathered(engine, stage)
+    return gathered(engine, stage) + row.output(engine, dtype)
 
 
 def _train(row: Any, model: nn.Module, optimizer: Any, dtype: torch.dtype, rank: int = 0, world: int = 1) -> None:

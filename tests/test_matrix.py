@@ -13,7 +13,6 @@ from benchmarks import distributed_table
 pytestmark = pytest.mark.slow  # its processes take long
 
 FLOAT32, BFLOAT16 = matrix.DTYPES
-ONE_PROCESS = [column for column in matrix.COLUMNS if not column.startswith("zero")]  # weights without masters
 STAGES = [column for column in matrix.COLUMNS if column.startswith("zero")]
 cells = [(row, column) for row in matrix.ROWS for column in row.columns()]
 
@@ -36,23 +35,32 @@ def of_one_process(row, column, dtype):
     return alone(row, dtype, column.partition(" ")[2] or "std")
 
 
+def differences(row, column, dtype, filled):
+    """(difference, largest entry) of each tensor, from one process; nothing where it is refused."""
+    got = filled[row.name, column, dtype]
+    if not isinstance(got, str):
+        expected = alone(row, dtype, column.partition(" ")[2] or "std")
+        for a, b in zip(row.compared(got), row.compared(expected), strict=True):
+            yield (a.double() - b.double()).abs().max().item(), b.abs().max().item()
+
+
 @parametrized(cells)
 def test_float32_is_that_of_one_process(row, column, filled):
-    got = filled[row.name, column, FLOAT32]
-    if not isinstance(got, str):
-        expected = of_one_process(row, column, FLOAT32)
-        largest = max(x.abs().max().item() for x in expected)
-        for a, b in zip(got, expected, strict=True):
-            assert (a - b).abs().max().item() <= 1e-6 * largest
+    """Within 1e-6; methods that decompose their own weights, within what float32 makes of that in one process."""
+    some = list(differences(row, column, FLOAT32, filled))
+    bound = 1e-6 * max((largest for _, largest in some), default=1)
+    if isinstance(row, matrix.Converting):
+        (one,), (exact,) = (row.compared(alone(row, dtype, "std")) for dtype in (FLOAT32, torch.float64))
+        bound = max(bound, 4 * (one.double() - exact).abs().max().item())
+    assert max((apart for apart, _ in some), default=0) <= bound
 
 
-@parametrized([(row, column) for row, column in cells if column in ONE_PROCESS])
+@parametrized([(row, column) for row, column in cells if column not in STAGES])
 def test_bfloat16_is_that_of_one_process(row, column, filled):
-    """Bit by bit, although sums over ranks round in another order: few weights are that near to two numbers."""
-    got = filled[row.name, column, BFLOAT16]
-    if not isinstance(got, str):
-        for a, b in zip(got, of_one_process(row, column, BFLOAT16), strict=True):
-            assert torch.equal(a, b)
+    """Bit for bit, because averaging rounds nothing here; but shards of converted layers add up in other orders."""
+    adds_up = isinstance(row, matrix.Converting) and column == "fsdp2"
+    for apart, largest in differences(row, column, BFLOAT16, filled):
+        assert apart <= (2**-7 * largest if adds_up else 0)
 
 
 @pytest.mark.parametrize("row", matrix.ROWS, ids=lambda row: row.name)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import CASES, Net, every_case
 from processes import message, spawn
+from test_fsdp2 import Counted
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -16,6 +17,7 @@ from weight_cases import net
 
 import lowrank_optim
 from lowrank_optim import ddp_project, estimate_memory, param_groups, state_bytes
+from lowrank_optim.distributed import planned
 from lowrank_optim.ops import linalg
 
 SHAPES = {"tall": (24, 10), "wide": (9, 22), "square": (12, 12), "uneven": (31, 16), "bias": (13,), "stack": (5, 6, 4)}
@@ -79,6 +81,24 @@ def measured(make, mesh, dtype, options):
     return sum(row.state_bytes for row in optimizer.report()), sent[1][0], sent[2][1]
 
 
+def collectives(case, mesh, side):
+    """How many one matrix takes, beside that of norms: in a step without a refresh, and more in a later one."""
+    p = nn.Parameter(distribute_tensor(torch.randn(24, 10), mesh, [Shard(0)]))
+    try:
+        optimizer = case.make([("w", p)], **options_of(case, side))
+    except NotImplementedError:
+        return None
+    found = []
+    for due in (True, False, True):
+        if due:
+            refit(optimizer)
+        p.grad = distribute_tensor(torch.randn(24, 10), mesh, [Shard(0)])
+        with Counted() as counted:
+            optimizer.step()
+        found.append(len(counted.sizes))
+    return found[1] - 1, found[2] - found[1]
+
+
 # -- DDP ---------------------------------------------------------------------------------------------------------------
 
 
@@ -106,6 +126,7 @@ def worker(rank, world, folder):
     linalg._looks = lambda x: False  # from here on as on an accelerator
     for case in CASES:
         for side in SIDES:
+            found["collectives", case.name, side] = collectives(case, mesh, side)
             for dtype in DTYPES:
                 found[case.name, side, dtype] = measured(case.make, mesh, dtype, options_of(case, side))
     for name, (make, options) in OTHERS.items():
@@ -142,6 +163,18 @@ def test_shards_hold_and_send_what_was_estimated(case, side, found):
             assert (one.optimizer, one.sent_per_step, one.sent_per_refresh) == got
             lines = sum(torch.empty(shape)[: -(-shape[0] // found["world"])].numel() for shape in SHAPES.values())
             assert one.weights == one.gradients == lines * dtype.itemsize
+
+
+@every_case
+@pytest.mark.parametrize("side", SIDES)
+def test_one_matrix_takes_as_many_collectives_as_were_planned(case, side, found):
+    got = found["collectives", case.name, side]
+    if got is not None:
+        empty = nn.Parameter(torch.empty(24, 10, device="meta"))
+        optimizer = case.make([("w", empty)], **options_of(case, side))
+        planned.lay_out(optimizer, found["world"])
+        one = planned.traffic(optimizer)
+        assert (one.messages, one.refresh_messages) == got
 
 
 @pytest.mark.parametrize("name", OTHERS)
