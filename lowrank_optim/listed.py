@@ -15,7 +15,7 @@ from .apply import apply_
 from .chunk import is_packed
 from .distributed.algebra import WHOLE
 from .distributed.layout import HERE
-from .forming import Asked, Member, RecipeOf, stacked
+from .forming import Asked, Member, RecipeOf, in_cache, stacked
 from .parts import fused
 from .recipe import AGE, Recipe
 
@@ -33,9 +33,11 @@ def update_listed_(members: list[Member], recipe_of: RecipeOf, asked: Asked) -> 
             others.append(one)
         else:
             lists.setdefault((work, id(one.group), _clock(one, recipe), one.p.dtype, one.p.device), []).append(one)
-    for (work, _, clock, *_), some in lists.items():
-        work(asked.recipe(some[0], recipe_of), some, clock)
-        torch._foreach_add_([one.state["step"] for one in some], 1)
+    for (work, _, clock, *_), alike in lists.items():
+        recipe = asked.recipe(alike[0], recipe_of)
+        for some in in_cache(alike) if work is _project_ else [alike]:  # which holds R of all of them, and more
+            work(recipe, some, clock)
+            torch._foreach_add_([one.state["step"] for one in some], 1)
     return others
 
 

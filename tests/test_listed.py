@@ -143,6 +143,19 @@ def test_equal_matrices_share_a_kernel(monkeypatch):
     assert taken == [1, 6] * 2, "large ones alone; none when a refresh is due"
 
 
+def test_large_matrices_are_never_held_together(monkeypatch):
+    """Also where the norms of all come first."""
+    taken = []
+    monkeypatch.setattr(fused, "directions", lambda *rest, f=fused.directions: taken.append(len(rest[1])) or f(*rest))
+    params = [nn.Parameter(torch.randn(300, 400)) for _ in range(3)]
+    optimizer = lowrank_optim.GaLoreAdamW(params, rank=4, nonfinite="raise", stagger=False, **OPTIONS)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    assert taken == [1, 1, 1]
+
+
 def test_factors_whose_moments_begin_anew(monkeypatch, calls):
     """Their clock is not their step."""
     finals = []
