@@ -43,8 +43,9 @@ int main() {
   unpack4(queue, codes.data(), packed.data(), rows, k);
 
   // Two tensors, since lists have tables of their own.
-  const float number = 3;  // on the device, so that kernels share the powers that they take themselves
-  const AdamRule rule{0.9, 0.99, 1e-8, {0, &number, nullptr}, 0, 0};
+  const float number = 3;
+  const Step third{0, &number, nullptr};  // on the device: kernels then share powers that they have taken themselves
+  const AdamRule rule{0.9, 0.99, 1e-8, third, 0, 0};
   const PlainMoments<float> plain[] = {{m.data(), v.data(), x.data(), n / 2},
                                        {&m[n / 2], &v[n / 2], &x[n / 2], n - n / 2}};
   const HalfMoments half[] = {{halves.data(), &halves[n / 2], x.data(), n / 4, 1, 2, 3},

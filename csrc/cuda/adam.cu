@@ -52,9 +52,11 @@ LRO_HD int64_t chunks_of(const CodedMoments& item) { return item.blocks.count();
 
 template <class T>
 __device__ AdamNumbers<T> numbers_of(const AdamRule& rule) {
-  if (rule.knows_powers()) return adam_numbers<T>(rule.beta1, rule.beta2, rule.eps, rule.power1, rule.power2);
   __shared__ double powers[2];  // slow in double: once per thread block, each by a thread of its own
-  if (threadIdx.x < 2) powers[threadIdx.x] = pow(threadIdx.x ? rule.beta2 : rule.beta1, number_of(rule.step));
+  if (threadIdx.x < 2) {
+    const double known = threadIdx.x ? rule.power2 : rule.power1, beta = threadIdx.x ? rule.beta2 : rule.beta1;
+    powers[threadIdx.x] = rule.knows_powers() ? known : pow(beta, number_of(rule.step));
+  }
   __syncthreads();
   return adam_numbers<T>(rule.beta1, rule.beta2, rule.eps, powers[0], powers[1]);
 }
