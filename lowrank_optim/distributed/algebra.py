@@ -148,11 +148,11 @@ class Algebra:
 
         `factors`: (..., 1, n) or (..., 1, 1), what x is to be multiplied by first, without a tensor of its size.
         """
-        if factors is not None:
-            x = ops.norm(x, -2) * factors  # a row of norms has the norm of all rows
+        if factors is not None and factors.shape[-1] > 1:
+            x, factors = ops.norm(x, -2) * factors, None  # a row of norms has the norm of all rows
         norms = [ops.norm(widened(part), dim) for part in _parts(x)]
         norm: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
-        return norm
+        return norm if factors is None else norm * factors
 
     def mean(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         """The mean over whole rows, columns or both of a matrix in coordinate space, dimensions kept."""

@@ -274,6 +274,8 @@ class Overlapping(Shards):
         return super().energy(self.once(x, dim), dim, power)
 
     def norm(self, x: Tensor, dim: int | tuple[int, ...], factors: Tensor | None = None) -> Tensor:
+        if factors is not None and factors.shape[-1] > 1:  # one per column
+            factors = self._once(factors, -1, -1)
         return super().norm(self._counted(x, dim), dim, factors)
 
     def mean(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
