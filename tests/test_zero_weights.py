@@ -169,7 +169,7 @@ def ways(folder):
     """Other ways to run a stage: factors of one layer in several flat tensors, and weights that stay gathered."""
     model, found = net(), {}
     train(model, CASES["relora"].build(model, **SMOOTH), False)
-    zero = {"several flat tensors": {"sub_group_size": 300}, "kept": {"stage3_param_persistence_threshold": 100_000}}
+    zero = {"several flat tensors": {"sub_group_size": 50}, "kept": {"stage3_param_persistence_threshold": 100_000}}
     zero["offload"] = {"offload_optimizer": {"device": "cpu"}}
     for way, options in zero.items():
         engine = begun(CASES["relora"], 3, zero=options)
@@ -241,6 +241,8 @@ def refused(folder):
         "lte": message(NotImplementedError, trained, "lte", 3),
         "sst": message(NotImplementedError, trained, "sst", 3),
         "loqt": message(NotImplementedError, trained, "loqt", 2),
+        "heads": message(NotImplementedError, trained, "lte", 1, heads="ranks"),
+        "equal heads": message(RuntimeError, trained, "lte", 0, heads="ranks"),
         "reset": message(NotImplementedError, trained, "relora", 3, reset="magnitude", reset_ratio=0.9),
         "born": message(NotImplementedError, born_sharded),
         "merge": message(NotImplementedError, lowrank_optim.merge, merged),
@@ -253,6 +255,8 @@ def refused(folder):
         ("lte", "LTE does not work under stage 3.*copies of the factors"),
         ("sst", "SST does not work under stage 3.*singular vectors"),
         ("loqt", "LoQT does not work under DeepSpeed ZeRO.*gradients of quantized weights"),
+        ("heads", "heads that differ between processes would be averaged"),
+        ("equal heads", "all ranks have the same head"),
         ("reset", 'Use reset="drop"'),
         ("born", "zero.Init"),
         ("merge", "GatheredParameters"),

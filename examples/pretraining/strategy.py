@@ -95,7 +95,7 @@ def _of_converted_layers(job: Job) -> list[tuple[bool, str]]:
     base = inspect.signature(optimizer).parameters.get("base")
     return [
         (
-            bool(why) and (stage > 0 or job.dtype == "bf16"),
+            bool(why),
             f"DeepSpeed trains other tensors in the place of the parameters of {job.optimizer}, and {why}; take ddp",
         ),
         (

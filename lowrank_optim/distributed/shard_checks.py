@@ -66,7 +66,7 @@ def can_be_replaced(method: str, ways: Mapping[str, bool], why_not: str) -> None
     if why_not:
         raise NotImplementedError(
             f"{method} does not work under DeepSpeed ZeRO, nor in its stage 0 in bfloat16: they train other tensors in "
-            f"the place of its parameters, and {why_not}. Use stage 0 in float32, or DistributedDataParallel"
+            f"the place of its parameters, and {why_not}. Use DistributedDataParallel"
         )
     for way in (way for way, taken in ways.items() if taken):
         raise NotImplementedError(

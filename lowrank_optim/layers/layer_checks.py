@@ -32,6 +32,15 @@ def same_weights(name: str, same: bool) -> None:
         )
 
 
+def own_heads(same: bool) -> None:
+    """One head per rank, before the first update."""
+    if same:
+        raise RuntimeError(
+            'heads="ranks", and all ranks have the same head: something has sent that of one rank to all (DeepSpeed '
+            "does so, and averages gradients). Nothing was updated; use DistributedDataParallel, or a number of heads"
+        )
+
+
 def whole_model(model: Any) -> torch.nn.Module:
     """The model itself, or an error that says that it must be one."""
     if not isinstance(model, torch.nn.Module):

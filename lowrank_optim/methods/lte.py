@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..distributed import heads as processes
 from ..forming import Member
+from ..layers import layer_checks
 from ..layers.linear import ReparameterizedLinear
 from ..layers.multihead import INITS, MERGED, MultiHeadLinear
 from ..weight_space import WeightSpaceOptimizer
@@ -112,7 +113,7 @@ class LTE(WeightSpaceOptimizer):
         options["heads"], options["ranks"] = checks.heads(heads)
         super().__init__(model, options, strict=strict)
         if self._apart:
-            self.irreplaceable = "it would average heads that are not the same in any two processes"
+            self.irreplaceable = "heads that differ between processes would be averaged"
             layers = {id(layer.leader) for layer in self._conversion.layers.values()}
             own = (*MultiHeadLinear.factors, *MERGED)
             found = [name for name, one in model.named_modules() if id(getattr(one, "B", None)) in layers]
@@ -183,6 +184,7 @@ class LTE(WeightSpaceOptimizer):
         if not self._apart or any(self._counted.values()):
             return dry
         layer = next(iter(self._conversion.layers.values()))
+        layer_checks.own_heads(processes.same_everywhere(cast(MultiHeadLinear, layer).A.sum(dtype=torch.float64)))
         return not processes.anywhere(not dry, layer.leader.device)
 
     @property
