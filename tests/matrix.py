@@ -43,6 +43,8 @@ WEIGHTS = [
     ("tall", (25, 10), 4), ("wide", (9, 22), 3), ("square", (13, 13), 5), ("stack", (3, 5, 16), 2),
     ("bias", (13,), None),
 ]  # fmt: skip
+GRID = {torch.float32: 2**10, torch.bfloat16: 2**5}  # g is a multiple of 1 / grid: so are g - 1/8 and g + 1/8, exactly
+LARGE = ("large", (61, 70), 3)  # enough to be quantized
 
 
 class Projecting:
@@ -50,24 +52,24 @@ class Projecting:
 
     def __init__(self, case: Case) -> None:
         self.case, self.name, self.method = case, case.name, case.make.__name__
-        self.grads = [gradients(tuple(p.shape), STEPS) for p in Weights(WEIGHTS).parameters()]  # which sets the seed
+        self.weights = [*WEIGHTS, LARGE] if case.has("basis_dtype") else WEIGHTS  # then quantized by default
+        self.grads = [gradients(tuple(p.shape), STEPS) for p in self.model().parameters()]  # which sets the seed
 
     def columns(self) -> list[str]:
         return [column for column in COLUMNS if column != "fsdp2 right" or self.case.has("proj_type", "right")]
 
     def model(self) -> nn.Module:
-        return Weights(WEIGHTS)
+        return Weights(self.weights)
 
     def sharded(self, model: nn.Module) -> nn.Module:
         return model
 
     def optimizer(self, model: nn.Module, side: str) -> Any:
-        return self.case.build(groups_of(model, self.case, side, WEIGHTS))
+        return self.case.build(groups_of(model, self.case, side, self.weights))
 
     def loss(self, model: nn.Module, step: int, dtype: torch.dtype, rank: int, world: int) -> Tensor:
-        shift, mean = (-1) ** rank / 8 if world > 1 else 0.0, [some[step] for some in self.grads]
-        if dtype == torch.bfloat16:  # which g - 1/8 and g + 1/8 are, as g is
-            mean = [(g * 32).round().clamp(-240, 240) / 32 for g in mean]
+        shift, grid = (-1) ** rank / 8 if world > 1 else 0.0, GRID[dtype]
+        mean = [(some[step] * grid).round().clamp(-7.5 * grid, 7.5 * grid) / grid for some in self.grads]
         return model([(g + shift).to(dtype) for g in mean])
 
     def output(self, model: nn.Module, dtype: torch.dtype) -> list[Tensor]:
@@ -217,26 +219,26 @@ def table(filled: Filled) -> str:
     reasons: list[str] = []
     lines = ["| method | " + " | ".join(COLUMNS.values()) + " |", "| --- " * (1 + len(COLUMNS)) + "|"]
     for row in ROWS:
-        cells = (_cell([filled.get((row.name, column, dtype), "-") for dtype in DTYPES], reasons) for column in COLUMNS)
-        lines.append(f"| `{row.method}` | " + " | ".join(cells) + " |")
+        both = ([filled.get((row.name, column, dtype), "-") for dtype in DTYPES] for column in COLUMNS)
+        lines.append(f"| `{row.method}` | " + " | ".join(_cell(some, row.method, reasons) for some in both) + " |")
     return "\n".join([*lines, "", *(f"{i}. {reason}" for i, reason in enumerate(reasons, 1))])
 
 
-def _cell(both: list[Any], reasons: list[str]) -> str:
-    words = [_word(one, reasons) for one in both]
+def _cell(both: list[Any], method: str, reasons: list[str]) -> str:
+    words = [_word(one, method, reasons) for one in both]
     return words[0] if words[0] == words[1] else f"{words[0]}; bfloat16: {words[1]}"
 
 
-def _word(one: Any, reasons: list[str]) -> str:
+def _word(one: Any, method: str, reasons: list[str]) -> str:
     if not isinstance(one, str) or one == "-":
         return one if isinstance(one, str) else "yes"
-    reason = beginning(one)
+    reason = beginning(one, method)
     if reason not in reasons:
         reasons.append(reason)
     return f"no ({reasons.index(reason) + 1})"
 
 
-def beginning(refusal: str) -> str:
-    """Why, without which parameter it was and what to do instead."""
+def beginning(refusal: str, method: str) -> str:
+    """Why, without which method and parameter it was, and what to do instead."""
     said = refusal.partition(". ")[0]
-    return re.sub(r"^\w+ cannot update .*?: ", "", said)
+    return re.sub(r"^\w+ (cannot update .*?|needs whole gradients): ", "", said).replace(method, "...")
