@@ -273,6 +273,7 @@ OPERATIONS = {
     "energy": lambda a, g, rows, columns: a.energy(g, -2).unsqueeze(-2),
     "largest": lambda a, g, rows, columns: a.largest(g).view(1, 1),
     "size": lambda a, g, rows, columns: a.size(g),
+    "size of scaled columns": lambda a, g, rows, columns: a.size(g, thin(a.shape(g)[1], columns).mT[:1]),
     "entries": lambda a, g, rows, columns: a.total(a.once(g, -1).square().sum(-1), -1).unsqueeze(-1),
     "lines": lambda a, g, rows, columns: _lines(a, g),
     "every": lambda a, g, rows, columns: a.every(a.energy(g, -1)).unsqueeze(-1),

@@ -148,7 +148,7 @@ class Algebra:
 
         `factors`: (..., 1, n) or (..., 1, 1), what x is to be multiplied by first, without a tensor of its size.
         """
-        if factors is not None and factors.shape[-1] > 1:
+        if factors is not None and factors.shape[-1] != 1:  # also none, of a shard without columns
             x, factors = ops.norm(x, -2) * factors, None  # a row of norms has the norm of all rows
         norms = [ops.norm(widened(part), dim) for part in _parts(x)]
         norm: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)

@@ -239,7 +239,7 @@ class LowRankLinear(ProductLinear):
     def refuse_shards(self) -> None:
         codes = self.kind in KINDS and self.rows is None
         cut = [] if self.base is None else [self.B, self.base]
-        layer_checks.shards_of_rows(type(self).__name__, self.kind if codes else "", self.exact is not None, cut)
+        layer_checks.shards_of_rows(LowRankLinear.__name__, self.kind if codes else "", self.exact is not None, cut)
 
     def restart_workspace(self) -> int:
         if self.base is None:  # two orthonormal bases and what replaces the factors

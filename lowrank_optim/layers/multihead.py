@@ -142,10 +142,10 @@ class MultiHeadLinear(ReparameterizedLinear):
         return {**super().made_with(), **how, "base": self.kind, "init": self.init}
 
     def refuse_shards(self) -> None:
-        layer_checks.heads_of_ranks(type(self).__name__, self.ranks)
+        layer_checks.heads_of_ranks(MultiHeadLinear.__name__, self.ranks)
         codes = self.kind in KINDS and self.rows is None
         cut = [self.base, self.B, self.A, self.B_merged, self.A_merged]
-        layer_checks.shards_of_rows(type(self).__name__, self.kind if codes else "", False, cut)
+        layer_checks.shards_of_rows(MultiHeadLinear.__name__, self.kind if codes else "", False, cut)
 
     def describe(self) -> str:
         heads = f"one of {self.world} heads" if self.world > 1 else f"{self.heads} heads"

@@ -85,8 +85,8 @@ class QuantizedLinear(ReparameterizedLinear):
         return {**super().made_with(), "scale": self.scale, "base": self.kind}
 
     def refuse_shards(self) -> None:
-        layer_checks.gradients_of_codes(type(self).__name__, self.kind)
-        layer_checks.shards_of_rows(type(self).__name__, "", False, [self.base, self.P, self.B])
+        layer_checks.gradients_of_codes(QuantizedLinear.__name__, self.kind)
+        layer_checks.shards_of_rows(QuantizedLinear.__name__, "", False, [self.base, self.P, self.B])
 
     def restart_workspace(self) -> int:
         """W and its gradient in the working dtype, what quantizing leaves, one iteration more of both, and the SVD."""
