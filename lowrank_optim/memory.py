@@ -17,6 +17,8 @@ from . import checks, shares
 from .blocks import largest_block
 from .chunk import CHUNK_BYTES, SLICE, is_packed, working_dtype
 from .distributed.dtensors import local, meta
+from .distributed.layout import HERE
+from .forming import CACHE
 from .gradient_memory import most_gradients
 from .groups import param_groups
 from .kept import Spec, Store
@@ -254,7 +256,7 @@ def whole_gradients(sizes: list[int], accumulation_steps: int = 1) -> int:
 
 def expected(optimizer: LowRankOptimizer, weights: int, gradients: int) -> MemoryEstimate:
     """What an optimizer will hold, from its parameters' shapes alone."""
-    step, refresh = 0, optimizer.restart_workspace()
+    step, refresh, listed = 0, optimizer.restart_workspace(), 0
     kept: Counter[str] = Counter()
     shared: dict[str, int] = {}
     seen: dict[tuple[Any, ...], _Needs] = {}
@@ -267,7 +269,8 @@ def expected(optimizer: LowRankOptimizer, weights: int, gradients: int) -> Memor
         one = seen[equal]
         kept.update(one.state)
         shared |= one.shared
-        step, refresh = max(step, one.step), max(refresh, one.refresh)
+        step, refresh, listed = max(step, one.step), max(refresh, one.refresh), listed + one.listed
+    step += min(listed, 2 * CACHE)
     bases = kept.pop(BASES, 0)
     return MemoryEstimate(weights, gradients, kept.total(), bases, sum(shared.values()), step, refresh)
 
@@ -279,6 +282,7 @@ class _Needs(NamedTuple):
     shared: dict[str, int]
     step: int
     refresh: int
+    listed: int = 0  # coordinates, where other matrices are updated together with it
 
 
 def _needs(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any]) -> _Needs:
@@ -286,12 +290,14 @@ def _needs(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any]) -> _Ne
     plan = layout.plan(optimizer._plans[p])
     if not plan.count:  # other processes have all of a stack
         return _Needs(state, {}, 0, 0)
-    recipe, shared, refresh = optimizer._recipe_of(plan, group), dict[str, int](), 0
+    recipe, shared, refresh, listed = optimizer._recipe_of(plan, group), dict[str, int](), 0, 0
     if plan.projected:
         size = working_dtype(p).itemsize
         shared = {key: count * size for key, count in recipe.basis.shared(plan.matrix).items()}
         refresh = _refresh_bytes(layout.here(p), plan, recipe)
-    return _Needs(state, shared, _step_bytes(layout.here(p), plan, recipe, group), refresh)
+        if layout is HERE and p.nbytes <= CACHE and fused.listed(recipe):
+            listed = 2 * math.prod(recipe.basis.coordinates(plan.matrix, plan.rank or 0)) * size  # R and D
+    return _Needs(state, shared, _step_bytes(layout.here(p), plan, recipe, group), refresh, listed)
 
 
 def expected_state(

@@ -85,7 +85,7 @@ def test_wide_cosines_need_no_dictionary(kind, n, fft, elements):
 
 
 @pytest.mark.parametrize("fft", [True, False])
-@pytest.mark.parametrize("shape", [(640, 2000), (2000, 640), (640, 640)])
+@pytest.mark.parametrize("shape", [(640, 2000), (2000, 640), (1200, 1200)])  # of several blocks
 def test_a_selection_makes_at_most_one_tensor_of_the_gradients_size(shape, fft):
     """By FFT a few columns at a time; with a dictionary the product."""
     w = nn.Parameter(torch.randn(shape))

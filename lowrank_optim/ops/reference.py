@@ -161,6 +161,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 BLOCK = 1 << 14  # counters generated at once, so that the int64 temporaries stay in cache
+DRAWING = 17  # elements of float32 held for each number of such a block that is normal
 
 Stream = tuple[int, "int | Tensor"]
 _Block = tuple[Tensor, list[Tensor], int]  # a piece of the result, the words for it, how many of their elements to skip

@@ -13,8 +13,9 @@ from ..blocks import BLOCK, Columns
 from ..distributed.algebra import WHOLE, Algebra
 from ..kept import Shape, Spec
 from ..ops import add_product_, subspace_iteration
-from ..ops.philox import BLOCK as COUNTERS
 from ..ops.products import scratch
+from ..ops.reference import BLOCK as COUNTERS
+from ..ops.reference import DRAWING
 from ..recipe import Basis, Draw, State, Time
 from ..turns import Turn
 
@@ -121,7 +122,7 @@ class SubspaceIteration(OneSided):
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         width = self._width(m, n, rank)
         sides, long, small = (m + n) * width, max(m, n) * width, 16 * width**2  # the latter in float64
-        block, words = min(long, BLOCK), 16 * min(long, 4 * COUNTERS)  # of plain torch's random numbers, in float64
+        block, words = min(long, BLOCK), DRAWING * min(long, 4 * COUNTERS)  # of plain torch's random numbers
         fitted = m * width + max(small, 3 * m * rank + words)  # vectors, in order and signed, and what completes them
         return max(sides + words, long + max(3 * block, small), fitted)
 

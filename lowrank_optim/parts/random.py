@@ -11,7 +11,7 @@ from torch import Tensor
 from ..blocks import Columns, widened
 from ..distributed.algebra import Algebra
 from ..kept import Exact, Shape, Spec
-from ..ops.philox import BLOCK
+from ..ops.reference import BLOCK, DRAWING
 from ..ops.schema import kernel
 from ..recipe import Basis, Draw, State, Time
 from ..turns import Reindex, Turn
@@ -56,7 +56,7 @@ class Random(OneSided):
         return 0 if self.kept else self.fit_workspace(shape[0], shape[1], rank)
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
-        drawing = m * rank + 16 * min(m * rank, 4 * BLOCK)
+        drawing = m * rank + DRAWING * min(m * rank, 4 * BLOCK)
         return max(drawing, 6 * m * rank + 8 * rank**2) if self.orthonormal else drawing + m * rank
 
     def _drawn(self, algebra: Algebra, g: Tensor, rank: int, draw: Draw) -> Tensor:
@@ -120,7 +120,7 @@ class Rows(Basis):
             w.scatter_add_(-2, index.unsqueeze(-1).expand_as(d), d * alpha)
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
-        return m * n + 4 * m if self.choose == "norm" else 5 * m + 16 * min(m, 4 * BLOCK)
+        return m * n + 4 * m if self.choose == "norm" else 5 * m + DRAWING * min(m, 4 * BLOCK)
 
 
 def _lines(g: Tensor, index: Tensor) -> Tensor:

@@ -89,7 +89,10 @@ class Factored(Scaling):
         else:
             _average_(st["row_var"], algebra.mean(squares, -1), weight)
             _average_(st["col_var"], algebra.mean(squares, -2), weight)
-            torch.mul(st["col_var"], self._rows(algebra, st), out=squares)
+            if torch.compiler.is_compiling():  # which knows no `out` that is turned, and fuses passes by itself
+                squares = st["col_var"] * self._rows(algebra, st)
+            else:
+                torch.mul(st["col_var"], self._rows(algebra, st), out=squares)
         update = squares.clamp_(min=self._floor(r) ** 2).rsqrt_().mul_(x)
         return update if self.clip is None else update.div_((algebra.size(update) / self.clip).clamp_(min=1))
 
