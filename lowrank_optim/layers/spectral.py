@@ -148,7 +148,7 @@ class SpectralLinear(ReparameterizedLinear):
         return f"{self.rank} of {min(self.out_features, self.in_features)} directions at a time"
 
     def refuse_shards(self) -> None:
-        layer_checks.one_dtype(SpectralLinear.__name__, self.U.dtype, self.sigma.dtype)
+        layer_checks.one_dtype("SST", self.U.dtype, self.sigma.dtype)
         cut = [self.U, self.V, self.U_active, self.V_active, self.sigma, self.index]
         layer_checks.shards_of_rows(SpectralLinear.__name__, "", False, cut)
 
