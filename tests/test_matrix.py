@@ -7,7 +7,7 @@ import functools
 import matrix
 import pytest
 import torch
-from test_zero import apart, rounded_alike
+from test_zero import apart
 
 from benchmarks import distributed_table
 
@@ -69,6 +69,17 @@ def test_stages_that_cut_alike_have_the_same_bits_in_bfloat16(row, filled):
     first, second = (filled[row.name, stage, BFLOAT16] for stage in ("zero1", "zero2"))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def rounded_alike(some, others):
+    """Do tensors in bfloat16 differ in last bits of single elements at most?
+
+    Sums that are split otherwise end in other last bits of float32, and of 2^16 such elements one is then rounded to
+    its other neighbour.
+    """
+    pairs = [(a.double(), b.double()) for a, b in zip(some, others, strict=True)]
+    near = all(((a - b).abs() <= 2**-7 * b.abs()).all() for a, b in pairs)
+    return near and all((a != b).sum() <= max(1, 0.01 * a.numel()) for a, b in pairs)
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero3"])
