@@ -24,7 +24,7 @@ from torch import nn
 
 import lowrank_optim
 from lowrank_optim.distributed.deepspeed import ranges
-from lowrank_optim.distributed.fragments import Rows
+from lowrank_optim.distributed.fragments import TouchedRows
 from lowrank_optim.distributed.lockstep import Peers
 from lowrank_optim.distributed.pieces import Piece
 from lowrank_optim.distributed.stand_ins import GROUP
@@ -228,7 +228,7 @@ def algebra(rank):
         start, length = cut[rank], cut[rank + 1] - cut[rank]
         first, last = start // width, -(-(start + length) // width) if length else start // width
         peers, side = Peers(dist.group.WORLD, "cpu"), -1 if turned else -2
-        layout = Rows(
+        layout = TouchedRows(
             pieces={side: Piece(height, first, last - first, height, rank, dist.get_world_size(), peers)},
             natural={side: 0}, everyone=peers, width=width, skipped=start % width if length else 0, elements=length,
         )  # fmt: skip

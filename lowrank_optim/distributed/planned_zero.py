@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..optimizer import LowRankOptimizer
 from .algebra import Algebra
 from .deepspeed import Range
-from .fragments import Fragment, Overlapping, Rows, Seat, Stretch, cut
+from .fragments import Fragment, Seat, Stretch, TouchedRows, cut
 from .layout import Layout
+from .overlapping import Overlapping
 from .pieces import Piece
 from .planned import NOBODY, Counting, Tally
 from .shards import Meter
@@ -25,13 +26,13 @@ class _CountingRows(Counting, Overlapping):
     """Counts what rows would send that others have as well."""
 
 
-class _PlannedRows(Rows):
+class _PlannedRows(TouchedRows):
     @property
     def key(self) -> tuple[Any, ...]:  # type: ignore[override]
         return *self.pieces.items(), self.skipped, self.elements, self.edges
 
     def algebra(self, layouts: Sequence[Layout]) -> Algebra:
-        return _CountingRows(self.pieces, None, Tally([self.meter]), int(self.skipped > 0), self)
+        return _CountingRows(self.pieces, None, Tally([self.meter]), self.twice, self.own)
 
 
 class _PlannedStretch(Stretch):
@@ -43,7 +44,7 @@ class _PlannedStretch(Stretch):
         return Counting(sides, self.both, Tally(meters))
 
 
-_PLANNED: dict[type[Layout], type[Layout]] = {Rows: _PlannedRows, Stretch: _PlannedStretch}
+_PLANNED: dict[type[Layout], type[Layout]] = {TouchedRows: _PlannedRows, Stretch: _PlannedStretch}
 
 
 def rank_by_rank(optimizer: LowRankOptimizer, stage: int, world_size: int) -> Iterator[None]:
