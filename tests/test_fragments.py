@@ -177,7 +177,7 @@ def moved(zero, one, optimizer, cuts, grads):
 # -- what three processes do -------------------------------------------------------------------------------------------
 
 
-def three(rank, world, folder):
+def three(rank, world):
     results = {}
     for number, case in enumerate(CASES):
         for side in ("std", "right") if case.name in ROWS else ("std",):  # "std" is both, of tall ones and wide ones
@@ -185,15 +185,12 @@ def three(rank, world, folder):
     results["full"] = difference(ADAMW, anywhere(len(CASES)), "full")
     for check in (algebra, counts, decisions, gathered, kept, narrow, refused):
         results[check.__name__] = check(rank)
-    if rank == 0:
-        torch.save(results, f"{folder}/results.pt")
+    return results
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("three")
-    spawn(three, 3, str(folder))
-    return torch.load(folder / "results.pt", weights_only=False)
+def results():
+    return spawn(three, 3)
 
 
 @every_case
