@@ -54,8 +54,7 @@ def _objects(model: object, optimizer: object) -> None:
             f"step_in_backward needs an optimizer of lowrank_optim, got {type(optimizer).__name__}. For one of "
             "torch.optim, see PyTorch's tutorial on fusing the optimizer step into backward"
         )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    checks.module(model)
 
 
 def _options_with_effect(options: Mapping[str, Any]) -> None:

@@ -346,6 +346,11 @@ def unchanged(now: Mapping[str, Any], before: Mapping[str, Any], fixed: Iterable
             )
 
 
+def module(model: object) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def parameter(name: str, p: Tensor) -> None:
     """Refuses tensors that no rule here can update."""
     if p.is_complex() or not p.is_floating_point():
