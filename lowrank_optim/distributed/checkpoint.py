@@ -39,6 +39,7 @@ def full_state(optimizer: LowRankOptimizer) -> dict[str, Any] | None:
         bits. None on other ranks.
 
     Errors:
+        TypeError: an optimizer that is not of this package, such as DeepSpeed's `engine.optimizer`.
         NotImplementedError: parameters in flat tensors of some ranks, of which others may have more.
         ValueError: two parameters of one name.
         RuntimeError: state that should be the same on all ranks and is not, such as with one head per rank (LTE).
@@ -82,7 +83,7 @@ def load_full_state(optimizer: LowRankOptimizer, state: Mapping[str, Any] | None
             memory meanwhile.
 
     Errors:
-        NotImplementedError: as of `full_state`, and numbers of groups that cannot be used here.
+        TypeError, NotImplementedError: as of `full_state`, and numbers of groups that cannot be used here.
         ValueError: a state of another format, method or model; it names what is missing and what is unknown. Nothing
             was loaded then, on no rank.
     """
@@ -109,6 +110,11 @@ def _copies(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 def _find(optimizer: LowRankOptimizer) -> None:
     """Where everything is, before anything is done with it."""
+    if not isinstance(optimizer, LowRankOptimizer):
+        raise TypeError(
+            f"full_state and load_full_state need an optimizer of lowrank_optim, got {type(optimizer).__name__}. Under "
+            "DeepSpeed pass the one that was given to deepspeed.initialize, not engine.optimizer"
+        )
     names: set[str] = set()
     for name in (name for group in optimizer.param_groups for name in _names(optimizer, group)):
         if name in names:
