@@ -155,13 +155,8 @@ def adopted(method: str, name: str, wanted: type[Any], layer: Any, options: Mapp
             raise ValueError(f"{name} is converted with {key}={value!r}, and {method} was told {options[key]!r}; {how}")
 
 
-def shards_restarted(method: str, known: bool, patterns: Iterable[str]) -> None:
-    if not known:
-        raise NotImplementedError(
-            f"{method} restarts its layers from whole weights, which a sharded model does not have. Use "
-            "DistributedDataParallel"
-        )
-    if patterns := list(patterns):
+def chosen_by_convert(patterns: Sequence[str]) -> None:
+    if patterns:
         raise ValueError(f"the model is converted already, and {patterns} would choose layers; give it to convert()")
 
 

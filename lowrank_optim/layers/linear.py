@@ -73,6 +73,7 @@ class ReparameterizedLinear(nn.Module, abc.ABC):
         """The first factor. Layers that share their weight have it in common."""
         return cast(nn.Parameter, getattr(self, self.factors[0]))
 
+    @abc.abstractmethod
     def refuse_shards(self) -> None:
         """Raises a NotImplementedError where this layer is sharded in a way in which it cannot be restarted."""
 

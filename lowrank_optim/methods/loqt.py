@@ -66,7 +66,6 @@ class LoQT(WeightSpaceOptimizer):
         + WEIGHT_OPTIONS
     )
     layer = QuantizedLinear
-    shardable = True
     irreplaceable = "its subspaces follow gradients of quantized weights, which DeepSpeed takes for trained ones"
     layer_options = ("scale", "base")
     fixed = ("update_proj_gap",)

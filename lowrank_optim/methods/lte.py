@@ -75,7 +75,6 @@ class LTE(WeightSpaceOptimizer):
         + WEIGHT_OPTIONS
     )
     layer = MultiHeadLinear
-    shardable = True
     irreplaceable = ""
     unpartitionable = "its merges keep copies of the factors beside the weights, and read all of both"
     layer_options = ("heads", "ranks", "alpha", "base", "init")

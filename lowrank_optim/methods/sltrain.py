@@ -53,7 +53,6 @@ class SLTrain(WeightSpaceOptimizer):
         + WEIGHT_OPTIONS
     )
     layer = SparseLowRankLinear
-    shardable = True
     irreplaceable = unpartitionable = ""
     layer_options = ("density", "alpha", "init")
 
