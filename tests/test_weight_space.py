@@ -15,8 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from weight_cases import CONVERTED, WEIGHT_CASES, batch, every_case, every_variant, loss_of, net, train
 
 import lowrank_optim
+from lowrank_optim.chunk import COMPENSATION
 from lowrank_optim.layers.convert import converted
 
+OVERWRITING = [case for case in WEIGHT_CASES if case.name in ("relora", "low_rank", "sltrain")]
 PLAIN_LINEARS = {name for name, module in net().named_modules() if isinstance(module, nn.Linear)}
 
 
@@ -437,6 +439,18 @@ def test_weight_can_be_read_where_modules_read_it(case):
         attention(x, x, x)[0].square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("case", OVERWRITING, ids=lambda case: case.name)
+def test_factors_that_a_restart_overwrites_owe_nothing(case):
+    """To what they were: Kahan's compensation is the rest of a rounding that is no longer there."""
+    model = net(torch.bfloat16)
+    optimizer = case.build(model, bf16_update="kahan")
+    for steps, owing in ((case.period - 1, True), (1, False)):
+        train(model, optimizer, steps)
+        for _, layer in converted(model):
+            for p in (layer.B, layer.A):
+                assert bool(optimizer.state[p][COMPENSATION].any()) is owing
 
 
 # -- data parallel -----------------------------------------------------------------------------------------------------
