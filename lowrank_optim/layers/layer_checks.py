@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .. import checks
+
 
 def thin(name: str, rank: int, shape: tuple[int, ...]) -> None:
     if rank >= min(shape):
@@ -190,7 +192,6 @@ def bare_linear(name: str, twins: Iterable[torch.nn.Linear]) -> None:
 
 
 def something_converted(model: str, left: Iterable[tuple[str, str]]) -> None:
-    listed = list(left)
-    shown = "".join(f"\n  {name}: {reason}" for name, reason in listed[:5])
-    more = f"\n  and {len(listed) - 5} more" if len(listed) > 5 else ""
-    raise ValueError(f"{model} has no linear layer to convert:{shown}{more}\nLower `rank`, or name layers in `include`")
+    raise ValueError(
+        f"{model} has no linear layer to convert:{checks.table(left)}\nLower `rank`, or name layers in `include`"
+    )
