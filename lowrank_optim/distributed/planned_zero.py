@@ -18,6 +18,7 @@ from .overlapping import Overlapping
 from .pieces import Piece
 from .planned import NOBODY, Counting, Tally
 from .shards import Meter
+from .stand_ins import flat_rules
 
 _EVEN = 2  # DeepSpeed pads the flat tensor of a group so that the part of every rank has an even number of elements
 
@@ -77,10 +78,10 @@ def _cut(
     optimizer: LowRankOptimizer, params: list[Tensor], group: dict[str, Any], stage: int, rank: int, world_size: int
 ) -> Iterator[Fragment]:
     plans = [optimizer._plans[p] for p in params]
-    rules = [optimizer._recipe_of(plan, group).elementwise and not plan.projected for plan in plans]
     everywhere = list(_cuts(params, stage, world_size))
     found = [Range(p, *there[rank], 0, None) for p, there in zip(params, everywhere, strict=True)]
     seats = [Seat(rank, world_size, NOBODY)] * len(params)
+    rules = flat_rules(optimizer, plans, group)
     return cut(found, everywhere, seats, plans, rules, [plan.name for plan in plans])
 
 
