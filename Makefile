@@ -85,6 +85,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.native
 	$(BIN)/python -m benchmarks.apply
 	$(BIN)/python -m benchmarks.selection
+	$(BIN)/python -m benchmarks.host_time
 	$(BIN)/python -m benchmarks.quality sweep --steps 200
 	$(BIN)/python -m benchmarks.quality final --steps 200
 

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import checks
 from .distributed import shard_checks
+from .distributed.lockstep import ranks
 from .gradient_memory import ever_thin
 from .optimizer import LowRankOptimizer
 from .plan import Plan
@@ -54,8 +55,7 @@ def _objects(model: object, optimizer: object) -> None:
             f"step_in_backward needs an optimizer of lowrank_optim, got {type(optimizer).__name__}. For one of "
             "torch.optim, see PyTorch's tutorial on fusing the optimizer step into backward"
         )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    checks.module(model)
 
 
 def _options_with_effect(options: Mapping[str, Any]) -> None:
@@ -78,17 +78,13 @@ def _own_parameters(model: nn.Module, optimizer: LowRankOptimizer) -> None:
 
 def _one_process(ddp: bool) -> None:
     """Gradients are used before any other rank has added its own."""
-    world = torch.distributed.get_world_size() if torch.distributed.is_available() and _initialized() else 1
+    _, world = ranks()
     if ddp or world > 1:
         what = "under DistributedDataParallel" if ddp else f"in a group of {world} processes"
         raise NotImplementedError(
             f"step_in_backward {what} would use gradients before they are averaged over ranks, which then would part. "
             "Call optimizer.step() after backward, as ever"
         )
-
-
-def _initialized() -> bool:
-    return bool(torch.distributed.is_initialized())
 
 
 def _scalable(plans: Mapping[Tensor, Plan]) -> None:

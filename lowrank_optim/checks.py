@@ -346,6 +346,11 @@ def unchanged(now: Mapping[str, Any], before: Mapping[str, Any], fixed: Iterable
             )
 
 
+def module(model: object) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def parameter(name: str, p: Tensor) -> None:
     """Refuses tensors that no rule here can update."""
     if p.is_complex() or not p.is_floating_point():
@@ -398,14 +403,18 @@ def few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def something_projected(method: str, ranked: bool, reasons: Iterable[tuple[str, str]]) -> None:
-    """Called when no parameter is projected: says why, for the first few."""
+def table(reasons: Iterable[tuple[str, str]]) -> str:
+    """A line for each parameter and its reason, for the first few."""
     listed = list(reasons)
     shown = "".join(f"\n  {name}: {reason}" for name, reason in listed[:5])
-    more = f"\n  and {len(listed) - 5} more" if len(listed) > 5 else ""
+    return shown + (f"\n  and {len(listed) - 5} more" if len(listed) > 5 else "")
+
+
+def something_projected(method: str, ranked: bool, reasons: Iterable[tuple[str, str]]) -> None:
+    """Called when no parameter is projected: says why, for the first few."""
     verb, lower = ("project", "Lower `rank`, pass") if ranked else ("serve", "Pass")
     raise ValueError(
-        f"{method} found nothing to {verb}, so it would silently be another optimizer:{shown}{more}\n"
+        f"{method} found nothing to {verb}, so it would silently be another optimizer:{table(reasons)}\n"
         f"{lower} matrices (flattened 1-D shards of FSDP1 have lost their shape: use DDP instead), "
         "or use that optimizer itself"
     )

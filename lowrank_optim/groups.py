@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import checks
 from .plan import as_matrices, names_say, shape_of
 
 _CONVOLUTIONS = (
@@ -57,6 +58,7 @@ def param_groups(
             without heads.
 
     Raises:
+        TypeError: no module, such as its parameters.
         ValueError: a pattern of `include` or `exclude` that matches no parameter, a model without parameters, or
             heads=True where no attention module is found among what is projected.
 
@@ -64,6 +66,7 @@ def param_groups(
 
         opt = lowrank_optim.GaLoreAdamW(lowrank_optim.param_groups(model, rank=128), lr=1e-3)
     """
+    checks.module(model)
     named: list[tuple[str, Tensor]] = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError("the model has no parameters that require gradients; unfreeze some first")

@@ -108,8 +108,7 @@ def memory_report(model: nn.Module, optimizer: Optimizer, *, step: Callable[[], 
 
 def _check(model: nn.Module, optimizer: Optimizer, step: object) -> list[Tensor]:
     """The parameters that are trained."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    checks.module(model)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; unwrap it")
     if step is not None and not callable(step):

@@ -53,7 +53,6 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     ranked = True  # False: matrices are served whole, and `rank=None` in a group only leaves them out
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # options with values of this method's own
     fixed: ClassVar[tuple[str, ...]] = ()  # numbers that cannot be edited later, because state was made with them
-    shardable = True  # False: the method is not for DTensors that are cut
     irreplaceable = ""  # why nothing may be updated in the place of its parameters
     unpartitionable = ""  # why, where that may be, every process must have the parameters whole
     # How a step is run; copies and pickles of an optimizer do not inherit it.
@@ -168,7 +167,6 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             "capturable=True": group["capturable"],
             "compile()": self._move is not None,
             "step_in_backward": self._in_backward is not None,
-            type(self).__name__: not self.shardable and layout.mesh is not None,
         }
         for what in (way for way, taken in ways.items() if taken):
             shard_checks.unsharded(plan.name, what)

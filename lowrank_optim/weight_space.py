@@ -42,7 +42,6 @@ class WeightSpaceOptimizer(LowRankOptimizer):
     """A subclass says which layer, which of its options are the layer's, and what a restart does."""
 
     layer: ClassVar[type[ReparameterizedLinear]]
-    shardable = False
     irreplaceable = "its restarts read and write these"
     unpartitionable = "its restarts read and write frozen weights"
     layer_options: ClassVar[tuple[str, ...]] = ()  # constructor arguments that are the layer's and not the groups'
@@ -55,9 +54,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
         checks.hyperparameters({**defaults, **how, "rest_lr": rest_lr}, self.choices)
         self.check(defaults)
         if any(hasattr(layer.leader, "device_mesh") for _, layer in converted(model)):
-            layer_checks.shards_restarted(
-                type(self).__name__, self.shardable, [*how.pop("include"), *how.pop("exclude")]
-            )
+            layer_checks.chosen_by_convert([*how.pop("include"), *how.pop("exclude")])
             conversion = adopt(model, type(self).__name__, self.layer, **how)
         else:
             conversion = make_conversion(model, self.layer, seed=seed, **how)

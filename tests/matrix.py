@@ -7,8 +7,6 @@ Its rows are those of cases.py and weight_cases.py. `run()` fills all of it; tes
 from __future__ import annotations
 
 import re
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -194,21 +192,18 @@ def _train(row: Any, model: nn.Module, optimizer: Any, dtype: torch.dtype, rank:
 Filled = dict[tuple[str, str, torch.dtype], "list[Tensor] | str"]
 
 
-def worker(rank: int, world: int, folder: str, rows: list[str], columns: list[str]) -> None:
+def worker(rank: int, world: int, rows: list[str], columns: list[str]) -> Filled:
     filled = {}
     for row in (row for row in ROWS if row.name in rows):
         for column in (column for column in row.columns() if column in columns):
             for dtype in DTYPES:
                 filled[row.name, column, dtype] = together(row, column, dtype)
-    if rank == 0:
-        torch.save(filled, f"{folder}/filled.pt")
+    return filled
 
 
 def run(world: int = WORLD, columns: list[str] | None = None, rows: list[str] | None = None) -> Filled:
     """What `together` says for each row, column and dtype."""
-    with tempfile.TemporaryDirectory() as folder:
-        spawn(worker, world, folder, rows or [row.name for row in ROWS], columns or list(COLUMNS))
-        return torch.load(Path(folder) / "filled.pt")
+    return spawn(worker, world, rows or [row.name for row in ROWS], columns or list(COLUMNS))
 
 
 # -- as a table --------------------------------------------------------------------------------------------------------

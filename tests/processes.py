@@ -13,17 +13,25 @@ from cases import gradients
 from torch import Tensor, nn
 
 
-def spawn(worker: Any, world: int, *args: Any) -> None:
-    """`worker(rank, world, *args)` in `world` processes that know each other over gloo."""
-    with tempfile.TemporaryDirectory() as folder:  # a file, for which nobody else can be quicker than for a port
-        mp.spawn(_entry, (world, folder, worker, args), nprocs=world)
+def meet(rank: int, world: int, folder: str) -> None:
+    """Over gloo, in a file, for which nobody else can be quicker than for a port."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
 
 
-def _entry(rank: int, world: int, folder: str, worker: Any, args: Any) -> None:
+def spawn(worker: Any, world: int, *args: Any, meet: Any = meet) -> Any:
+    """What `worker(rank, world, *args)` returns on rank 0 of `world` processes that know each other."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_entry, (world, folder, meet, worker, args), nprocs=world)
+        return torch.load(f"{folder}/returned.pt", weights_only=False)
+
+
+def _entry(rank: int, world: int, folder: str, meet: Any, worker: Any, args: Any) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    worker(rank, world, *args)
+    meet(rank, world, folder)
+    returned = worker(rank, world, *args)
+    if rank == 0:
+        torch.save(returned, f"{folder}/returned.pt")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -59,18 +59,15 @@ def from_chosen_gradients(case, rank, dtype):
     return max((p - q).abs().max().item() for p, q in zip(model.parameters(), one.parameters(), strict=True))
 
 
-def worker(rank, world, folder):
+def worker(rank, world):
     found = {(case.name, "data"): from_data(case, rank, world) for case in CASES}
     found |= {(case.name, dtype): from_chosen_gradients(case, rank, dtype) for case in CASES for dtype in DTYPES}
-    if rank == 0:
-        torch.save(found, f"{folder}/results.pt")
+    return found
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ddp")
-    spawn(worker, 2, str(folder))
-    return torch.load(folder / "results.pt", weights_only=False)
+def results():
+    return spawn(worker, 2)
 
 
 @every_case

@@ -108,20 +108,14 @@ def parity(rank, world):
     return found
 
 
-def two(rank, world, folder):
-    results = {"parity": parity(rank, world)}
-    checks = (traffic, gradient, narrow, resumed, odd_gradients, clipped, passes, refused)
-    for check in checks:
-        results[check.__name__] = check(rank, world)
-    if rank == 0:
-        torch.save(results, f"{folder}/results.pt")
+def two(rank, world):
+    checks = (parity, traffic, gradient, narrow, resumed, odd_gradients, clipped, passes, refused)
+    return {check.__name__: check(rank, world) for check in checks}
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ddp")
-    spawn(two, 2, str(folder))
-    return torch.load(folder / "results.pt", weights_only=False)
+def results():
+    return spawn(two, 2)
 
 
 def close(found):
@@ -135,16 +129,9 @@ def test_two_processes_equal_one(results):
     close(results["parity"])
 
 
-def three(rank, world, folder):
-    results = parity(rank, world)
-    if rank == 0:
-        torch.save(results, f"{folder}/three.pt")
-
-
 @pytest.mark.slow
-def test_three_processes_equal_one(tmp_path):
-    spawn(three, 3, str(tmp_path))
-    close(torch.load(tmp_path / "three.pt"))
+def test_three_processes_equal_one():
+    close(spawn(parity, 3))
 
 
 # -- what is sent ------------------------------------------------------------------------------------------------------

@@ -195,3 +195,9 @@ def test_what_is_no_group(case):
 def test_estimates_that_cannot_be_made():
     with pytest.raises(ValueError, match="Adafactor cannot be estimated: its step needs numbers"):
         lowrank_optim.estimate_memory([(8, 8)], torch.optim.Adafactor)
+
+
+@pytest.mark.parametrize("call", [lowrank_optim.param_groups, lowrank_optim.merge, lowrank_optim.quantize_weights])
+def test_what_is_no_module(call):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got generator"):
+        call(Net().parameters())

@@ -24,7 +24,7 @@ from torch import nn
 
 import lowrank_optim
 from lowrank_optim.distributed.deepspeed import ranges
-from lowrank_optim.distributed.fragments import Rows
+from lowrank_optim.distributed.fragments import TouchedRows
 from lowrank_optim.distributed.lockstep import Peers
 from lowrank_optim.distributed.pieces import Piece
 from lowrank_optim.distributed.stand_ins import GROUP
@@ -177,7 +177,7 @@ def moved(zero, one, optimizer, cuts, grads):
 # -- what three processes do -------------------------------------------------------------------------------------------
 
 
-def three(rank, world, folder):
+def three(rank, world):
     results = {}
     for number, case in enumerate(CASES):
         for side in ("std", "right") if case.name in ROWS else ("std",):  # "std" is both, of tall ones and wide ones
@@ -185,15 +185,12 @@ def three(rank, world, folder):
     results["full"] = difference(ADAMW, anywhere(len(CASES)), "full")
     for check in (algebra, counts, decisions, gathered, kept, narrow, refused):
         results[check.__name__] = check(rank)
-    if rank == 0:
-        torch.save(results, f"{folder}/results.pt")
+    return results
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("three")
-    spawn(three, 3, str(folder))
-    return torch.load(folder / "results.pt", weights_only=False)
+def results():
+    return spawn(three, 3)
 
 
 @every_case
@@ -228,7 +225,7 @@ def algebra(rank):
         start, length = cut[rank], cut[rank + 1] - cut[rank]
         first, last = start // width, -(-(start + length) // width) if length else start // width
         peers, side = Peers(dist.group.WORLD, "cpu"), -1 if turned else -2
-        layout = Rows(
+        layout = TouchedRows(
             pieces={side: Piece(height, first, last - first, height, rank, dist.get_world_size(), peers)},
             natural={side: 0}, everyone=peers, width=width, skipped=start % width if length else 0, elements=length,
         )  # fmt: skip

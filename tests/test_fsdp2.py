@@ -114,15 +114,13 @@ def two(rank, world, folder):
     for name, check in (("counts", counts), ("decisions", decisions), ("layouts", layouts)):
         results[name] = check(rank, mesh)
     results["model"] = sharded_model(folder)
-    if rank == 0:
-        torch.save(results, f"{folder}/results.pt")
+    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    spawn(two, 2, str(folder))
-    return {**torch.load(folder / "results.pt", weights_only=False), "folder": folder}
+    return {**spawn(two, 2, str(folder)), "folder": folder}
 
 
 @every_case
@@ -475,35 +473,31 @@ def three(rank, world, folder):
     results = {"from two": whole_from(folder, mesh, rank, world)}
     for case in CASES:
         results[case.name] = difference(case, torch.float64, mesh, side="right")
-    if rank == 0:
-        torch.save(results, f"{folder}/three.pt")
+    return results
 
 
 @pytest.mark.slow
 def test_three_processes(results):
     """What two have saved, and shards of which the last is smaller."""
-    spawn(three, 3, str(results["folder"]))
-    found = torch.load(results["folder"] / "three.pt")
+    found = spawn(three, 3, str(results["folder"]))
     assert apart(results["model"]["end"], found.pop("from two")) < 1e-6
     for name, got in found.items():
         assert NEVER[name] in got if name in NEVER else got < 1e-9, name
 
 
-def four(rank, world, folder):
+def four(rank, world):
     mesh, results = init_device_mesh("cpu", (world,)), {}
     hybrid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     for case in CASES:
         results[case.name] = difference(case, torch.float64, mesh, side="std")
         if case.name in ("galore_adamw", "flora"):
             results[case.name, "hybrid"] = difference(case, torch.float64, hybrid, (Replicate(), Shard(0)))
-    if rank == 0:
-        torch.save(results, f"{folder}/four.pt")
+    return results
 
 
 @pytest.mark.slow
-def test_four_processes_of_which_some_have_nothing(tmp_path):
+def test_four_processes_of_which_some_have_nothing():
     """A matrix of three rows; and two groups of two ranks that have the same shards."""
-    spawn(four, 4, str(tmp_path))
-    for name, got in torch.load(tmp_path / "four.pt").items():
+    for name, got in spawn(four, 4).items():
         expected = {**NEVER, **ROWS}.get(name)
         assert expected in got if expected else got < 1e-9, name

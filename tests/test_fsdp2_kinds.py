@@ -184,15 +184,12 @@ def two(rank, world, folder):
     mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     results["mixed precision"] = policy(mesh, mp_policy=mixed)
     results["offload"] = policy(mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
-    if rank == 0:
-        torch.save(results, f"{folder}/two.pt")
+    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kinds")
-    spawn(two, 2, str(folder))
-    return torch.load(folder / "two.pt")
+    return spawn(two, 2, str(tmp_path_factory.mktemp("kinds")))
 
 
 def check(found, dim):
@@ -238,18 +235,16 @@ def test_policies(name, results):
     assert dtypes == {"torch.float32"}
 
 
-def three(rank, world, folder):
+def three(rank, world):
     flat, results = init_device_mesh("cpu", (world,)), {}
     names = [case.name for case in CASES if case.make.ranked]
     for dim in (0, 1, 2):
         results[dim] = stacks(flat, dim, names)
-    if rank == 0:
-        torch.save(results, f"{folder}/three.pt")
+    return results
 
 
 @pytest.mark.slow
-def test_stacks_of_all_methods_on_three_processes(tmp_path):
+def test_stacks_of_all_methods_on_three_processes():
     """Of which two have nothing of a stack of one expert."""
-    spawn(three, 3, str(tmp_path))
-    for dim, found in torch.load(tmp_path / "three.pt").items():
+    for dim, found in spawn(three, 3).items():
         check(found, dim)

@@ -73,15 +73,13 @@ def four(rank, world, folder):
     case = next(case for case in CASES if case.name == "galore_adamw")
     results["noise"] = difference(case, torch.bfloat16, mesh, LAYOUTS["row"], state_dtype="bfloat16", last=9)
     results["model"] = model_of_four(mesh, folder)
-    if rank == 0:
-        torch.save(results, f"{folder}/four.pt")
+    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")
-    spawn(four, 4, str(folder))
-    return {**torch.load(folder / "four.pt"), "folder": folder}
+    return {**spawn(four, 4, str(folder)), "folder": folder}
 
 
 def test_four_processes_equal_one(results):
@@ -119,19 +117,17 @@ def test_a_checkpoint_goes_on_elsewhere(results):
     assert apart(end, whole_from(results["folder"], None, 0, 1, HIDDEN)) < 1e-6
 
 
-def every(rank, world, folder):
+def every(rank, world):
     mesh, results = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp")), {}
     for case in CASES:
         for name, placements in LAYOUTS.items():
             results[case.name, name] = difference(case, torch.float64, mesh, placements)
-    if rank == 0:
-        torch.save(results, f"{folder}/every.pt")
+    return results
 
 
 @pytest.mark.slow
-def test_every_method(tmp_path):
+def test_every_method():
     """Matrices whose rows and columns are cut, or whose rows are cut twice; of odd lengths, some shards empty."""
-    spawn(every, 4, str(tmp_path))
-    for name, got in torch.load(tmp_path / "every.pt").items():
+    for name, got in spawn(every, 4).items():
         expected = {**NEVER, **ROWS}.get(name[0])
         assert expected in got if expected else got < 1e-9, name

@@ -26,21 +26,18 @@ BLOCK = {
 METHODS = {"GaLoreAdamW": {}, "FiraAdamW": {}, "LDAdamW": {}, "FRUGAL": {}, "Flora": {"update_proj_gap": 30}}
 
 
-def two(rank, world, folder):
+def two(rank, world):
     mesh = init_device_mesh("cpu", (world,))
     results = {"column-major": column_major(rank, mesh), "errors": errors(mesh), "nested": nested(mesh)}
     for name, options in METHODS.items():
         for side in ("left", "right"):
             results[name, side] = [calls(mesh, name, layers, proj_type=side, **options) for layers in (1, LAYERS)]
-    if rank == 0:
-        torch.save(results, f"{folder}/two.pt")
+    return results
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("together")
-    spawn(two, 2, str(folder))
-    return torch.load(folder / "two.pt")
+def results():
+    return spawn(two, 2)
 
 
 def calls(mesh, name, layers, **options):

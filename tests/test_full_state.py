@@ -170,6 +170,13 @@ def test_two_parameters_of_one_name():
         full_state(lowrank_optim.GaLoreAdamW(params, rank=2))
 
 
+def test_another_optimizer_is_refused():
+    other = torch.optim.AdamW([nn.Parameter(torch.randn(8, 6))])
+    for call in (full_state, lambda optimizer: load_full_state(optimizer, {})):
+        with pytest.raises(TypeError, match=r"an optimizer of lowrank_optim, got AdamW.* not engine.optimizer"):
+            call(other)
+
+
 # -- several processes -------------------------------------------------------------------------------------------------
 
 

@@ -40,7 +40,7 @@ def differences(row, column, dtype, filled):
     """(difference, largest entry) of each tensor, from one process; nothing where it is refused."""
     got = filled[row.name, column, dtype]
     if not isinstance(got, str):
-        expected = alone(row, dtype, column.partition(" ")[2] or "std")
+        expected = of_one_process(row, column, dtype)
         for a, b in zip(row.compared(got), row.compared(expected), strict=True):
             yield (a.double() - b.double()).abs().max().item(), b.abs().max().item()
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import lowrank_optim
 from lowrank_optim import LowRankLinear, ops
 from lowrank_optim.layers.quantized import Int8Weight, NF4Weight, QuantizedWeight, quantize_weights
-from lowrank_optim.layers.rows import KINDS, Rows
+from lowrank_optim.layers.rows import KINDS, ByteRows
 from lowrank_optim.ops.quantize import nf4_map
 
 KEY = ops.key_of(3, "layer.weight")
@@ -568,7 +568,7 @@ def test_merges_into_nf4_average_out():
 def test_rows_of_bytes_are_weights_of_one_row_each(kind, n):
     w, rows, stream = (
         torch.randn(7, n, generator=torch.Generator().manual_seed(n)),
-        Rows(KINDS[kind], n),
+        ByteRows(KINDS[kind], n),
         ops.stream_of("merge", 3),
     )
     kept = rows.bytes_of(w)

@@ -120,7 +120,7 @@ def hooked():
     return state_bytes(optimizer), sent[1][0], sent[2][0] + sent[2][1] - sent[1][0]
 
 
-def worker(rank, world, folder):
+def worker(rank, world):
     mesh, found = init_device_mesh("cpu", (world,)), {}
     found["cpu"] = measured(GALORE.make, mesh, torch.float32, options_of(GALORE, "left"))
     linalg._looks = lambda x: False  # from here on as on an accelerator
@@ -136,15 +136,12 @@ def worker(rank, world, folder):
     shard = nn.Parameter(distribute_tensor(torch.randn(6, 4), mesh, [Shard(0)]))
     sharing = {"rank": 2, "world_size": world, "strategy": "fsdp2"}
     found["twice"] = message(ValueError, estimate_memory, [{"params": [("shard", shard)]}], GALORE.make, **sharing)
-    if rank == 0:
-        torch.save(found, f"{folder}/{world}.pt")
+    return found
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
-def found(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shares")
-    spawn(worker, request.param, str(folder))
-    return {"world": request.param, **torch.load(folder / f"{request.param}.pt", weights_only=False)}
+def found(request):
+    return {"world": request.param, **spawn(worker, request.param)}
 
 
 @every_case

@@ -5,15 +5,15 @@ DeepSpeed runs here on the CPU, in two processes that work through everything, b
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import socket
-import warnings
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from cases import CASES, every_case, gradients
 from test_fsdp2 import Counted
 from torch import nn
@@ -40,22 +40,17 @@ def spawn(worker, world, *args):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_entry, (world, port, worker, args), nprocs=world)
+    return processes.spawn(worker, world, *args, meet=functools.partial(_meet, port))
 
 
-def _entry(rank, world, port, worker, args):
+def _meet(port, rank, world, folder):
     own = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_PORT=port)
     os.environ.update({key: str(value) for key, value in own.items()}, MASTER_ADDR="127.0.0.1", DS_ACCELERATOR="cpu")
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     import deepspeed
 
     deepspeed.logger.setLevel("ERROR")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a collective is compiled first
     deepspeed.init_distributed(dist_backend="gloo")
-    worker(rank, world, *args)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 # -- one optimizer, under DeepSpeed or not -----------------------------------------------------------------------------
@@ -159,18 +154,12 @@ def of(name):
 
 
 def two(rank, world, folder):
-    results = {}
-    for check in (stages, narrow, ways, resumed, traffic, refused):
-        results[check.__name__] = check(folder)
-    if rank == 0:
-        torch.save(results, f"{folder}/results.pt")
+    return {check.__name__: check(folder) for check in (stages, narrow, ways, resumed, traffic, refused)}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("zero")
-    spawn(two, 2, str(folder))
-    return torch.load(folder / "results.pt", weights_only=False)
+    return spawn(two, 2, str(tmp_path_factory.mktemp("zero")))
 
 
 def stages(folder):
@@ -368,7 +357,7 @@ def test_round_robin_gradients_are_refused(results):
 # -- every method, with more ranks than in matrix.py ------------------------------------------------------------------
 
 
-def three(rank, world, folder):
+def three(rank, world):
     """Of every method: the difference of the stages that cut in two ways from one process."""
     results, grads = {}, whole_gradients(torch.float32)
     for case in CASES:
@@ -378,14 +367,12 @@ def three(rank, world, folder):
                 results[case.name, stage] = apart(expected, under_zero(case, stage, grads))
             except NotImplementedError as error:
                 results[case.name, stage] = str(error)
-    if rank == 0:
-        torch.save(results, f"{folder}/three.pt")
+    return results
 
 
 @pytest.mark.slow
-def test_every_method_on_three_ranks(tmp_path):
-    spawn(three, 3, str(tmp_path))
-    for (name, stage), got in torch.load(tmp_path / "three.pt").items():
+def test_every_method_on_three_ranks():
+    for (name, stage), got in spawn(three, 3).items():
         if isinstance(got, str):
             estimated(name, stage, 3, got)
         else:

@@ -18,6 +18,7 @@ from ..optimizer import LowRankOptimizer
 from ..plan import bare_name, decide, shape_of
 from . import assembly
 from .layout import Layout, others
+from .lockstep import ranks
 from .stand_ins import GROUP
 
 FORMAT = 1
@@ -39,6 +40,7 @@ def full_state(optimizer: LowRankOptimizer) -> dict[str, Any] | None:
         bits. None on other ranks.
 
     Errors:
+        TypeError: an optimizer that is not of this package, such as DeepSpeed's `engine.optimizer`.
         NotImplementedError: parameters in flat tensors of some ranks, of which others may have more.
         ValueError: two parameters of one name.
         RuntimeError: state that should be the same on all ranks and is not, such as with one head per rank (LTE).
@@ -82,7 +84,7 @@ def load_full_state(optimizer: LowRankOptimizer, state: Mapping[str, Any] | None
             memory meanwhile.
 
     Errors:
-        NotImplementedError: as of `full_state`, and numbers of groups that cannot be used here.
+        TypeError, NotImplementedError: as of `full_state`, and numbers of groups that cannot be used here.
         ValueError: a state of another format, method or model; it names what is missing and what is unknown. Nothing
             was loaded then, on no rank.
     """
@@ -109,6 +111,11 @@ def _copies(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 def _find(optimizer: LowRankOptimizer) -> None:
     """Where everything is, before anything is done with it."""
+    if not isinstance(optimizer, LowRankOptimizer):
+        raise TypeError(
+            f"full_state and load_full_state need an optimizer of lowrank_optim, got {type(optimizer).__name__}. Under "
+            "DeepSpeed pass the one that was given to deepspeed.initialize, not engine.optimizer"
+        )
     names: set[str] = set()
     for name in (name for group in optimizer.param_groups for name in _names(optimizer, group)):
         if name in names:
@@ -207,25 +214,29 @@ def _agreed(check: Callable[[], None]) -> None:
         check()
     except (ValueError, NotImplementedError) as error:
         own = error
-    everyone = [own]
-    if _several():
-        everyone *= dist.get_world_size()
-        dist.all_gather_object(everyone, own)
-    for one in [own, *everyone]:
+    for one in [own, *_of_each(own)]:
         if one is not None:
             raise one
 
 
+def _of_each(own: Any) -> list[Any]:
+    """What each rank has, in their order."""
+    if not _several():
+        return [own]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone
+
+
 def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return ranks()[1] > 1
 
 
 def _everywhere(state: Mapping[str, Any] | None) -> Any:
     """The state on every rank, sent by rank 0 if some have none."""
     if not _several():
         return state
-    having: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(having, state is not None)
+    having = _of_each(state is not None)
     if not having[0]:
         raise _misfit("rank 0 was given None")
     if not all(having):
@@ -241,10 +252,9 @@ def _sum(x: Tensor) -> int:
 
 def _of_all_ranks(optimizer: LowRankOptimizer, found: dict[str, assembly.Borders]) -> dict[str, assembly.Borders]:
     """What each of them has found in flat tensors, by name."""
-    if not _several() or not optimizer._stand_ins.spread:
+    if not optimizer._stand_ins.spread:
         return found
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, found)
+    everyone = _of_each(found)
     names = dict.fromkeys(name for one in everyone for name in one)
     return {name: {at: row for one in everyone for at, row in one.get(name, {}).items()} for name in names}
 
@@ -260,8 +270,7 @@ def _same_on_all_ranks(optimizer: LowRankOptimizer) -> None:
         if not hasattr(x, "device_mesh") and x.numel()
     }
     sums |= {what: _sum(x) for what, x in assembly.replicated(optimizer) if x.numel()}
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, sums)
+    everyone = _of_each(sums)
     odd = [what for what in everyone[0] if any(other.get(what) != everyone[0][what] for other in everyone)]
     if odd or any(other.keys() != sums.keys() for other in everyone):
         raise RuntimeError(

@@ -9,9 +9,9 @@ ranks count every row once, where its first element is. What is elementwise need
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,12 +19,13 @@ from torch import Tensor
 
 from ..kept import Shape, Side
 from ..plan import Plan
-from .algebra import WHOLE, Algebra, Drawn
+from .algebra import Algebra
 from .deepspeed import Range
 from .layout import Cut, Layout
 from .lockstep import Peers, total
+from .overlapping import Overlapping
 from .pieces import Piece
-from .shards import Shards, Traffic, dims
+from .shards import Traffic
 
 
 class Seat(NamedTuple):
@@ -144,7 +145,7 @@ class Stretch(_Fragment):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Rows(_Fragment):
+class TouchedRows(_Fragment):
     """The rows that a range of elements touches.
 
     Attributes:
@@ -197,7 +198,7 @@ class Rows(_Fragment):
         return replace(super().plan(plan), shape=(self.piece.length, self.width))
 
     def algebra(self, layouts: Sequence[Layout]) -> Algebra:
-        return Overlapping(self.pieces, None, Traffic([self.meter]), self.twice, self)
+        return Overlapping(self.pieces, None, Traffic([self.meter]), self.twice, self.own)
 
     def own(self, x: Tensor) -> Tensor | None:
         """The elements of the range, of something like the matrix; None if x is nothing like it."""
@@ -228,104 +229,6 @@ class Rows(_Fragment):
         return self.elements < self.piece.length * self.width
 
 
-class Overlapping(Shards):
-    """Shards whose first row may also be the last of another: sums leave out a row that does not begin here.
-
-    Args:
-        twice: rows at the beginning that are counted elsewhere, 0 or 1.
-        rows: of the matrix; None: of some columns of it.
-    """
-
-    def __init__(
-        self,
-        pieces: Mapping[int, Piece],
-        both: Peers | None,
-        traffic: Traffic,
-        twice: int = 0,
-        rows: Rows | None = None,
-    ) -> None:
-        super().__init__(pieces, both, traffic)
-        self.twice, self.rows = twice, rows
-
-    def project(self, basis: Tensor, g: Tensor) -> Tensor:
-        return super().project(self._once(basis, -2, -2), self._once(g, -2, -2))
-
-    def sketch(self, g: Tensor, thin: Tensor) -> Tensor:
-        return super().sketch(self._once(g, -1, -1), self._once(thin, -1, -2))
-
-    def random_sketch(self, g: Tensor, width: int, drawn: Drawn) -> Tensor:
-        once = self._once(g, -1, -1)
-        skipped = g.shape[-1] - once.shape[-1]
-        return super().random_sketch(once, width, lambda some: drawn(slice(some.start + skipped, some.stop + skipped)))
-
-    def inner(self, x: Tensor, y: Tensor) -> Tensor:
-        return super().inner(self._once(x, -1, -1), self._once(y, -1, -2))
-
-    def size(self, x: Tensor, factors: Tensor | None = None) -> Tensor:
-        own = None if self.rows is None or factors is not None else self.rows.own(x)
-        if own is None:
-            return super().size(x, factors)
-        # Here x may be the weight, of which this process has the elements of its own range and no others.
-        total = self._completed(own.double().square().sum(-1)[..., None, None], *self.pieces)
-        count = math.prod(map(int, self.shape(x)))
-        return (total / count).sqrt().to(torch.promote_types(x.dtype, torch.float32))
-
-    def energy(self, x: Tensor, dim: int, power: int = 2) -> Tensor:
-        return super().energy(self.once(x, dim), dim, power)
-
-    def norm(self, x: Tensor, dim: int | tuple[int, ...], factors: Tensor | None = None) -> Tensor:
-        if factors is not None and factors.shape[-1] > 1:  # one per column
-            factors = self._once(factors, -1, -1)
-        return super().norm(self._counted(x, dim), dim, factors)
-
-    def mean(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-        return super().mean(self._counted(x, dim), dim)
-
-    def once(self, g: Tensor, dim: int) -> Tensor:
-        return self._once(g, dim, dim)
-
-    def completed(self, r: Tensor, rows: Tensor) -> Tensor:
-        if -2 in self.pieces:
-            r = r.masked_fill((rows < self.twice).unsqueeze(-1), 0)
-        return super().completed(r, rows)
-
-    def projected(self) -> Algebra:
-        return self if -1 in self.pieces else WHOLE
-
-    def columns(self, g: Tensor, spans: Sequence[tuple[int, int]]) -> tuple[Algebra, Tensor]:
-        shards, block = super().columns(g, spans)
-        if -1 not in self.pieces:
-            return self, block
-        start = self.pieces[-1].start
-        twice = self.twice if any(first <= start < last for first, last in spans) else 0
-        return type(self)(cast(Shards, shards).pieces, None, self.traffic, twice), block
-
-    def _lines(self, side: int) -> tuple[Callable[..., Tensor], int]:
-        complete, first = super()._lines(side)
-
-        def total(summed: Callable[..., Tensor], *thin: Tensor) -> Tensor:
-            return complete(summed, *(self._once(x, side, -2) for x in thin))
-
-        return total, first
-
-    def _joined(self, y: Tensor, side: int) -> Tensor:
-        y = self._once(y, side, -2)
-        piece = self.pieces[side]
-        whole = y.new_zeros(*y.shape[:-2], piece.whole, y.shape[-1])
-        end = piece.start + piece.length
-        whole[..., end - y.shape[-2] : end, :] = y
-        return self._completed(whole, side)
-
-    def _counted(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-        for one in self.pieces.keys() & dims(dim):
-            x = self._once(x, one, one)
-        return x
-
-    def _once(self, x: Tensor, side: int, dim: int) -> Tensor:
-        """Without the row that is counted elsewhere, if dimension `dim` of x is that side of the matrix, and cut."""
-        return x.narrow(dim, self.twice, x.shape[dim] - self.twice) if self.twice and side in self.pieces else x
-
-
 def cut_dimensions(shape: Shape) -> list[int]:
     """Which dimension of state of one matrix is cut, if any is; counted from the last."""
     return [i - len(shape) for i, side in enumerate(shape) if isinstance(side, Side)]
@@ -345,9 +248,9 @@ def complete_edges(gradients: Iterable[tuple[Layout, Tensor]], add_up: Callable[
     Args:
         add_up: the sum of a tensor over some peers.
     """
-    same: dict[tuple[Any, ...], list[tuple[Rows, Tensor]]] = {}
+    same: dict[tuple[Any, ...], list[tuple[TouchedRows, Tensor]]] = {}
     for layout, x in gradients:
-        if isinstance(layout, Rows) and layout.edges:
+        if isinstance(layout, TouchedRows) and layout.edges:
             same.setdefault((layout.everyone, x.dtype, x.device), []).append((layout, x))
     for (peers, dtype, device), some in same.items():
         sizes = [len(rows.edges) * rows.width for rows, _ in some]
@@ -427,13 +330,13 @@ def _stretch(one: Range, there: list[tuple[int, int]], size: int, seat: Seat) ->
     return Stretch(pieces={-1: piece}, natural={-1: 0}, everyone=piece.peers)
 
 
-def _rows(one: Range, there: list[tuple[int, int]], plan: Plan, seat: Seat) -> Rows:
+def _rows(one: Range, there: list[tuple[int, int]], plan: Plan, seat: Seat) -> TouchedRows:
     height, width = plan.matrix[::-1] if plan.side == "right" else plan.matrix
     touched = [_touched(start, length, width) for start, length in there]
     start, stop = _touched(one.start, one.length, width)
     piece = Piece(height, start, stop - start, max(b - a for a, b in touched), *seat)
     side = -1 if plan.side == "right" else -2
-    return Rows(
+    return TouchedRows(
         pieces={side: piece}, natural={side: 0}, everyone=piece.peers, width=width,
         skipped=one.start % width if one.length else 0, elements=one.length,
         edges=tuple(sorted({start // width for start, length in there if length and start % width})),

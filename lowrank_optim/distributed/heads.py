@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 
 def place() -> tuple[int, int]:
@@ -45,9 +44,3 @@ def same_everywhere(x: Tensor) -> bool:
     """Whether a number, `()` in float64, is the same on all processes."""
     (all_,) = gathered([x.view(1)])
     return bool((all_ == all_[0]).all())
-
-
-def keep_apart(model: nn.Module, names: set[str]) -> None:
-    """Tells DistributedDataParallel, when it comes to wrap this model, to leave these parameters alone."""
-    names = names | set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(names))  # type: ignore[no-untyped-call]

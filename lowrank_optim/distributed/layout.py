@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..kept import Shape, Side, Spec, Store
@@ -22,7 +21,7 @@ from . import shard_checks
 from .algebra import WHOLE, Algebra
 from .dtensors import from_local, like, local, moved
 from .dtensors import whole as whole_tensor
-from .lockstep import Peers, total
+from .lockstep import Peers, ranks, total
 from .pieces import Piece, peers_of, pieces
 from .shards import Meter, Shards, Traffic
 
@@ -327,7 +326,7 @@ def algebra_of_rows(layout: Layout, turned: bool) -> Algebra:
 
 def others() -> bool:
     """Is this another rank than 0?"""
-    return dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
+    return ranks()[0] > 0
 
 
 def dimension(plan: Plan, natural: int) -> int:

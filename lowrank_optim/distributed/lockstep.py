@@ -53,6 +53,12 @@ class _Abandoned(BaseException):
     """Ends a task whose sums will never come, because another one has failed."""
 
 
+def ranks() -> tuple[int, int]:
+    """(number of this process, how many there are); (0, 1) without torch.distributed."""
+    known = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if known else (0, 1)
+
+
 def total(x: Tensor, peers: Peers, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """The sum of `x` over all ranks of a group (or what `op` says), row-major and in memory of its own.
 

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from ..optimizer import LowRankOptimizer
 from .algebra import Algebra
 from .deepspeed import Range
-from .fragments import Fragment, Overlapping, Rows, Seat, Stretch, cut
+from .fragments import Fragment, Seat, Stretch, TouchedRows, cut
 from .layout import Layout
+from .overlapping import Overlapping
 from .pieces import Piece
 from .planned import NOBODY, Counting, Tally
 from .shards import Meter
+from .stand_ins import flat_rules
 
 _EVEN = 2  # DeepSpeed pads the flat tensor of a group so that the part of every rank has an even number of elements
 
@@ -25,13 +27,13 @@ class _CountingRows(Counting, Overlapping):
     """Counts what rows would send that others have as well."""
 
 
-class _PlannedRows(Rows):
+class _PlannedRows(TouchedRows):
     @property
     def key(self) -> tuple[Any, ...]:  # type: ignore[override]
         return *self.pieces.items(), self.skipped, self.elements, self.edges
 
     def algebra(self, layouts: Sequence[Layout]) -> Algebra:
-        return _CountingRows(self.pieces, None, Tally([self.meter]), int(self.skipped > 0), self)
+        return _CountingRows(self.pieces, None, Tally([self.meter]), self.twice, self.own)
 
 
 class _PlannedStretch(Stretch):
@@ -43,7 +45,7 @@ class _PlannedStretch(Stretch):
         return Counting(sides, self.both, Tally(meters))
 
 
-_PLANNED: dict[type[Layout], type[Layout]] = {Rows: _PlannedRows, Stretch: _PlannedStretch}
+_PLANNED: dict[type[Layout], type[Layout]] = {TouchedRows: _PlannedRows, Stretch: _PlannedStretch}
 
 
 def rank_by_rank(optimizer: LowRankOptimizer, stage: int, world_size: int) -> Iterator[None]:
@@ -76,10 +78,10 @@ def _cut(
     optimizer: LowRankOptimizer, params: list[Tensor], group: dict[str, Any], stage: int, rank: int, world_size: int
 ) -> Iterator[Fragment]:
     plans = [optimizer._plans[p] for p in params]
-    rules = [optimizer._recipe_of(plan, group).elementwise and not plan.projected for plan in plans]
     everywhere = list(_cuts(params, stage, world_size))
     found = [Range(p, *there[rank], 0, None) for p, there in zip(params, everywhere, strict=True)]
     seats = [Seat(rank, world_size, NOBODY)] * len(params)
+    rules = flat_rules(optimizer, plans, group)
     return cut(found, everywhere, seats, plans, rules, [plan.name for plan in plans])
 
 

@@ -6,12 +6,12 @@ them at a time. Whatever a parameter is updated as, its plan is that of the para
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from ..plan import bare_name, shape_of
+from ..plan import Plan, bare_name, shape_of
 from . import assembly, shard_checks
 from .deepspeed import Range, later, ranges, verify
 from .fragments import Fragment, fragments, peers_in
@@ -56,6 +56,11 @@ class Spread(NamedTuple):
     def here(self) -> slice:
         """Where in the flat tensor."""
         return slice(self.range.offset, self.range.offset + self.range.length)
+
+
+def flat_rules(optimizer: LowRankOptimizer, plans: Sequence[Plan], group: dict[str, Any]) -> list[bool]:
+    """Which of some parameters have a rule that looks at no shape, so that they may be cut anywhere."""
+    return [optimizer._recipe_of(plan, group).elementwise and not plan.projected for plan in plans]
 
 
 class StandIns:
@@ -145,10 +150,9 @@ class StandIns:
         if any(hasattr(one.param, "ds_tensor") for one in found):
             shard_checks.can_be_partitioned(type(optimizer).__name__, optimizer.unpartitionable)
         plans = [optimizer._plans[one.param] for one in found]
-        rules = [optimizer._recipe_of(plan, group).elementwise and not plan.projected for plan in plans]
         numbers = {p: i for i, (_, p) in enumerate(pair for pairs in self.given.values() for pair in pairs)}
         keys = [f"m{numbers[one.param]}" for one in found]
-        cut = list(fragments(found, plans, rules, keys, flat.device))
+        cut = list(fragments(found, plans, flat_rules(optimizer, plans, group), keys, flat.device))
         for one in cut:
             if one.layout.sharded:
                 optimizer._admit_shard(one.plan, one.layout, group)  # type: ignore[arg-type]

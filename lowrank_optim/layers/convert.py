@@ -138,6 +138,7 @@ def merge(model: nn.Module) -> nn.Module:
         The same model.
 
     Raises:
+        TypeError: no module.
         ValueError: no layer is converted.
         NotImplementedError: the model is sharded.
 
@@ -146,6 +147,7 @@ def merge(model: nn.Module) -> nn.Module:
         lowrank_optim.merge(model)
         torch.save(model.state_dict(), "model.pt")  # loads into the architecture as it was
     """
+    checks.module(model)
     plain: dict[int, nn.Linear] = {}
     weights: dict[int, nn.Parameter] = {}
     places = [

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .. import checks
+
 
 def thin(name: str, rank: int, shape: tuple[int, ...]) -> None:
     if rank >= min(shape):
@@ -155,13 +157,8 @@ def adopted(method: str, name: str, wanted: type[Any], layer: Any, options: Mapp
             raise ValueError(f"{name} is converted with {key}={value!r}, and {method} was told {options[key]!r}; {how}")
 
 
-def shards_restarted(method: str, known: bool, patterns: Iterable[str]) -> None:
-    if not known:
-        raise NotImplementedError(
-            f"{method} restarts its layers from whole weights, which a sharded model does not have. Use "
-            "DistributedDataParallel"
-        )
-    if patterns := list(patterns):
+def chosen_by_convert(patterns: Sequence[str]) -> None:
+    if patterns:
         raise ValueError(f"the model is converted already, and {patterns} would choose layers; give it to convert()")
 
 
@@ -195,7 +192,6 @@ def bare_linear(name: str, twins: Iterable[torch.nn.Linear]) -> None:
 
 
 def something_converted(model: str, left: Iterable[tuple[str, str]]) -> None:
-    listed = list(left)
-    shown = "".join(f"\n  {name}: {reason}" for name, reason in listed[:5])
-    more = f"\n  and {len(listed) - 5} more" if len(listed) > 5 else ""
-    raise ValueError(f"{model} has no linear layer to convert:{shown}{more}\nLower `rank`, or name layers in `include`")
+    raise ValueError(
+        f"{model} has no linear layer to convert:{checks.table(left)}\nLower `rank`, or name layers in `include`"
+    )

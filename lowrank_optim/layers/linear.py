@@ -20,7 +20,7 @@ from ..plan import bare_name, resolve_rank
 from . import layer_checks
 from .base import add_to_base_
 from .quantized import Int8Weight, NF4Weight
-from .rows import KINDS, Rows
+from .rows import KINDS, ByteRows
 
 
 def _as_it_is(w: Tensor) -> Tensor:
@@ -73,6 +73,7 @@ class ReparameterizedLinear(nn.Module, abc.ABC):
         """The first factor. Layers that share their weight have it in common."""
         return cast(nn.Parameter, getattr(self, self.factors[0]))
 
+    @abc.abstractmethod
     def refuse_shards(self) -> None:
         """Raises a NotImplementedError where this layer is sharded in a way in which it cannot be restarted."""
 
@@ -181,7 +182,7 @@ class LowRankLinear(ProductLinear):
         layer_checks.for_quantized(base, base in KINDS, {"exact_base": exact_base, "by_rows": by_rows})
         self.scale = float(checks.single("alpha", alpha)) / self.rank
         w, (m, n, r) = plain.weight.detach(), (self.out_features, self.in_features, self.rank)
-        self.kind, self.rows = base, Rows(KINDS[base], n) if by_rows else None
+        self.kind, self.rows = base, ByteRows(KINDS[base], n) if by_rows else None
         exact = w.to("meta" if w.is_meta else "cpu", working_dtype(w), copy=True) if exact_base else None
         self.exact = exact
         if base == "none":

@@ -16,7 +16,7 @@ from ..distributed.dtensors import first_row, local, whole
 from . import layer_checks
 from .base import add_to_base_
 from .linear import BASES, ReparameterizedLinear
-from .rows import KINDS, Rows
+from .rows import KINDS, ByteRows
 
 MERGED = ("B_merged", "A_merged")
 INITS = ("code", "paper")
@@ -70,7 +70,7 @@ class MultiHeadLinear(ReparameterizedLinear):
         self.ranks, self.init = ranks, init
         self.scale = 2.0 if alpha is None else alpha / self.rank
         w, (m, n, r) = plain.weight.detach(), (self.out_features, self.in_features, self.rank)
-        self.kind, self.rows = base, Rows(KINDS[base], n) if by_rows else None
+        self.kind, self.rows = base, ByteRows(KINDS[base], n) if by_rows else None
         kept = BASES[base](w) if self.rows is None else self.rows.bytes_of(w)
         self.base = nn.Parameter(kept, requires_grad=False)
         length = math.sqrt(n / r if init == "code" else m / n)

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from torch.utils._pytree import tree_map_only
 
+from .. import checks
 from ..ops.philox import Stream
 from ..ops.quantize import (
     PIECE,
@@ -242,6 +243,7 @@ def quantize_weights(model: nn.Module, *, include: Iterable[str] = (), exclude: 
         The same model.
 
     Raises:
+        TypeError: no module.
         ValueError: a pattern that matches nothing, an included weight that something other than linear layers uses, a
             weight that is not finite, or nothing to quantize. The model is then unchanged.
 
@@ -249,6 +251,7 @@ def quantize_weights(model: nn.Module, *, include: Iterable[str] = (), exclude: 
 
         model = lowrank_optim.quantize_weights(model)
     """
+    checks.module(model)
     chosen = linears(model, include, exclude, to="quantize")
     for name, layers in chosen.items():
         weight = layers[0].weight

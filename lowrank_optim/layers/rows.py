@@ -18,7 +18,7 @@ _WORD = 4  # bytes of a number of a block, at a multiple of which it must begin
 
 
 @dataclass(frozen=True)
-class Rows:
+class ByteRows:
     """How a weight of rows of length n is kept: in each row the numbers of its blocks, in float32, and then its codes.
 
     A block ends with its row, so blocks do not depend on who has which rows. Where n is a multiple of the block they

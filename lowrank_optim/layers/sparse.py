@@ -97,6 +97,9 @@ class SparseLowRankLinear(ProductLinear):
     def describe(self) -> str:
         return f"{100 * self.support.numel() / (self.out_features * self.in_features):.1f} % sparse"
 
+    def refuse_shards(self) -> None:
+        """Nothing: factors are gathered where they are refactorised, and entries stay where they are."""
+
     def _places(self, count: int, device: torch.device) -> Tensor:
         total = self.out_features * self.in_features
         dtype = torch.int32 if total < 1 << 31 else torch.int64

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..chunk import is_packed, working_dtype
 from ..distributed.layout import algebra_of_rows
+from ..distributed.lockstep import ranks
 from ..forming import Member
 from ..layers.convert import Conversion, leave_to_ranks
 from ..layers.linear import ReparameterizedLinear
@@ -66,7 +67,6 @@ class LoQT(WeightSpaceOptimizer):
         + WEIGHT_OPTIONS
     )
     layer = QuantizedLinear
-    shardable = True
     irreplaceable = "its subspaces follow gradients of quantized weights, which DeepSpeed takes for trained ones"
     layer_options = ("scale", "base")
     fixed = ("update_proj_gap",)
@@ -173,7 +173,7 @@ class LoQT(WeightSpaceOptimizer):
         bases: dict[Tensor, QuantizedLinear] = {layer.base: layer for layer in layers}
         due = [one for one in members if one.p in bases and bases[one.p].B in self._due]
         others = [one for one in members if one.p not in bases and one.p not in self._due]
-        if _ranks() > 1:
+        if ranks()[1] > 1:
             for one in (one for one in due if not self._layouts[one.p].sharded):
                 _agree(bases[one.p] if self._count(bases[one.p]) == 0 else None, one.grad)
         self._refuse_nonfinite(due + others)
@@ -225,16 +225,12 @@ def _times(until: int, place: int, group: dict[str, Any]) -> Iterator[int]:
         time += gap + (int(growth**k) if growth > 1 else 0)
 
 
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def _agree(layer: QuantizedLinear | None, grad: Tensor) -> None:
     """The mean of the gradients of data-parallel ranks, and a layer that has not begun gets its weight from the first.
 
     Wrappers see to both, but only for parameters that always have a gradient.
     """
-    dist.all_reduce(grad.div_(_ranks()))
+    dist.all_reduce(grad.div_(dist.get_world_size()))
     if layer is not None:
         for x in cast(Any, layer.base).parts() if is_packed(layer.base) else [layer.base.detach()]:
             dist.broadcast(x, 0)

@@ -42,7 +42,6 @@ class LowRankAdamW(WeightSpaceOptimizer):
         + WEIGHT_OPTIONS
     )
     layer = LowRankLinear
-    shardable = True
     irreplaceable = unpartitionable = ""
     layer_options = ("alpha", "base", "init")
 

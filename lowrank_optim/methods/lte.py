@@ -13,6 +13,7 @@ from .. import checks
 from ..distributed import heads as processes
 from ..forming import Member
 from ..layers import layer_checks
+from ..layers.convert import leave_to_ranks
 from ..layers.linear import ReparameterizedLinear
 from ..layers.multihead import INITS, MERGED, MultiHeadLinear
 from ..weight_space import WeightSpaceOptimizer
@@ -74,7 +75,6 @@ class LTE(WeightSpaceOptimizer):
         + WEIGHT_OPTIONS
     )
     layer = MultiHeadLinear
-    shardable = True
     irreplaceable = ""
     unpartitionable = "its merges keep copies of the factors beside the weights, and read all of both"
     layer_options = ("heads", "ranks", "alpha", "base", "init")
@@ -114,10 +114,8 @@ class LTE(WeightSpaceOptimizer):
         super().__init__(model, options, strict=strict)
         if self._apart:
             self.irreplaceable = "heads that differ between processes would be averaged"
-            layers = {id(layer.leader) for layer in self._conversion.layers.values()}
             own = (*MultiHeadLinear.factors, *MERGED)
-            found = [name for name, one in model.named_modules() if id(getattr(one, "B", None)) in layers]
-            processes.keep_apart(model, {f"{name}.{key}" for name in found for key in own})
+            leave_to_ranks(model, [getattr(layer, key) for layer in self._conversion.layers.values() for key in own])
 
     def check(self, group: dict[str, Any]) -> None:
         if group["capturable"] and hasattr(self, "_conversion") and self._apart:

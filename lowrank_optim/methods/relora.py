@@ -51,7 +51,6 @@ class ReLoRA(WeightSpaceOptimizer):
         + WEIGHT_OPTIONS
     )
     layer = LowRankLinear
-    shardable = True
     irreplaceable = unpartitionable = ""
     layer_options = ("alpha", "base", "exact_base")
     choices = {"base": ("dense", "int8", "nf4")}

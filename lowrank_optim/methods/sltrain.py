@@ -53,7 +53,6 @@ class SLTrain(WeightSpaceOptimizer):
         + WEIGHT_OPTIONS
     )
     layer = SparseLowRankLinear
-    shardable = True
     irreplaceable = unpartitionable = ""
     layer_options = ("density", "alpha", "init")
 
@@ -92,6 +91,7 @@ class SLTrain(WeightSpaceOptimizer):
         if refactor:
             with self.trained(layer, "B", "A"):
                 cast(SparseLowRankLinear, layer).balance_()
+            self.settle(layer, ("B", "A"))
         if reset:
             self.reset(layer)
         return refactor or reset

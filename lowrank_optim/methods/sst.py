@@ -57,7 +57,6 @@ class SST(WeightSpaceOptimizer):
         + WEIGHT_OPTIONS
     )
     layer = SpectralLinear
-    shardable = True
     irreplaceable = ""
     unpartitionable = "after each update it writes to some of all singular vectors, which are frozen weights"
 
