@@ -46,12 +46,16 @@ class Tensors(NamedTuple):
 
     Attributes:
         shapes: of it and of the weight.
-        narrow: some of it has to be opened to be worked on.
+        dtypes: of what is worked on as it is stored, all of it; None: some has to be opened.
     """
 
     spec: dict[str, Spec]
     shapes: dict[str, Shape]
-    narrow: bool
+    dtypes: dict[str, torch.dtype] | None
+
+    def as_worked_on(self, state: dict[str, Tensor]) -> bool:
+        """Nothing has to be opened, nor was the model cast since the state was made."""
+        return self.dtypes is not None and all(state[key].dtype is dtype for key, dtype in self.dtypes.items())
 
 
 @dataclass
@@ -72,15 +76,22 @@ class Asked:
             self.recipes[kind] = recipe_of(one.plan, one.group)
         return self.recipes[kind]
 
-    def spec(self, one: Member) -> Tensors:
+    def tensors(self, one: Member) -> Tensors:
         """Of a member whose recipe has been asked for."""
         plan, layout, kind = one.plan, one.layout, (id(one.group), one.plan.projected)
-        key = kind, layout.key, plan.matrix, plan.rank, plan.side, plan.small
+        key = kind, layout.key, plan.matrix, plan.rank, plan.side, plan.small, one.p.dtype
         if key not in self.specs:
             spec = layout.spec(self.recipes[kind].spec(layout.matrix(plan), plan.rank or 0, plan.small))
             shapes = {name: one.shape for name, one in spec.items()} | {WEIGHT: layout.weight(plan)}
-            self.specs[key] = Tensors(spec, shapes, any(cast(Store, one.store).narrow for one in spec.values()))
+            self.specs[key] = Tensors(spec, shapes, _dtypes(spec, one.p))
         return self.specs[key]
+
+
+def _dtypes(spec: dict[str, Spec], p: Tensor) -> dict[str, torch.dtype] | None:
+    stores = {key: cast(Store, one.store) for key, one in spec.items()}
+    if working_dtype(p) != p.dtype or any(store.narrow for store in stores.values()):
+        return None
+    return {key: store.layout(spec[key].shape, p.dtype)[0].dtype for key, store in stores.items()}
 
 
 def form_chunks(members: list[Member], recipe_of: RecipeOf, asked: Asked, watch: Watch) -> Iterator[Chunk]:
@@ -94,7 +105,7 @@ def form_chunks(members: list[Member], recipe_of: RecipeOf, asked: Asked, watch:
         buckets.setdefault((kind, int(member.state["step"]) + 1, alone, member.layout.key, *equal), []).append(member)
     for (kind, step, *_), bucket in buckets.items():
         p, group, _, projected, plan, layout, _ = bucket[0]
-        spec, shapes, _ = asked.spec(bucket[0])
+        spec, shapes, _ = asked.tensors(bucket[0])
         most = layout.most(plan)
         limit = max(1, limits.CHUNK_BYTES // (working_dtype(p).itemsize * max(1, most)))
         for start in range(0, len(bucket), limit):

@@ -1,7 +1,8 @@
 """Members whose tensors are worked on as they lie: nothing is opened, refitted, stacked or written back.
 
-They need no chunk. The lines of `recipe.py` are the same, and a kernel that takes lists does all of them at once, so a
-norm vector or a tiny matrix costs little more than its place in a list. `parts/fused.py` knows these kernels.
+They need no chunk: the lines of `recipe.py`, which are `update.move_`, run on what there is. A kernel that takes lists
+does its part for all of them at once, so a norm vector or a tiny matrix costs little more than its place in a list;
+`parts/fused.py` knows these kernels. A member counts its step as soon as its weight is written.
 """
 
 from __future__ import annotations
@@ -9,22 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from .apply import apply_
-from .chunk import is_packed
+from .chunk import SLICE, ages_, is_packed
 from .distributed.algebra import WHOLE
 from .distributed.layout import HERE
 from .forming import Asked, Member, RecipeOf, in_cache, stacked
 from .parts import fused
-from .recipe import AGE, Recipe
+from .recipe import Clock, Recipe, State
+from .update import derived, move_
 
 Work = Callable[[Recipe, list[Member], float], None]
 
 
 def update_listed_(members: list[Member], recipe_of: RecipeOf, asked: Asked) -> list[Member]:
     """Updates those of the members, all with finite gradients, that it can; returns the others."""
-    lists: dict[tuple[Any, ...], list[Member]] = {}
+    lists: dict[tuple[Any, ...], tuple[Recipe, list[Member]]] = {}
     others = []
     for one in members:
         recipe = asked.recipe(one, recipe_of)
@@ -32,25 +33,29 @@ def update_listed_(members: list[Member], recipe_of: RecipeOf, asked: Asked) -> 
         if work is None:
             others.append(one)
         else:
-            lists.setdefault((work, id(one.group), _clock(one, recipe), one.p.dtype, one.p.device), []).append(one)
-    for (work, _, clock, *_), alike in lists.items():
-        recipe = asked.recipe(alike[0], recipe_of)
-        for some in in_cache(alike) if work is _project_ else [alike]:  # which holds R of all of them, and more
-            work(recipe, some, clock)
-            torch._foreach_add_([one.state["step"] for one in some], 1)
+            alike = work, _clock(one, recipe), id(recipe), one.p.dtype, one.p.device
+            lists.setdefault(alike, (recipe, []))[1].append(one)
+    for (work, t, *_), (recipe, some) in lists.items():
+        work(recipe, some, t)
     return others
 
 
 def _work(one: Member, recipe: Recipe, asked: Asked) -> Work | None:
-    """What updates it, if all of it is here, has one clock, and is laid out as kernels want it."""
-    known = fused.listed(recipe) if one.plan.projected else fused.whole(recipe) is not None
-    if not known or one.layout is not HERE or one.projected or one.plan.batch or one.group["maximize"]:
+    """What updates it, if all of it is here, as it is worked on, and stays as it lies."""
+    p, grad, plan, state = one.p, one.grad, one.plan, one.state
+    if one.layout is not HERE or one.projected or plan.batch or is_packed(p) or not p.is_contiguous():
         return None
-    if AGE in one.state or is_packed(one.p) or not fused.suits(one.p, one.grad, one.state):
-        return None
-    if not one.plan.projected:
+    known = fused.listed(recipe) if plan.projected else fused.whole(recipe) is not None and not one.group["maximize"]
+    kernel = known and not recipe.aged and fused.suits(p, grad, state)
+    if kernel and not plan.projected:
         return _whole_
-    return None if stacked(one) or asked.spec(one).narrow or _due(one, recipe) else _project_
+    if stacked(one) or grad.dtype != p.dtype or not asked.tensors(one).as_worked_on(state):
+        return None
+    if not plan.projected:
+        return None if recipe.elementwise and p.numel() > SLICE else _alone_
+    if _due(one, recipe):
+        return None
+    return _together_ if kernel else _alone_
 
 
 def _due(one: Member, recipe: Recipe) -> bool:
@@ -69,17 +74,46 @@ def _whole_(recipe: Recipe, some: list[Member], t: float) -> None:
     group, states = some[0].group, [one.state for one in some]
     tensors = [one.p.detach() for one in some], [one.grad for one in some], states
     fused.whole(recipe)(recipe, *tensors, float(group["lr"]), group["weight_decay"], t)  # type: ignore[misc]
+    for state in states:
+        _count_(state)
 
 
-def _project_(recipe: Recipe, some: list[Member], t: float) -> None:
-    """Matrices between refreshes: products one by one, the state of all in one kernel."""
-    lr, decay = float(some[0].group["lr"]), some[0].group["weight_decay"]
-    states = [one.state for one in some]
-    g = [recipe.residual.before(one.plan.oriented(one.grad), one.state) for one in some]
-    r = [recipe.basis.down(WHOLE, x, st) for x, st in zip(g, states, strict=True)]
-    d = fused.directions(recipe, states, r, g, t)
-    for i, one in enumerate(some):
-        w, step = one.plan.oriented(one.p.detach()), float(one.state["step"]) + 1
-        change = recipe.residual.after(WHOLE, recipe, one.state, g[i], r[i], d[i], 1.0)
-        length = recipe.step_size(WHOLE, lr, w, step) * recipe.scale
-        apply_(recipe, w, one.state, change.times(length), 1 - lr * decay if decay else 1.0)
+def _together_(recipe: Recipe, members: list[Member], t: float) -> None:
+    """Matrices between refreshes: products one by one, the direction of all in one kernel."""
+    for some in in_cache(members):  # R of all of them, and more, is held
+        states = [_state(recipe, one) for one in some]
+        g = [recipe.residual.before(one.plan.oriented(one.grad), st) for one, st in zip(some, states, strict=True)]
+        r = [recipe.basis.down(WHOLE, x, st) for x, st in zip(g, states, strict=True)]
+        d = fused.directions(recipe, states, r, g, t)
+        for i, one in enumerate(some):
+            _move_(recipe, one, g[i], r[i], states[i], t, d[i])
+
+
+def _alone_(recipe: Recipe, members: list[Member], t: float) -> None:
+    """One by one."""
+    for one in members:
+        st = _state(recipe, one)
+        g = recipe.residual.before(one.plan.oriented(one.grad), st)
+        _move_(recipe, one, g, None, st, ages_(st, recipe.refresh, g.dtype) if recipe.aged else t)
+
+
+def _state(recipe: Recipe, one: Member) -> State:
+    """All tensors that a step needs, with those that nobody keeps."""
+    state = one.state
+    if not recipe.basis.derives or not one.plan.projected:
+        return state
+    g = one.plan.oriented(one.grad)
+    return {**state, **derived(recipe, WHOLE, one.plan, 0, g, state, int(state["refreshes"]))}
+
+
+def _move_(
+    recipe: Recipe, one: Member, g: Tensor, r: Tensor | None, st: State, t: Clock, d: Tensor | None = None
+) -> None:
+    group, step = one.group, float(one.state["step"]) + 1
+    w, lr = one.plan.oriented(one.p.detach()), float(group["lr"])
+    move_(recipe, WHOLE, w, g, r, st, lr, group["weight_decay"], group["maximize"], t, step, None, d=d)
+    _count_(one.state)
+
+
+def _count_(state: dict[str, Tensor]) -> None:
+    state["step"].fill_(float(state["step"]) + 1)  # a third of the time of an addition

@@ -66,18 +66,19 @@ def move_(
     step: Clock,
     note: Note | None,
     narrow: bool = False,
+    d: Tensor | None = None,
 ) -> Update | None:
     """The arithmetic of one step: nothing here depends on the values of tensors, so it compiles to one graph.
 
     Moments have seen t steps, those in full space `step`. Numbers are floats, or tensors on the device. To ascend is to
-    turn the sign of the step: every rule is odd in G.
+    turn the sign of the step: every rule is odd in G. `d`: the direction of r, where a kernel for lists has found it.
 
     Returns:
         None, w having been moved; or where it is `narrow` what remains to be taken from it.
     """
-    if g is not None and not narrow and not ascend and fused.step_(recipe, w, g, st, lr, decay, t):
+    if r is None and not narrow and not ascend and fused.step_(recipe, w, cast(Tensor, g), st, lr, decay, t):
         return None
-    change = _change(recipe, algebra, g, r, st, t, step, note)
+    change = _change(recipe, algebra, g, r, d, st, t, step, note)
     length = recipe.step_size(algebra, lr, w, step) * (-recipe.scale if ascend else recipe.scale)
     if narrow:
         return change.times(length)
@@ -122,38 +123,41 @@ def _change(
     algebra: Algebra,
     g: Tensor | None,
     r: Tensor | None,
+    d: Tensor | None,
     st: State,
     t: Clock,
     step: Clock,
     note: Note | None,
 ) -> Update:
     """What is subtracted from W, as a multiple of lr. A thin recipe is content with r; any other needs g."""
-    scaling, inside, full, before = (
-        recipe.scaling,
-        recipe.basis.inside(algebra),
-        recipe.scaling_in == "full",
-        recipe.momentum_of == "update",
-    )
-    if g is not None:
-        g = scaling(algebra, st, g, g, step) if full and before else g
+    full, before = recipe.scaling_in == "full", recipe.momentum_of == "update"
+    if r is None:
+        g = cast(Tensor, g)
+        g = recipe.scaling(algebra, st, g, g, step) if full and before else g
         r = recipe.basis.down(algebra, g, st)
         if note is not None:
             note(g, r)
-    r = cast(Tensor, r)
-    if full:
-        d, gain = recipe.momentum(st, r, t)
-    elif before:
-        d, gain = recipe.momentum(st, scaling(inside, st, r, r, t), t)
-    elif (direction := fused.direction(recipe, st, r, t, g)) is not None:
-        d, gain = direction
-    else:
-        numerator, gain = recipe.momentum(st, r, t)
-        d = scaling(inside, st, numerator, r, t)
+    d, gain = (d, 1.0) if d is not None else _direction(recipe, algebra, g, r, st, t)
     change = recipe.residual.after(algebra, recipe, st, cast(Tensor, g), r, d, gain)
     if full and not before:
         g = cast(Tensor, g)
-        change = Update(None, rest=scaling(algebra, st, change.whole(recipe, st, g), g, step))
+        change = Update(None, rest=recipe.scaling(algebra, st, change.whole(recipe, st, g), g, step))
     return change
+
+
+def _direction(
+    recipe: Recipe, algebra: Algebra, g: Tensor | None, r: Tensor, st: State, t: Clock
+) -> tuple[Tensor, Clock]:
+    """(D, gain): the direction in the subspace is their product."""
+    if recipe.scaling_in == "full":
+        return recipe.momentum(st, r, t)
+    inside = recipe.basis.inside(algebra)
+    if recipe.momentum_of == "update":
+        return recipe.momentum(st, recipe.scaling(inside, st, r, r, t), t)
+    if (found := fused.direction(recipe, st, r, t, g)) is not None:
+        return found
+    numerator, gain = recipe.momentum(st, r, t)
+    return recipe.scaling(inside, st, numerator, r, t), gain
 
 
 def _refresh(chunk: Chunk, algebra: Algebra, due: list[Due], g: Tensor, st: State) -> bool:
@@ -237,8 +241,18 @@ def _refit(
     return turn
 
 
+def derived(
+    recipe: Recipe, algebra: Algebra, plan: Plan, expert: int, g: Tensor, kept: State, count: int | Tensor
+) -> dict[str, Tensor]:
+    """What the basis of one matrix needs and nobody keeps, `count` refreshes having been.
+
+    `g`: the gradient, or anything of its shape and dtype."""
+    last = count.sub(1).clamp(min=0) if isinstance(count, Tensor) else max(0, count - 1)
+    return recipe.basis.derive(algebra, g, kept, cast(int, plan.rank), draws(algebra, plan, expert, g)(last))
+
+
 def _derive(chunk: Chunk, algebra: Algebra, g: Tensor, st: State) -> None:
-    """Adds to `st` what the basis needs and nobody keeps. `g`: the gradient, or anything of its shape and dtype."""
+    """Adds to `st` what its bases need and nobody keeps."""
     basis = chunk.recipe.basis
     if not (basis.derives and chunk.plans[0].projected):
         return
@@ -249,10 +263,8 @@ def _derive(chunk: Chunk, algebra: Algebra, g: Tensor, st: State) -> None:
         plan, state, inner, outer = one
         matrix = g if g.dim() == 2 else g[outer]
         kept = {key: st[key] if g.dim() == 2 else st[key][outer] for key in basis.spec(plan.matrix, plan.rank or 0)}
-        count = state["refreshes"].view(-1)[inner] if chunk.numbers is None else chunk.numbers.counts[outer]
-        last = (count - 1).clamp(min=0)
-        draw = draws(algebra, plan, chunk.first + inner, matrix)(last if chunk.numbers else int(last))
-        parts[outer] = basis.derive(algebra, matrix, kept, cast(int, plan.rank), draw)
+        count = chunk.numbers.counts[outer] if chunk.numbers is not None else int(state["refreshes"].view(-1)[inner])
+        parts[outer] = derived(chunk.recipe, algebra, plan, chunk.first + inner, matrix, kept, count)
 
     algebra.each(derive, matrices)
     for key in parts[0]:

@@ -65,9 +65,9 @@ def step_(recipe: Recipe, w: Tensor, g: Tensor, st: State, lr: Clock, weight_dec
 
 
 def listed(recipe: Recipe) -> bool:
-    """Is there a kernel for the state of several matrices, of which nothing has to be derived?"""
+    """Is there a kernel for the state of several matrices, of which each holds little more than R and D until then?"""
     kinds = type(recipe.momentum), type(recipe.scaling)
-    return kinds in _DIRECTIONS and _is_adam(recipe) and not recipe.basis.derives
+    return kinds in _DIRECTIONS and _is_adam(recipe) and not (recipe.aged or recipe.residual.feeds_back)
 
 
 def directions(recipe: Any, states: Sequence[State], r: list[Tensor], whole: list[Tensor], t: float) -> list[Tensor]:
