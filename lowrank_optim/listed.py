@@ -15,7 +15,7 @@ from torch import Tensor
 from .chunk import SLICE, ages_, is_packed
 from .distributed.algebra import WHOLE
 from .distributed.layout import HERE
-from .forming import Asked, Member, RecipeOf, in_cache, stacked
+from .forming import Asked, Kind, Member, RecipeOf, in_cache, stacked
 from .parts import fused
 from .recipe import Clock, Recipe, State
 from .update import derived, move_
@@ -28,34 +28,30 @@ def update_listed_(members: list[Member], recipe_of: RecipeOf, asked: Asked) -> 
     lists: dict[tuple[Any, ...], tuple[Recipe, list[Member]]] = {}
     others = []
     for one in members:
-        recipe = asked.recipe(one, recipe_of)
-        work = _work(one, recipe, asked)
+        kind = asked.kind(one, recipe_of)
+        work = _work(one, kind)
         if work is None:
             others.append(one)
         else:
-            alike = work, _clock(one, recipe), id(recipe), one.p.dtype, one.p.device
-            lists.setdefault(alike, (recipe, []))[1].append(one)
+            alike = work, _clock(one, kind.recipe), id(kind.recipe), one.p.dtype, one.p.device
+            lists.setdefault(alike, (kind.recipe, []))[1].append(one)
     for (work, t, *_), (recipe, some) in lists.items():
         work(recipe, some, t)
     return others
 
 
-def _work(one: Member, recipe: Recipe, asked: Asked) -> Work | None:
-    """What updates it, if all of it is here, as it is worked on, and stays as it lies."""
-    p, grad, plan, state = one.p, one.grad, one.plan, one.state
-    if one.layout is not HERE or one.projected or plan.batch or is_packed(p) or not p.is_contiguous():
+def _work(one: Member, kind: Kind) -> Work | None:
+    """What updates it, if all of it is here, is worked on as it is kept, and stays as it lies."""
+    p, grad, projected = one.p, one.grad, one.plan.projected
+    if one.layout is not HERE or one.projected or one.plan.batch or is_packed(p):
         return None
-    known = fused.listed(recipe) if plan.projected else fused.whole(recipe) is not None and not one.group["maximize"]
-    kernel = known and not recipe.aged and fused.suits(p, grad, state)
-    if kernel and not plan.projected:
+    if grad.dtype is not p.dtype or not p.is_contiguous() or not kind.lies(one.state):
+        return None
+    if kind.listed and not projected and grad.is_contiguous():
         return _whole_
-    if stacked(one) or grad.dtype != p.dtype or not asked.tensors(one).as_worked_on(state):
+    if stacked(one) or (_due(one, kind.recipe) if projected else kind.recipe.elementwise and p.numel() > SLICE):
         return None
-    if not plan.projected:
-        return None if recipe.elementwise and p.numel() > SLICE else _alone_
-    if _due(one, recipe):
-        return None
-    return _together_ if kernel else _alone_
+    return _together_ if kind.listed and projected else _alone_
 
 
 def _due(one: Member, recipe: Recipe) -> bool:

@@ -130,10 +130,10 @@ def _change(
     note: Note | None,
 ) -> Update:
     """What is subtracted from W, as a multiple of lr. A thin recipe is content with r; any other needs g."""
-    full, before = recipe.scaling_in == "full", recipe.momentum_of == "update"
+    scaling, full, before = recipe.scaling, recipe.scaling_in == "full", recipe.momentum_of == "update"
     if r is None:
         g = cast(Tensor, g)
-        g = recipe.scaling(algebra, st, g, g, step) if full and before else g
+        g = scaling(algebra, st, g, g, step) if full and before else g
         r = recipe.basis.down(algebra, g, st)
         if note is not None:
             note(g, r)
@@ -141,7 +141,7 @@ def _change(
     change = recipe.residual.after(algebra, recipe, st, cast(Tensor, g), r, d, gain)
     if full and not before:
         g = cast(Tensor, g)
-        change = Update(None, rest=recipe.scaling(algebra, st, change.whole(recipe, st, g), g, step))
+        change = Update(None, rest=scaling(algebra, st, change.whole(recipe, st, g), g, step))
     return change
 
 
