@@ -25,6 +25,7 @@
 #include "registration/entries.h"
 #include "registration/quantize.h"
 #include "registration/random.h"
+#include "registration/scaled.h"
 #include "registration/weights.h"
 
 STABLE_TORCH_LIBRARY_IMPL(LRO_NAMESPACE, LRO_KEY, m) {
@@ -56,5 +57,7 @@ STABLE_TORCH_LIBRARY_IMPL(LRO_NAMESPACE, LRO_KEY, m) {
   m.impl("gather_at_", TORCH_BOX(&lro::gather_at_));
 #ifndef LRO_ONLY_SHARED
   m.impl("add_sampled_product_", TORCH_BOX(&lro::add_sampled_product_));
+  m.impl("squares_", TORCH_BOX(&lro::squares_));
+  m.impl("take_scaled_", TORCH_BOX(&lro::take_scaled_));
 #endif
 }

@@ -5,8 +5,9 @@ from .apply import add_rounded_
 from .linalg import fix_signs, leading_left_vectors, orthonormalize, principal, subspace_iteration, whiten_
 from .philox import key_of, normal, random_bits16, sample, stream_of, uniform
 from .products import add_product_, product
-from .reductions import largest, norm
+from .reductions import largest, norm, squares
 from .rounding import round_to_bfloat16
+from .scaled import take_scaled_
 from .sparse import add_at_, gather_at, sampled_product
 
 __all__ = [
@@ -29,8 +30,10 @@ __all__ = [
     "sample",
     "sampled_product",
     "schema",
+    "squares",
     "stream_of",
     "subspace_iteration",
+    "take_scaled_",
     "uniform",
     "whiten_",
 ]
