@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .chunk import SLICE, ages_, is_packed
@@ -70,46 +71,44 @@ def _whole_(recipe: Recipe, some: list[Member], t: float) -> None:
     group, states = some[0].group, [one.state for one in some]
     tensors = [one.p.detach() for one in some], [one.grad for one in some], states
     fused.whole(recipe)(recipe, *tensors, float(group["lr"]), group["weight_decay"], t)  # type: ignore[misc]
-    for state in states:
-        _count_(state)
+    torch._foreach_add_([state["step"] for state in states], 1)
 
 
 def _together_(recipe: Recipe, members: list[Member], t: float) -> None:
     """Matrices between refreshes: products one by one, the direction of all in one kernel."""
+    lr = float(members[0].group["lr"])
     for some in in_cache(members):  # R of all of them, and more, is held
-        states = [_state(recipe, one) for one in some]
-        g = [recipe.residual.before(one.plan.oriented(one.grad), st) for one, st in zip(some, states, strict=True)]
+        g = [one.plan.oriented(one.grad) for one in some]
+        states = [_state(recipe, one, x) for one, x in zip(some, g, strict=True)]
         r = [recipe.basis.down(WHOLE, x, st) for x, st in zip(g, states, strict=True)]
         d = fused.directions(recipe, states, r, g, t)
         for i, one in enumerate(some):
-            _move_(recipe, one, g[i], r[i], states[i], t, d[i])
+            _move_(recipe, one, g[i], r[i], states[i], lr, t, d[i])
 
 
 def _alone_(recipe: Recipe, members: list[Member], t: float) -> None:
     """One by one."""
+    lr = float(members[0].group["lr"])
     for one in members:
-        st = _state(recipe, one)
-        g = recipe.residual.before(one.plan.oriented(one.grad), st)
-        _move_(recipe, one, g, None, st, ages_(st, recipe.refresh, g.dtype) if recipe.aged else t)
+        g = one.plan.oriented(one.grad)
+        st = _state(recipe, one, g)
+        g = recipe.residual.before(g, st)
+        _move_(recipe, one, g, None, st, lr, ages_(st, recipe.refresh, g.dtype) if recipe.aged else t)
 
 
-def _state(recipe: Recipe, one: Member) -> State:
+def _state(recipe: Recipe, one: Member, g: Tensor) -> State:
     """All tensors that a step needs, with those that nobody keeps."""
     state = one.state
     if not recipe.basis.derives or not one.plan.projected:
         return state
-    g = one.plan.oriented(one.grad)
     return {**state, **derived(recipe, WHOLE, one.plan, 0, g, state, int(state["refreshes"]))}
 
 
 def _move_(
-    recipe: Recipe, one: Member, g: Tensor, r: Tensor | None, st: State, t: Clock, d: Tensor | None = None
+    recipe: Recipe, one: Member, g: Tensor, r: Tensor | None, st: State, lr: float, t: Clock, d: Tensor | None = None
 ) -> None:
-    group, step = one.group, float(one.state["step"]) + 1
-    w, lr = one.plan.oriented(one.p.detach()), float(group["lr"])
-    move_(recipe, WHOLE, w, g, r, st, lr, group["weight_decay"], group["maximize"], t, step, None, d=d)
-    _count_(one.state)
-
-
-def _count_(state: dict[str, Tensor]) -> None:
-    state["step"].fill_(float(state["step"]) + 1)  # a third of the time of an addition
+    """One matrix or vector, and then its step: who interrupts a list finds that each weight knows its count."""
+    group, count = one.group, one.state["step"]
+    w, now = one.plan.oriented(one.p.detach()), float(count) + 1
+    move_(recipe, WHOLE, w, g, r, st, lr, group["weight_decay"], group["maximize"], t, now, None, d=d)
+    count.fill_(now)  # a third of the time of an addition
