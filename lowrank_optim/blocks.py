@@ -45,4 +45,5 @@ def largest_block(shape: torch.Size | tuple[int, ...], most: int | None = None) 
 
 def widened(x: Tensor) -> Tensor:
     """In the dtype of arithmetic: float32 where x has fewer bits."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    working = torch.promote_types(x.dtype, torch.float32)
+    return x if x.dtype == working else x.to(working)

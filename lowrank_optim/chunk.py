@@ -17,7 +17,7 @@ from .opened import Opened, Stored
 from .ops import round_to_bfloat16, stream_of
 from .ops.philox import Places
 from .plan import Plan
-from .recipe import AGE, Clock, Recipe, State
+from .recipe import AGE, Clock, Recipe, Refresh, State
 from .stats import Watch
 from .step_numbers import Numbers
 
@@ -191,8 +191,7 @@ class Chunk:
     def clock(self, st: State) -> Clock:
         """Steps that the moments have seen, this one included."""
         if AGE in st:
-            age = st[AGE].add_(1).to(self.working)
-            return age if self.recipe.refresh.entrywise else age.unsqueeze(-1)
+            return ages_(st, self.recipe.refresh, self.working)
         if self.numbers is not None:
             return self.numbers.t if self.numbers.t.numel() > 1 else self.numbers.t.view(())
         if not self.restarts:
@@ -316,6 +315,12 @@ class Chunk:
 
     def _batched(self, plan: Plan, x: Tensor) -> Tensor:
         return x.view(-1, *x.shape[len(plan.batch) :]) if plan.batch and not self.partial else x
+
+
+def ages_(st: State, refresh: Refresh, working: torch.dtype) -> Tensor:
+    """Steps that coordinates or entries have seen, this one included; it is counted here."""
+    age = st[AGE].add_(1).to(working)
+    return age if refresh.entrywise else age.unsqueeze(-1)
 
 
 def working_dtype(p: Tensor) -> torch.dtype:

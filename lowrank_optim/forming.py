@@ -15,6 +15,7 @@ from . import chunk as limits
 from .chunk import WEIGHT, Chunk, working_dtype
 from .distributed.layout import Layout
 from .kept import Shape, Spec, Store
+from .parts import fused
 from .plan import Plan
 from .recipe import Recipe
 from .stats import Watch
@@ -41,17 +42,28 @@ class Member(NamedTuple):
     state: dict[str, Tensor]
 
 
-class Tensors(NamedTuple):
-    """The state of a kind of matrix.
+class Kind(NamedTuple):
+    """What is the same for all equal parameters of a group.
 
     Attributes:
-        shapes: of it and of the weight.
-        narrow: some of it has to be opened to be worked on.
+        spec, shapes: of their state, the latter also of the weight.
+        dtypes: of the state, where all of it and the weight are worked on as they are stored; None: some is opened.
+        listed: a kernel takes lists of them.
     """
 
+    recipe: Recipe
     spec: dict[str, Spec]
     shapes: dict[str, Shape]
-    narrow: bool
+    dtypes: dict[str, torch.dtype] | None
+    listed: bool
+
+    def lies(self, state: dict[str, Tensor]) -> bool:
+        """It is as kernels want it: nothing to be opened, and no model that was cast since the state was made."""
+        for key, dtype in (self.dtypes or {}).items():
+            x = state[key]
+            if x.dtype is not dtype or not x.is_contiguous():
+                return False
+        return self.dtypes is not None
 
 
 @dataclass
@@ -60,27 +72,33 @@ class Asked:
 
     Attributes:
         recipes: by group, and whether the parameter is projected.
-        specs: the state of each kind of matrix.
     """
 
     recipes: dict[tuple[int, bool], Recipe] = field(default_factory=dict)
-    specs: dict[tuple[Any, ...], Tensors] = field(default_factory=dict)
+    kinds: dict[tuple[Any, ...], Kind] = field(default_factory=dict)
 
-    def recipe(self, one: Member, recipe_of: RecipeOf) -> Recipe:
-        kind = id(one.group), one.plan.projected
-        if kind not in self.recipes:
-            self.recipes[kind] = recipe_of(one.plan, one.group)
-        return self.recipes[kind]
+    def kind(self, one: Member, recipe_of: RecipeOf) -> Kind:
+        key = id(one.group), one.layout.key, one.plan.kind, one.p.dtype, one.p.device
+        found = self.kinds.get(key)
+        if found is None:
+            found = self.kinds[key] = self._kind(one, recipe_of)
+        return found
 
-    def spec(self, one: Member) -> Tensors:
-        """Of a member whose recipe has been asked for."""
-        plan, layout, kind = one.plan, one.layout, (id(one.group), one.plan.projected)
-        key = kind, layout.key, plan.matrix, plan.rank, plan.side, plan.small
-        if key not in self.specs:
-            spec = layout.spec(self.recipes[kind].spec(layout.matrix(plan), plan.rank or 0, plan.small))
-            shapes = {name: one.shape for name, one in spec.items()} | {WEIGHT: layout.weight(plan)}
-            self.specs[key] = Tensors(spec, shapes, any(cast(Store, one.store).narrow for one in spec.values()))
-        return self.specs[key]
+    def _kind(self, one: Member, recipe_of: RecipeOf) -> Kind:
+        p, group, plan, layout = one.p, one.group, one.plan, one.layout
+        recipe = self.recipes.get((id(group), plan.projected)) or recipe_of(plan, group)
+        self.recipes[id(group), plan.projected] = recipe
+        spec = layout.spec(recipe.spec(layout.matrix(plan), plan.rank or 0, plan.small))
+        shapes = {name: one.shape for name, one in spec.items()} | {WEIGHT: layout.weight(plan)}
+        listed = fused.listed(recipe) if plan.projected else fused.whole(recipe) is not None and not group["maximize"]
+        return Kind(recipe, spec, shapes, _dtypes(spec, p), listed and fused.takes(p))
+
+
+def _dtypes(spec: dict[str, Spec], p: Tensor) -> dict[str, torch.dtype] | None:
+    stores = {key: cast(Store, one.store) for key, one in spec.items()}
+    if working_dtype(p) != p.dtype or any(store.narrow for store in stores.values()):
+        return None
+    return {key: store.layout(spec[key].shape, p.dtype)[0].dtype for key, store in stores.items()}
 
 
 def form_chunks(members: list[Member], recipe_of: RecipeOf, asked: Asked, watch: Watch) -> Iterator[Chunk]:
@@ -88,20 +106,22 @@ def form_chunks(members: list[Member], recipe_of: RecipeOf, asked: Asked, watch:
     buckets: dict[tuple[Any, ...], list[Member]] = {}
     for member in members:
         p, group, plan = member.p, member.group, member.plan
-        kind, recipe = (id(group), plan.projected), asked.recipe(member, recipe_of)
+        recipe = asked.kind(member, recipe_of).recipe
         alone = None if stacked(member) and (plan.projected or recipe.elementwise) else id(p)
         equal = plan.matrix, plan.batch, plan.side, plan.rank, p.dtype, member.grad.dtype, p.device, member.projected
-        buckets.setdefault((kind, int(member.state["step"]) + 1, alone, member.layout.key, *equal), []).append(member)
-    for (kind, step, *_), bucket in buckets.items():
+        buckets.setdefault((id(group), int(member.state["step"]) + 1, alone, member.layout.key, *equal), []).append(
+            member
+        )
+    for (_, step, *_), bucket in buckets.items():
         p, group, _, projected, plan, layout, _ = bucket[0]
-        spec, shapes, _ = asked.spec(bucket[0])
+        recipe, spec, shapes, *_ = asked.kind(bucket[0], recipe_of)
         most = layout.most(plan)
         limit = max(1, limits.CHUNK_BYTES // (working_dtype(p).itemsize * max(1, most)))
         for start in range(0, len(bucket), limit):
             some = bucket[start : start + limit]
             homes = [one.p.detach() for one in some]
             yield Chunk(
-                recipe=asked.recipes[kind],
+                recipe=recipe,
                 group=group,
                 step=step,
                 spec=spec,
@@ -123,7 +143,7 @@ def form_chunks(members: list[Member], recipe_of: RecipeOf, asked: Asked, watch:
 
 def stacked(one: Member) -> bool:
     """On CPU a loop beats stacking."""
-    return one.p.device.type != "cpu" if one.group["foreach"] is None else bool(one.group["foreach"])
+    return not one.p.is_cpu if one.group["foreach"] is None else bool(one.group["foreach"])
 
 
 def waves(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
@@ -146,9 +166,7 @@ def waves(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
 def one_by_one(members: list[Member]) -> bool:
     """On CPU a gradient is still in cache from its norm when it is projected at once. Where gradients are stacked, on
     accelerators (one synchronisation), and where a bad one must stop all, the norms of all come first."""
-    return all(
-        one.p.device.type == "cpu" and not one.group["foreach"] and one.group["nonfinite"] == "skip" for one in members
-    )
+    return all(one.p.is_cpu and not one.group["foreach"] and one.group["nonfinite"] == "skip" for one in members)
 
 
 def in_cache(members: list[Member]) -> Iterator[list[Member]]:

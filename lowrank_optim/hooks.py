@@ -23,7 +23,7 @@ def on_gradient(p: Tensor, ready: Callable[[Tensor], None]) -> RemovableHandle:
 def full_precision(tensors: Iterable[Tensor]) -> ExitStack:
     """Within it no autocast reaches our products: a loop may run backward, or its step, in an autocast context."""
     stack = ExitStack()
-    for kind in {tensor.device.type for tensor in tensors}:
+    for kind in {device.type for device in {tensor.device for tensor in tensors}}:
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             stack.enter_context(torch.autocast(kind, enabled=False))
     return stack

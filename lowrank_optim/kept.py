@@ -68,10 +68,13 @@ class Store(abc.ABC):
         return self
 
     def rounded(self, x: Tensor, working: torch.dtype) -> Tensor:
-        """What `read` would give after `write_`."""
+        """What `read` would give after `write_`; x itself, where that is the same."""
+        layout = self.layout(tuple(x.shape), working)
+        if not self.narrow:
+            return x.to(layout[0].dtype)
         kept = {
             suffix: torch.zeros(shape, dtype=dtype, device=x.device)
-            for suffix, (shape, dtype, _) in zip(self.suffixes, self.layout(tuple(x.shape), working), strict=True)
+            for suffix, (shape, dtype, _) in zip(self.suffixes, layout, strict=True)
         }
         self.write_(kept, x, None)
         return self.read(kept, tuple(x.shape), working)

@@ -1,7 +1,8 @@
 """Members whose tensors are worked on as they lie: nothing is opened, refitted, stacked or written back.
 
-They need no chunk. The lines of `recipe.py` are the same, and a kernel that takes lists does all of them at once, so a
-norm vector or a tiny matrix costs little more than its place in a list. `parts/fused.py` knows these kernels.
+They need no chunk: the lines of `recipe.py`, which are `update.move_`, run on what there is. A kernel that takes lists
+does its part for all of them at once, so a norm vector or a tiny matrix costs little more than its place in a list;
+`parts/fused.py` knows these kernels. A member counts its step as soon as its weight is written.
 """
 
 from __future__ import annotations
@@ -10,47 +11,48 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .apply import apply_
-from .chunk import is_packed
+from .chunk import SLICE, ages_, is_packed
 from .distributed.algebra import WHOLE
 from .distributed.layout import HERE
-from .forming import Asked, Member, RecipeOf, in_cache, stacked
+from .forming import Asked, Kind, Member, RecipeOf, in_cache, stacked
 from .parts import fused
-from .recipe import AGE, Recipe
+from .recipe import Clock, Recipe, State
+from .update import derived, move_
 
 Work = Callable[[Recipe, list[Member], float], None]
 
 
 def update_listed_(members: list[Member], recipe_of: RecipeOf, asked: Asked) -> list[Member]:
     """Updates those of the members, all with finite gradients, that it can; returns the others."""
-    lists: dict[tuple[Any, ...], list[Member]] = {}
+    lists: dict[tuple[Any, ...], tuple[Recipe, list[Member]]] = {}
     others = []
     for one in members:
-        recipe = asked.recipe(one, recipe_of)
-        work = _work(one, recipe, asked)
+        kind = asked.kind(one, recipe_of)
+        work = _work(one, kind)
         if work is None:
             others.append(one)
         else:
-            lists.setdefault((work, id(one.group), _clock(one, recipe), one.p.dtype, one.p.device), []).append(one)
-    for (work, _, clock, *_), alike in lists.items():
-        recipe = asked.recipe(alike[0], recipe_of)
-        for some in in_cache(alike) if work is _project_ else [alike]:  # which holds R of all of them, and more
-            work(recipe, some, clock)
-            torch._foreach_add_([one.state["step"] for one in some], 1)
+            alike = work, _clock(one, kind.recipe), id(kind.recipe), one.p.dtype, one.p.device
+            lists.setdefault(alike, (kind.recipe, []))[1].append(one)
+    for (work, t, *_), (recipe, some) in lists.items():
+        work(recipe, some, t)
     return others
 
 
-def _work(one: Member, recipe: Recipe, asked: Asked) -> Work | None:
-    """What updates it, if all of it is here, has one clock, and is laid out as kernels want it."""
-    known = fused.listed(recipe) if one.plan.projected else fused.whole(recipe) is not None
-    if not known or one.layout is not HERE or one.projected or one.plan.batch or one.group["maximize"]:
+def _work(one: Member, kind: Kind) -> Work | None:
+    """What updates it, if all of it is here, is worked on as it is kept, and stays as it lies."""
+    p, grad, projected = one.p, one.grad, one.plan.projected
+    if one.layout is not HERE or one.projected or one.plan.batch or is_packed(p):
         return None
-    if AGE in one.state or is_packed(one.p) or not fused.suits(one.p, one.grad, one.state):
+    if grad.dtype is not p.dtype or not p.is_contiguous() or not kind.lies(one.state):
         return None
-    if not one.plan.projected:
+    if kind.listed and not projected and grad.is_contiguous():
         return _whole_
-    return None if stacked(one) or asked.spec(one).narrow or _due(one, recipe) else _project_
+    if stacked(one) or (_due(one, kind.recipe) if projected else kind.recipe.elementwise and p.numel() > SLICE):
+        return None
+    return _together_ if kind.listed and projected else _alone_
 
 
 def _due(one: Member, recipe: Recipe) -> bool:
@@ -69,17 +71,44 @@ def _whole_(recipe: Recipe, some: list[Member], t: float) -> None:
     group, states = some[0].group, [one.state for one in some]
     tensors = [one.p.detach() for one in some], [one.grad for one in some], states
     fused.whole(recipe)(recipe, *tensors, float(group["lr"]), group["weight_decay"], t)  # type: ignore[misc]
+    torch._foreach_add_([state["step"] for state in states], 1)
 
 
-def _project_(recipe: Recipe, some: list[Member], t: float) -> None:
-    """Matrices between refreshes: products one by one, the state of all in one kernel."""
-    lr, decay = float(some[0].group["lr"]), some[0].group["weight_decay"]
-    states = [one.state for one in some]
-    g = [recipe.residual.before(one.plan.oriented(one.grad), one.state) for one in some]
-    r = [recipe.basis.down(WHOLE, x, st) for x, st in zip(g, states, strict=True)]
-    d = fused.directions(recipe, states, r, g, t)
-    for i, one in enumerate(some):
-        w, step = one.plan.oriented(one.p.detach()), float(one.state["step"]) + 1
-        change = recipe.residual.after(WHOLE, recipe, one.state, g[i], r[i], d[i], 1.0)
-        length = recipe.step_size(WHOLE, lr, w, step) * recipe.scale
-        apply_(recipe, w, one.state, change.times(length), 1 - lr * decay if decay else 1.0)
+def _together_(recipe: Recipe, members: list[Member], t: float) -> None:
+    """Matrices between refreshes: products one by one, the direction of all in one kernel."""
+    lr = float(members[0].group["lr"])
+    for some in in_cache(members):  # R of all of them, and more, is held
+        g = [one.plan.oriented(one.grad) for one in some]
+        states = [_state(recipe, one, x) for one, x in zip(some, g, strict=True)]
+        r = [recipe.basis.down(WHOLE, x, st) for x, st in zip(g, states, strict=True)]
+        d = fused.directions(recipe, states, r, g, t)
+        for i, one in enumerate(some):
+            _move_(recipe, one, g[i], r[i], states[i], lr, t, d[i])
+
+
+def _alone_(recipe: Recipe, members: list[Member], t: float) -> None:
+    """One by one."""
+    lr = float(members[0].group["lr"])
+    for one in members:
+        g = one.plan.oriented(one.grad)
+        st = _state(recipe, one, g)
+        g = recipe.residual.before(g, st)
+        _move_(recipe, one, g, None, st, lr, ages_(st, recipe.refresh, g.dtype) if recipe.aged else t)
+
+
+def _state(recipe: Recipe, one: Member, g: Tensor) -> State:
+    """All tensors that a step needs, with those that nobody keeps."""
+    state = one.state
+    if not recipe.basis.derives or not one.plan.projected:
+        return state
+    return {**state, **derived(recipe, WHOLE, one.plan, 0, g, state, int(state["refreshes"]))}
+
+
+def _move_(
+    recipe: Recipe, one: Member, g: Tensor, r: Tensor | None, st: State, lr: float, t: Clock, d: Tensor | None = None
+) -> None:
+    """One matrix or vector, and then its step: who interrupts a list finds that each weight knows its count."""
+    group, count = one.group, one.state["step"]
+    w, now = one.plan.oriented(one.p.detach()), float(count) + 1
+    move_(recipe, WHOLE, w, g, r, st, lr, group["weight_decay"], group["maximize"], t, now, None, d=d)
+    count.fill_(now)  # a third of the time of an addition

@@ -256,7 +256,7 @@ def whole_gradients(sizes: list[int], accumulation_steps: int = 1) -> int:
 
 def expected(optimizer: LowRankOptimizer, weights: int, gradients: int) -> MemoryEstimate:
     """What an optimizer will hold, from its parameters' shapes alone."""
-    step, refresh, listed = 0, optimizer.restart_workspace(), 0
+    step, refresh, listed, share = 0, optimizer.restart_workspace(), 0, 0.0
     kept: Counter[str] = Counter()
     shared: dict[str, int] = {}
     seen: dict[tuple[Any, ...], _Needs] = {}
@@ -270,7 +270,8 @@ def expected(optimizer: LowRankOptimizer, weights: int, gradients: int) -> Memor
         kept.update(one.state)
         shared |= one.shared
         step, refresh, listed = max(step, one.step), max(refresh, one.refresh), listed + one.listed
-    step += min(listed, 2 * CACHE)
+        share = max(share, one.listed / max(1, p.nbytes))
+    step += min(listed, math.ceil(share * CACHE))
     bases = kept.pop(BASES, 0)
     return MemoryEstimate(weights, gradients, kept.total(), bases, sum(shared.values()), step, refresh)
 
@@ -282,7 +283,7 @@ class _Needs(NamedTuple):
     shared: dict[str, int]
     step: int
     refresh: int
-    listed: int = 0  # coordinates, where other matrices are updated together with it
+    listed: int = 0  # coordinates, where other matrices are updated together with it, and what is derived for it
 
 
 def _needs(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any]) -> _Needs:
@@ -295,8 +296,12 @@ def _needs(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any]) -> _Ne
         size = working_dtype(p).itemsize
         shared = {key: count * size for key, count in recipe.basis.shared(plan.matrix).items()}
         refresh = _refresh_bytes(layout.here(p), plan, recipe)
-        if layout is HERE and p.nbytes <= CACHE and fused.listed(recipe):
-            listed = 2 * math.prod(recipe.basis.coordinates(plan.matrix, plan.rank or 0)) * size  # R and D
+        if layout is HERE and p.nbytes <= CACHE and p.dtype == working_dtype(p) and fused.listed(recipe):
+            rank = plan.rank or 0
+            r = math.prod(recipe.basis.coordinates(plan.matrix, rank))
+            listed = (
+                r * (1 if recipe.thin else 2) + recipe.basis.derived(plan.matrix, rank)
+            ) * size  # R, and D beside it
     return _Needs(state, shared, _step_bytes(layout.here(p), plan, recipe, group), refresh, listed)
 
 

@@ -379,9 +379,9 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             for one, factor in zip(members, map(rescale, members, norms), strict=True):
                 if factor != 1:
                     one.grad.mul_(factor)
-        bad = [one for one, norm in zip(members, norms, strict=True) if not math.isfinite(norm)]
-        if bad:
-            self._skip(bad)
+        if all(map(math.isfinite, norms)):
+            return members
+        self._skip([one for one, norm in zip(members, norms, strict=True) if not math.isfinite(norm)])
         return [one for one, norm in zip(members, norms, strict=True) if math.isfinite(norm)]
 
     def _skip(self, members: list[Member]) -> None:

@@ -5,6 +5,7 @@ Nothing about wrappers, world sizes or devices enters, so a sharded run makes th
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import re
@@ -63,6 +64,11 @@ class Plan:
     def small(self) -> bool:
         """Kept in full precision, whatever the rest is kept in; by the size of the whole parameter on any shard."""
         return len(self.matrix) < 2 or math.prod(self.shape) * self.among < _LEAST_QUANTIZED
+
+    @functools.cached_property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal where matrices have equal state."""
+        return self.matrix, self.rank, self.side, self.small
 
     @property
     def count(self) -> int:

@@ -357,6 +357,11 @@ class Recipe:
     def elementwise(self) -> bool:
         return self.basis.elementwise and self.momentum.elementwise and self.scaling.elementwise
 
+    @property
+    def aged(self) -> bool:
+        """Entries, or the vectors of a selection, begin anew one by one, so each has an age."""
+        return self.refresh.entrywise or (self.basis.indexed and self.refresh.turns)
+
     def uncut(self) -> dict[int, str]:
         """Sides of G that must not be cut over processes, and why."""
         whole = self.scaling_in == "full" or self.basis.elementwise
@@ -370,10 +375,8 @@ class Recipe:
         """
         coordinates = self.basis.coordinates(shape, rank)
         basis = {key: self._kept(spec, self.basis_store, small) for key, spec in self.basis.spec(shape, rank).items()}
-        if self.refresh.entrywise:
-            basis[AGE] = Spec(coordinates, store=Exact(torch.int32))
-        elif self.basis.indexed and self.refresh.turns:
-            basis[AGE] = Spec(coordinates[:1], store=Exact(torch.int32))
+        if self.aged:
+            basis[AGE] = Spec(coordinates if self.refresh.entrywise else coordinates[:1], store=Exact(torch.int32))
         scaled = shape if self.scaling_in == "full" else coordinates
         rest = {**self.momentum.spec(coordinates), **self.scaling.spec(scaled), **self.residual.spec(shape)}
         return {**basis, **{key: self._kept(spec, None, small) for key, spec in rest.items()}}

@@ -1,6 +1,7 @@
 """Plain parameters in one call: as one by one to the last bit, and as few calls as there are kinds."""
 
 import math
+from contextlib import suppress
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import lowrank_optim
 from lowrank_optim.parts import fused
+from lowrank_optim.update import move_
 
 SHAPES = [(1,), (3,), (513,), (7, 5), (40, 3, 3, 3), (0,), (2, 9, 20), (70, 90)]
 OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.97), "weight_decay": 0.1}
@@ -141,6 +143,31 @@ def test_equal_matrices_share_a_kernel(monkeypatch):
             p.grad = torch.randn_like(p)
         optimizer.step()
     assert taken == [1, 6] * 2, "large ones alone; none when a refresh is due"
+
+
+@every_case
+def test_who_interrupts_a_list_finds_every_weight_counted(case, monkeypatch):
+    moved = []
+
+    def interrupted(recipe, algebra, w, *rest, f=move_, **more):
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        moved.append(w.data_ptr())
+        return f(recipe, algebra, w, *rest, **more)
+
+    params = [nn.Parameter(torch.randn(12, 18)) for _ in range(5)]
+    options = case.fitting({"rank": 3, "update_proj_gap": 10, "stagger": False})
+    optimizer = case.build([(f"w{i}", p) for i, p in enumerate(params)], **options)
+    for _ in range(2):
+        before = [p.detach().clone() for p in params]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        with suppress(KeyboardInterrupt):
+            optimizer.step()
+        monkeypatch.setattr("lowrank_optim.listed.move_", interrupted)
+    expected = [p.data_ptr() in moved for p in params]
+    assert [not torch.equal(p, w) for p, w in zip(params, before, strict=True)] == expected
+    assert [int(optimizer.state[p]["step"]) == 2 for p in params] == expected
 
 
 def test_large_matrices_are_never_held_together(monkeypatch):

@@ -193,6 +193,20 @@ def test_a_steps_extra_memory_is_what_was_estimated(case, dtype, basis, monkeypa
 
 
 @every_case
+def test_what_lists_hold_was_estimated(case):
+    """R, D and what is derived, of as many small matrices as stay in cache."""
+    shape, rank, count = (48, 40), 36, 50
+    options = case.fitting({"rank": rank, "orthonormal": True})
+    planned = estimate_memory([shape] * count, case.make, **{**case.kwargs, **options}).step_workspace
+    alone = estimate_memory([shape], case.make, **{**case.kwargs, **options}).step_workspace
+    params = [nn.Parameter(torch.randn(shape)) for _ in range(count)]
+    measured = step_peak(case, params, refresh=False, **options)
+    assert measured <= planned + 4096 + 256 * count  # the last: numbers per matrix, such as norms
+    if planned > alone:
+        assert 0.4 * planned < measured
+
+
+@every_case
 @pytest.mark.parametrize(
     ("shape", "rank", "options"),
     [

@@ -35,7 +35,9 @@ class Algebra:
 
     def project(self, basis: Tensor, g: Tensor) -> Tensor:
         """`P^T G`: (m, k), (m, n) -> (k, n). G in fewer bits than P is brought to its dtype block by block."""
-        cut = [] if g.dtype == basis.dtype else list(blocks(g.shape, g.device.type))
+        if g.dtype == basis.dtype:
+            return ops.product(basis.mT, g)
+        cut = list(blocks(g.shape, g.device.type))
         if len(cut) < 2:
             return ops.product(basis.mT, g.to(basis.dtype))
         r = basis.new_empty(*g.shape[:-2], basis.shape[-1], g.shape[-1])

@@ -53,8 +53,10 @@ def scratch(shape: tuple[int, ...], rank: int) -> int:
 
 def _suits(a: Tensor, b: Tensor) -> bool:
     """oneDNN has no stacks, float64 or empty matrices, and what is small is not worth its call."""
+    if a.shape[0] * b.numel() < _LEAST:  # the first question, because small ones have no time for the others
+        return False
     matrices = a.dim() == 2 and b.dim() == 2 and a.dtype == b.dtype == torch.float32
-    return matrices and a.device.type == "cpu" and a.shape[0] * b.numel() >= _LEAST and onednn_is_faster()
+    return matrices and a.device.type == "cpu" and onednn_is_faster()
 
 
 @functools.lru_cache(maxsize=1)

@@ -46,28 +46,31 @@ def whole(recipe: Any) -> _Step | None:
     return kernel if kernel is not None and _is_adam(recipe) and recipe.scale == 1 else None
 
 
-def suits(w: Tensor, g: Tensor, st: State) -> bool:
+def takes(w: Tensor) -> bool:
+    """Are there kernels for parameters like this one?"""
+    return w.dtype in _DTYPES and w.device.type in _DEVICES
+
+
+def _suits(w: Tensor, g: Tensor, st: State) -> bool:
     """Kernels of `whole` walk tensors flat, whatever their strides, so all must be laid out alike."""
-    if w.dtype not in _DTYPES or w.device.type not in _DEVICES:
-        return False
     m, v = (st[key] for key in _MOMENTS)
-    alike = w.dtype == g.dtype == m.dtype == v.dtype
+    alike = takes(w) and w.dtype == g.dtype == m.dtype == v.dtype
     return alike and w.is_contiguous() and g.is_contiguous() and m.is_contiguous() and v.is_contiguous()
 
 
 def step_(recipe: Recipe, w: Tensor, g: Tensor, st: State, lr: Clock, weight_decay: float, t: Clock) -> bool:
     """The whole update of w in one kernel, or False and nothing is changed."""
     one_clock = not isinstance(t, Tensor) or t.dim() == 0
-    if (kernel := whole(recipe)) is None or torch.compiler.is_compiling() or not (one_clock and suits(w, g, st)):
+    if (kernel := whole(recipe)) is None or torch.compiler.is_compiling() or not (one_clock and _suits(w, g, st)):
         return False
     kernel(recipe, [w], [g], [st], lr, weight_decay, t)
     return True
 
 
 def listed(recipe: Recipe) -> bool:
-    """Is there a kernel for the state of several matrices, of which nothing has to be derived?"""
+    """Is there a kernel for the state of several matrices, of which each holds little more than R and D until then?"""
     kinds = type(recipe.momentum), type(recipe.scaling)
-    return kinds in _DIRECTIONS and _is_adam(recipe) and not recipe.basis.derives
+    return kinds in _DIRECTIONS and _is_adam(recipe) and not (recipe.aged or recipe.residual.feeds_back)
 
 
 def directions(recipe: Any, states: Sequence[State], r: list[Tensor], whole: list[Tensor], t: float) -> list[Tensor]:
