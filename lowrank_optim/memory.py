@@ -389,7 +389,8 @@ def _working_elements(plan: Plan, recipe: Recipe, rank: int) -> int:
     if recipe.scaling_in == "subspace":
         most = r * (1 + scratch) + rest
     elif recipe.momentum_of == "gradient":
-        most = r + max(rest, r + size * (1 + scratch))
+        scaled = max(r, min(size, PIECE)) if recipe.scaling.per_column(shape) else size * (1 + scratch)
+        most = r + max(rest, r + scaled)
     else:
         most = max(size * scratch, size + r + rest)
     derived = recipe.basis.derived(shape, rank) * (2 if plan.batch else 1)
