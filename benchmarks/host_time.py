@@ -28,6 +28,12 @@ OURS: dict[str, dict[str, Any]] = {
     "GaLoreAdamW, bfloat16 weights": {"dtype": torch.bfloat16},
     "FiraAdamW": {},
     "APOLLO": {},
+    "APOLLOMini": {},
+    "Flora": {},
+    "SNSMAdamW": {},
+    "FRUGAL": {},
+    "DCTAdamW": {},
+    "LDAdamW": {},
 }
 
 
