@@ -135,6 +135,57 @@ def _midpoints(code_map: Tensor, lower: Tensor) -> Tensor:
     return beyond.index_select(0, lower.int())
 
 
+# -- Adafactor ---------------------------------------------------------------------------------------------------------
+
+
+def scale_factored_(out: Tensor, x: Tensor, rows: Tensor, columns: Tensor, most: float) -> None:
+    """Each element of x (..., m, n) times the factors of its row and its column, or times `most` if that is less."""
+    for _, scaled, target in _scaled_pieces(x, rows, columns, most, out):
+        target.copy_(scaled)
+
+
+def factored_energy_(sums: Tensor, x: Tensor, rows: Tensor, columns: Tensor, most: float) -> None:
+    """The sum of squares of the same, one number in float64 per matrix."""
+    sums.zero_()
+    for which, scaled in _scaled_pieces(x, rows, columns, most):
+        sums.view(-1)[which] += scaled.double().square_().sum((-2, -1))
+
+
+def step_factored_(
+    w: Tensor,
+    exp_avg: Tensor | None,
+    x: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    most: float,
+    beta: float,
+    gain: float,
+    length: float,
+    keep: float,
+) -> None:
+    """`M <- beta M + gain Y; W <- keep W - length M`, Y being the same; without M `W <- keep W - length gain Y`."""
+    for _, scaled, target, *mean in _scaled_pieces(x, rows, columns, most, w, *([] if exp_avg is None else [exp_avg])):
+        scaled.mul_(gain)
+        if mean:
+            scaled.copy_(mean[0].mul_(beta).add_(scaled))
+        target.mul_(keep).sub_(scaled.mul_(length))
+
+
+def _scaled_pieces(
+    x: Tensor, rows: Tensor, columns: Tensor, most: float, *others: Tensor
+) -> Iterator[tuple[Any, ...]]:
+    """(which matrix, some lines of it scaled, the same lines of others); elsewhere than on CPU all at once."""
+    flat = [one.view(math.prod(one.shape[:-2]), *one.shape[-2:]) for one in (columns, x, rows, *others)]
+    columns, *cut = flat
+    if x.device.type != "cpu":
+        yield slice(None), (cut[1] * columns).clamp_(max=most).mul_(cut[0]), *cut[2:]
+        return
+    some = max(1, PIECE // max(1, x.shape[-1]))
+    for i, by_column in enumerate(columns):
+        for piece, by_row, *rest in zip(*(torch.split(one[i], some) for one in cut), strict=True):
+            yield i, (by_row * by_column).clamp_(max=most).mul_(piece), *rest
+
+
 # -- Bases -------------------------------------------------------------------------------------------------------------
 
 
