@@ -176,6 +176,14 @@ void step_factored(T* w, T* m, const Factored<T>& y, Move move);  // m: or none
 // libtorch's own threads, from registration.cpp: `work(begin, end)` on pieces of [0, n), each at least `grain` long.
 void parallel(int64_t n, int64_t grain, void (*work)(int64_t, int64_t, const void*), const void* context);
 
+// Sums of squares over the rows and over the columns of matrices (m, n), in double.
+template <class T>
+void squares(Queue queue, double* rows, double* columns, const T* x, int64_t matrices, int64_t m, int64_t n);
+// W <- keep W - x factor: of its row, of its column, or one for a matrix. Where keep is 0, w is not read.
+template <class T>
+void take_scaled(Queue queue, T* w, const T* x, const T* factors, int64_t matrices, int64_t m, int64_t n, bool per_row,
+                 bool per_column, T keep);
+
 template <class Work>
 void parallel(int64_t n, int64_t grain, const Work& work) {
   parallel(

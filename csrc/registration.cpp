@@ -26,6 +26,7 @@
 #include "registration/factored.h"
 #include "registration/quantize.h"
 #include "registration/random.h"
+#include "registration/scaled.h"
 #include "registration/weights.h"
 
 STABLE_TORCH_LIBRARY_IMPL(LRO_NAMESPACE, LRO_KEY, m) {
@@ -60,5 +61,7 @@ STABLE_TORCH_LIBRARY_IMPL(LRO_NAMESPACE, LRO_KEY, m) {
   m.impl("scale_factored_", TORCH_BOX(&lro::scale_factored_));
   m.impl("factored_energy_", TORCH_BOX(&lro::factored_energy_));
   m.impl("step_factored_", TORCH_BOX(&lro::step_factored_));
+  m.impl("squares_", TORCH_BOX(&lro::squares_));
+  m.impl("take_scaled_", TORCH_BOX(&lro::take_scaled_));
 #endif
 }

@@ -262,6 +262,23 @@ def stepping_factored(shape, variant):
     return [torch.randn_like(x), mean, x, *rest, 0.83, 0.11, 0.013, 0.995]
 
 
+def summing(shape, variant):
+    """In three dtypes."""
+    x = torch.randn(shape if len(shape) > 1 else (*shape, 3)) * 10.0 ** (5 * variant - 5)
+    x = x.to((torch.float32, torch.float64, torch.bfloat16, torch.float32)[variant])
+    rows, columns = x.new_zeros(x.shape[:-1]).double(), x.new_zeros(*x.shape[:-2], x.shape[-1]).double()
+    return [rows, columns, x]
+
+
+def taking(shape, variant):
+    """Factors per matrix, per column, per row; and a w that must not be read."""
+    shape = shape if len(shape) > 1 else (*shape, 3)
+    dtype, last = [torch.float32, torch.float64][variant % 2], [(1, 1), (1, shape[-1]), (shape[-2], 1)]
+    factors = torch.randn(*shape[:-2], *last[variant % 3], dtype=dtype)
+    w = torch.full(shape, torch.nan, dtype=dtype) if variant == 3 else torch.randn(shape, dtype=dtype)
+    return [w, torch.randn(shape, dtype=dtype), factors, (0.97, 1.0, 0.5, 0.0)[variant]]
+
+
 CALLS = {
     "projected_adam_": adam,
     "projected_adam_list_": adam_list,
@@ -291,6 +308,8 @@ CALLS = {
     "scale_factored_": scaling_factored,
     "factored_energy_": energy_of_factored,
     "step_factored_": stepping_factored,
+    "squares_": summing,
+    "take_scaled_": taking,
 }
 every_operator = pytest.mark.parametrize("name", CALLS)
 
@@ -343,6 +362,8 @@ def assert_same(name, ours, theirs):
             assert x.numel() == 0 or (x - y).abs().max() <= 1e-13 * (1 + y.abs().max()), "sums in another order"
         elif name == "factored_energy_" and i == 0:
             torch.testing.assert_close(x, y, rtol=1e-13, atol=0, msg="sums in another order")
+        elif name == "squares_" and i < 2:
+            assert torch.allclose(x, y, rtol=1e-14, atol=0), "sums in another order"
         else:
             assert torch.equal(x, y), f"argument {i} of {name}"
 
@@ -532,6 +553,14 @@ def spoilt(name):
             yield with_(place, good[place][0])
     if name == "factored_energy_":
         yield with_(0, torch.zeros(4, dtype=torch.float64))
+    if name == "squares_":
+        yield with_(0, torch.zeros(6, dtype=torch.float64))
+        yield with_(1, torch.zeros(4, dtype=torch.float64))
+        yield with_(2, torch.zeros(6))
+    if name == "take_scaled_":
+        yield with_(2, torch.zeros(4, 6))
+        yield with_(2, torch.zeros(6))
+        yield [torch.zeros(6), torch.zeros(6), torch.zeros(1), 1.0]
     if name == "fix_signs_":
         yield with_(0, torch.zeros(6))
     if "quantize" in name:

@@ -553,6 +553,26 @@ def add_sampled_product_(out: Tensor, left: Tensor, right: Tensor, positions: Te
         target.add_(sums[0])
 
 
+def squares_(rows: Tensor, columns: Tensor, x: Tensor) -> None:
+    """Sums of squares over rows (..., m) and columns (..., n) of x (..., m, n), in float64."""
+    rows.zero_()
+    columns.zero_()
+    for part in column_blocks(x.shape, x.device.type):
+        squares = part.of(x).double().square()
+        rows.add_(squares.sum(-1))
+        part.of(columns).copy_(squares.sum(-2))
+
+
+def take_scaled_(w: Tensor, x: Tensor, factors: Tensor, keep: float) -> None:
+    """`W <- keep W - x factors`. Where keep is 0, w is not read."""
+    if keep == 0:
+        torch.mul(x, factors, out=w).neg_()
+        return
+    w.mul_(keep)
+    for part in column_blocks(x.shape, x.device.type, PIECE if x.device.type == "cpu" else None):
+        part.of(w).sub_(part.of(x) * (factors if factors.shape[-1] == 1 else part.of(factors)))
+
+
 def _ordered(positions: Tensor, start: int, stop: int) -> None:
     """Looked at on the CPU only: elsewhere that would stop the host."""
     if positions.device.type != "cpu" or torch.compiler.is_compiling() or not len(positions):

@@ -231,6 +231,36 @@ def _check_gram(out: Tensor, y: Tensor, across: bool = False) -> None:
     _demand(fits, f"out must have one number per two columns of y {both}")
 
 
+def _check_squares(rows: Tensor, columns: Tensor, x: Tensor) -> None:
+    _typed(x, "x", torch.float32, torch.float64, torch.bfloat16)
+    _contiguous(x, "x")
+    _demand(x.dim() >= 2, f"x must have two dimensions or more, got {tuple(x.shape)}")
+    for sums, name, shape in ((rows, "rows", x.shape[:-1]), (columns, "columns", (*x.shape[:-2], x.shape[-1]))):
+        _typed(sums, name, torch.float64)
+        _contiguous(sums, name)
+        _beside(sums, name, x, "x")
+        both = f"{tuple(x.shape)}, got {tuple(sums.shape)}"
+        _demand(sums.shape == shape, f"{name} must have one number per {name[:-1]} of x {both}")
+
+
+def _check_take_scaled(w: Tensor, x: Tensor, factors: Tensor, keep: float) -> None:
+    _typed(w, "w", torch.float32, torch.float64)
+    _demand(w.dim() >= 2, f"w must have two dimensions or more, got {tuple(w.shape)}")
+    for name, one in (("x", x), ("factors", factors)):
+        _demand(one.dtype == w.dtype, f"{name} must have the dtype of w, got {one.dtype}")
+    _shaped(x, "x", w, "w")
+    for name, one in (("w", w), ("x", x), ("factors", factors)):
+        _contiguous(one, name)
+    _beside(x, "x", w, "w")
+    _beside(factors, "factors", w, "w")
+    m, n = w.shape[-2:]
+    shapes = [(*w.shape[:-2], *last) for last in ((1, 1), (1, n), (m, 1))]
+    both = f"{tuple(w.shape)}, got {tuple(factors.shape)}"
+    _demand(
+        tuple(factors.shape) in shapes, f"factors must have one number per row, per column or per matrix of w {both}"
+    )
+
+
 def _check_signs(basis: Tensor) -> None:
     _typed(basis, "basis", torch.float32, torch.float64)
     _contiguous(basis, "basis")
@@ -585,9 +615,13 @@ OPERATORS: dict[str, tuple[str, Check]] = {
         "float beta, float gain, float length, float keep",
         _check_step_factored,
     ),
+    "squares_": ("Tensor(a!) rows, Tensor(b!) columns, Tensor x", _check_squares),
+    "take_scaled_": ("Tensor(a!) w, Tensor x, Tensor factors, float keep", _check_take_scaled),
 }
 
-# Of which no CUDA source has a kernel: libraries of the device form these products, or the whole one, in less time.
-CPU_ONLY = {"gram_", "add_sampled_product_", "scale_factored_", "factored_energy_", "step_factored_"}
+# Of which no CUDA source has a kernel: libraries of the device form these products, or the whole one, in less time, and
+# torch's own sums and pointwise operators reach the speed of its memory.
+CPU_ONLY = {"gram_", "add_sampled_product_", "squares_", "take_scaled_"}
+CPU_ONLY |= {"scale_factored_", "factored_energy_", "step_factored_"}
 
 define(NAMESPACE)

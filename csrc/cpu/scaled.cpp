@@ -1,0 +1,117 @@
+#include <algorithm>
+#include <vector>
+
+#include "../kernels.h"
+#include "clones.h"
+
+namespace lro {
+namespace {
+
+constexpr int64_t kHigh = 256, kWide = 1024;  // of a tile, whose sums over rows stay in cache; nothing cuts within it
+constexpr int kLanes = 16;                    // partial sums of a line
+constexpr int64_t kGrain = 1 << 15;           // elements that are worth a thread
+
+LRO_HD double wide(float x) { return x; }
+LRO_HD double wide(double x) { return x; }
+LRO_HD double wide(bfloat16 x) { return to_float(x); }
+
+// Adds the squares of a line to `columns`, and returns their sum.
+template <class T>
+LRO_HD double line(const T* LRO_RESTRICT x, int64_t n, double* LRO_RESTRICT columns) {
+  double part[kLanes] = {};
+  const int64_t even = n / kLanes * kLanes;
+  for (int64_t j = 0; j < even; j += kLanes)
+    for (int i = 0; i < kLanes; ++i) {
+      const double square = wide(x[j + i]) * wide(x[j + i]);
+      columns[j + i] += square, part[i] += square;
+    }
+  for (int64_t j = even; j < n; ++j) {
+    const double square = wide(x[j]) * wide(x[j]);
+    columns[j] += square, part[j - even] += square;
+  }
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+  return part[0];
+}
+
+#define LRO_PER_TYPE(T)                                                                       \
+  LRO_CLONES void tile(const T* x, int64_t high, int64_t n, int64_t stride, double* rows, double* columns) { \
+    for (int64_t i = 0; i < high; ++i) rows[i] = line(x + i * stride, n, columns);            \
+  }
+LRO_PER_TYPE(float)
+LRO_PER_TYPE(double)
+LRO_PER_TYPE(bfloat16)
+
+// W <- keep W - x f, one factor per column.
+template <class T>
+LRO_HD void take_columns(T* LRO_RESTRICT w, const T* LRO_RESTRICT x, const T* LRO_RESTRICT f, int64_t n, T keep) {
+  for (int64_t j = 0; j < n; ++j) w[j] = keep * w[j] - x[j] * f[j];
+}
+// And one factor.
+template <class T>
+LRO_HD void take_line(T* LRO_RESTRICT w, const T* LRO_RESTRICT x, T f, int64_t n, T keep) {
+  for (int64_t j = 0; j < n; ++j) w[j] = keep * w[j] - x[j] * f;
+}
+// The same where w is not to be read.
+template <class T>
+LRO_HD void put_columns(T* LRO_RESTRICT w, const T* LRO_RESTRICT x, const T* LRO_RESTRICT f, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) w[j] = -(x[j] * f[j]);
+}
+template <class T>
+LRO_HD void put_line(T* LRO_RESTRICT w, const T* LRO_RESTRICT x, T f, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) w[j] = -(x[j] * f);
+}
+
+// Attributes do not reach the instances of templates, so there is one function per type.
+#define LRO_TAKE(T)                                                                              \
+  LRO_CLONES void take(T* w, const T* x, const T* f, bool each, int64_t n, T keep) {             \
+    if (keep == 0) each ? put_columns(w, x, f, n) : put_line(w, x, *f, n);                       \
+    else each ? take_columns(w, x, f, n, keep) : take_line(w, x, *f, n, keep);                   \
+  }
+LRO_TAKE(float)
+LRO_TAKE(double)
+
+}  // namespace
+
+template <class T>
+void squares(Queue, double* rows, double* columns, const T* x, int64_t matrices, int64_t m, int64_t n) {
+  const int64_t down = (m + kHigh - 1) / kHigh, across = (n + kWide - 1) / kWide;
+  std::vector<double> of_rows(m * (across ? across : 1)), of_columns(n * (down ? down : 1));  // zeros, if x is empty
+  for (int64_t matrix = 0; matrix < matrices; ++matrix) {
+    std::fill(of_columns.begin(), of_columns.end(), 0.0);
+    parallel(down * across, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t row = i / across * kHigh, column = i % across * kWide;
+        tile(x + (matrix * m + row) * n + column, std::min(kHigh, m - row), std::min(kWide, n - column), n,
+             of_rows.data() + i % across * m + row, of_columns.data() + i / across * n + column);
+      }
+    });
+    for (int64_t i = 1; i < across; ++i)
+      for (int64_t row = 0; row < m; ++row) of_rows[row] += of_rows[i * m + row];
+    for (int64_t i = 1; i < down; ++i)
+      for (int64_t column = 0; column < n; ++column) of_columns[column] += of_columns[i * n + column];
+    std::copy_n(of_rows.begin(), m, rows + matrix * m);
+    std::copy_n(of_columns.begin(), n, columns + matrix * n);
+  }
+}
+
+template void squares(Queue, double*, double*, const float*, int64_t, int64_t, int64_t);
+template void squares(Queue, double*, double*, const double*, int64_t, int64_t, int64_t);
+template void squares(Queue, double*, double*, const bfloat16*, int64_t, int64_t, int64_t);
+
+template <class T>
+void take_scaled(Queue, T* w, const T* x, const T* factors, int64_t matrices, int64_t m, int64_t n, bool per_row,
+                 bool per_column, T keep) {
+  const int64_t of_matrix = per_row ? m : per_column ? n : 1;
+  parallel(matrices * m, 1 + kGrain / n, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const T* f = factors + i / m * of_matrix + (per_row ? i % m : 0);
+      take(w + i * n, x + i * n, f, per_column, n, keep);
+    }
+  });
+}
+
+template void take_scaled(Queue, float*, const float*, const float*, int64_t, int64_t, int64_t, bool, bool, float);
+template void take_scaled(Queue, double*, const double*, const double*, int64_t, int64_t, int64_t, bool, bool, double);
+
+}  // namespace lro
