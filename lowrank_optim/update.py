@@ -75,7 +75,7 @@ def move_(
     Returns:
         None, w having been moved; or where it is `narrow` what remains to be taken from it.
     """
-    if g is not None and not narrow and not ascend and fused.step_(recipe, w, g, st, lr, decay, t):
+    if g is not None and not narrow and not ascend and fused.step_(recipe, algebra, w, g, st, lr, decay, t):
         return None
     change = _change(recipe, algebra, g, r, st, t, step, note)
     length = recipe.step_size(algebra, lr, w, step) * (-recipe.scale if ascend else recipe.scale)

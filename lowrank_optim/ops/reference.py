@@ -140,14 +140,15 @@ def _midpoints(code_map: Tensor, lower: Tensor) -> Tensor:
 
 def scale_factored_(out: Tensor, x: Tensor, rows: Tensor, columns: Tensor, most: float) -> None:
     """Each element of x (..., m, n) times the factors of its row and its column, or times `most` if that is less."""
-    for _, scaled, target in _scaled_pieces(x, rows, columns, most, out):
-        target.copy_(scaled)
+    for _, by_row, by_column, piece, target in _lines(x, rows, columns, out):
+        torch.mul(by_row, by_column, out=target).clamp_(max=most).mul_(piece)
 
 
 def factored_energy_(sums: Tensor, x: Tensor, rows: Tensor, columns: Tensor, most: float) -> None:
     """The sum of squares of the same, one number in float64 per matrix."""
     sums.zero_()
-    for which, scaled in _scaled_pieces(x, rows, columns, most):
+    for which, by_row, by_column, piece in _lines(x, rows, columns):
+        scaled = (by_row * by_column).clamp_(max=most).mul_(piece)
         sums.view(-1)[which] += scaled.double().square_().sum((-2, -1))
 
 
@@ -164,26 +165,23 @@ def step_factored_(
     keep: float,
 ) -> None:
     """`M <- beta M + gain Y; W <- keep W - length M`, Y being the same; without M `W <- keep W - length gain Y`."""
-    for _, scaled, target, *mean in _scaled_pieces(x, rows, columns, most, w, *([] if exp_avg is None else [exp_avg])):
-        scaled.mul_(gain)
+    for _, by_row, by_column, piece, target, *mean in _lines(x, rows, columns, w, *([] if exp_avg is None else [exp_avg])):
+        scaled = (by_row * by_column).clamp_(max=most).mul_(piece).mul_(gain)
         if mean:
             scaled.copy_(mean[0].mul_(beta).add_(scaled))
         target.mul_(keep).sub_(scaled.mul_(length))
 
 
-def _scaled_pieces(
-    x: Tensor, rows: Tensor, columns: Tensor, most: float, *others: Tensor
-) -> Iterator[tuple[Any, ...]]:
-    """(which matrix, some lines of it scaled, the same lines of others); elsewhere than on CPU all at once."""
-    flat = [one.view(math.prod(one.shape[:-2]), *one.shape[-2:]) for one in (columns, x, rows, *others)]
-    columns, *cut = flat
+def _lines(x: Tensor, rows: Tensor, columns: Tensor, *others: Tensor) -> Iterator[tuple[Any, ...]]:
+    """(which matrix, factors of some lines, of columns, those lines of x and others); off the CPU all at once."""
+    by_column, *cut = (one.view(math.prod(one.shape[:-2]), *one.shape[-2:]) for one in (columns, rows, x, *others))
     if x.device.type != "cpu":
-        yield slice(None), (cut[1] * columns).clamp_(max=most).mul_(cut[0]), *cut[2:]
+        yield slice(None), cut[0], by_column, *cut[1:]
         return
     some = max(1, PIECE // max(1, x.shape[-1]))
-    for i, by_column in enumerate(columns):
-        for piece, by_row, *rest in zip(*(torch.split(one[i], some) for one in cut), strict=True):
-            yield i, (by_row * by_column).clamp_(max=most).mul_(piece), *rest
+    for i, line in enumerate(by_column):
+        for by_row, *pieces in zip(*(torch.split(one[i], some) for one in cut), strict=True):
+            yield i, by_row, line, *pieces
 
 
 # -- Bases -------------------------------------------------------------------------------------------------------------

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed.algebra import WHOLE, Algebra
 from ..kept import Spec
 from ..opened import Opened, Stored
 from ..ops import quantize
 from ..ops.philox import Places, numbers_of
 from ..recipe import AGE, Clock, Recipe, State
+from . import fused_factored
 from .basis import Identity
 from .momentum import EMA
 from .residual import Drop
@@ -55,8 +57,13 @@ def suits(w: Tensor, g: Tensor, st: State) -> bool:
     return alike and w.is_contiguous() and g.is_contiguous() and m.is_contiguous() and v.is_contiguous()
 
 
-def step_(recipe: Recipe, w: Tensor, g: Tensor, st: State, lr: Clock, weight_decay: float, t: Clock) -> bool:
+def step_(
+    recipe: Recipe, algebra: Algebra, w: Tensor, g: Tensor, st: State, lr: Clock, weight_decay: float, t: Clock
+) -> bool:
     """The whole update of w in one kernel, or False and nothing is changed."""
+    if algebra is WHOLE and fused_factored.suits(recipe, w, g, st):
+        fused_factored.step_(recipe, w, g, st, lr, weight_decay, t)
+        return True
     one_clock = not isinstance(t, Tensor) or t.dim() == 0
     if (kernel := whole(recipe)) is None or torch.compiler.is_compiling() or not (one_clock and suits(w, g, st)):
         return False
