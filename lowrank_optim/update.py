@@ -135,6 +135,8 @@ def _change(
         recipe.momentum_of == "update",
     )
     if g is not None:
+        if note is None and (change := fused.change(recipe, algebra, st, g, t, step)) is not None:
+            return change
         g = scaling(algebra, st, g, g, step) if full and before else g
         r = recipe.basis.down(algebra, g, st)
         if note is not None:

@@ -18,12 +18,12 @@ from ..kept import Spec
 from ..opened import Opened, Stored
 from ..ops import quantize
 from ..ops.philox import Places, numbers_of
-from ..recipe import AGE, Clock, Recipe, State
+from ..recipe import AGE, Clock, Recipe, State, Update
 from . import fused_factored
 from .basis import Identity
 from .momentum import EMA
-from .residual import Drop
-from .scaling import RMS
+from .residual import Drop, Raw
+from .scaling import RMS, Factored
 from .step_size import Constant
 from .store import BFloat16, Float32, Int8
 
@@ -69,6 +69,29 @@ def step_(
         return False
     kernel(recipe, [w], [g], [st], lr, weight_decay, t)
     return True
+
+
+def change(recipe: Any, algebra: Algebra, st: State, g: Tensor, t: Clock, step: Clock) -> Update | None:
+    """The update in the place of the scaled gradient, which is the step's own memory; or None and nothing is changed."""
+    if not in_place(recipe) or torch.compiler.is_compiling():
+        return None
+    momentum, rest = recipe.momentum, recipe.residual
+    u = recipe.scaling(algebra, st, g, g, step)
+    r = recipe.basis.down(algebra, u, st)
+    d, gain = momentum(st, r, t)
+    weight = rest.weight * gain if rest.corrected else rest.weight
+    d = d * gain - r * weight
+    if isinstance(weight, Tensor):
+        u.mul_(weight)
+        weight = 1.0
+    recipe.basis.add_up_(u, d, st, alpha=1, beta=weight)
+    return rest.shortened(algebra, u)
+
+
+def in_place(recipe: Any) -> bool:
+    """Does nobody read the scaled gradient once the update is known?"""
+    first = recipe.scaling_in == "full" and recipe.momentum_of == "update"
+    return first and (type(recipe.scaling), type(recipe.residual)) == (Factored, Raw) and recipe.residual.clip is not None
 
 
 def listed(recipe: Recipe) -> bool:

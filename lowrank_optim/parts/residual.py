@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -53,8 +53,11 @@ class Raw(Residual):
         update = Update(d * gain - r * weight, 1.0, g, weight)
         if self.clip is None:
             return update
-        whole = update.whole(recipe, st, g)
-        return Update(None, rest=whole, rest_gain=1 / (algebra.size(whole) / self.clip).clamp_(min=1))
+        return self.shortened(algebra, update.whole(recipe, st, g))
+
+    def shortened(self, algebra: Algebra, whole: Tensor) -> Update:
+        """A whole update (m, n), as long as `clip` allows."""
+        return Update(None, rest=whole, rest_gain=1 / (algebra.size(whole) / cast(float, self.clip)).clamp_(min=1))
 
 
 @dataclass(frozen=True)
