@@ -25,19 +25,25 @@ def apply_(recipe: Recipe, w: Tensor, st: State, change: Update, keep: Clock, co
     if isinstance(keep, Tensor):
         w.mul_(keep)
         keep = 1.0
+    scaled = change.rest is not None and isinstance(change.rest_gain, Tensor)
+    if scaled:
+        _take_scaled_(w, cast(Tensor, change.rest), cast(Tensor, change.rest_gain), keep, columns)
+        keep = 1.0
     elif change.d is None:
         w.mul_(keep) if keep else w.zero_()
     if change.d is not None:
         recipe.basis.add_up_(w, change.d, st, alpha=-cast(float, change.gain), beta=keep, columns=columns)
-    if change.rest is not None:
-        rest, gain = change.rest if columns is None else columns.of(change.rest), change.rest_gain
-        if isinstance(gain, Tensor):
-            one = columns is None or not gain.dim() or gain.shape[-1] == 1  # for all columns
-            w.addcmul_(rest, gain if one else cast(Columns, columns).of(gain), value=-1)
-        else:
-            w.add_(rest, alpha=-gain)
+    if change.rest is not None and not scaled:
+        w.add_(change.rest if columns is None else columns.of(change.rest), alpha=-cast(float, change.rest_gain))
     if change.entries is not None:
         _take_entries_(w, *change.entries, columns)
+
+
+def _take_scaled_(w: Tensor, rest: Tensor, gain: Tensor, keep: float, columns: Columns | None) -> None:
+    """`W <- keep W - rest gain`."""
+    if columns is not None:
+        rest, gain = columns.of(rest), gain if not gain.dim() or gain.shape[-1] == 1 else columns.of(gain)
+    ops.take_scaled_(w, rest, gain, keep)
 
 
 def apply_narrow_(recipe: Recipe, chunk: Chunk, like: Tensor, st: State, change: Update, keep: Clock) -> None:

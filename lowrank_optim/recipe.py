@@ -226,6 +226,13 @@ class Scaling(abc.ABC):
     def __call__(self, algebra: Algebra, st: State, x: Tensor, r: Tensor, t: Clock) -> Tensor:
         """`x / sqrt(second moment of r)`."""
 
+    def gains(self, algebra: Algebra, st: State, r: Tensor, t: Clock) -> Tensor | None:
+        """What a call would multiply x by, `(..., 1, n)`, where that is a number per column: no tensor like x is made.
+
+        None, and nothing has happened, where it is not.
+        """
+        return None
+
     @abc.abstractmethod
     def turn_(self, algebra: Algebra, st: State, turn: Turn, mean: Tensor | None, t: Clock) -> None:
         """Second moments must not be mixed linearly by a rotation: only the variance around `mean` may."""

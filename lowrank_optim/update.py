@@ -154,6 +154,9 @@ def _change(
     change = recipe.residual.after(algebra, recipe, st, cast(Tensor, g), r, d, gain)
     if full and not before:
         g = cast(Tensor, g)
+        gains = scaling.gains(algebra, st, g, step)
+        if gains is not None:
+            return change.times(gains)
         change = Update(None, rest=scaling(algebra, st, change.whole(recipe, st, g), g, step))
     return change
 

@@ -133,7 +133,7 @@ class Algebra:
 
     def energy(self, x: Tensor, dim: int, power: int = 2) -> Tensor:
         """Sums of `|x|^power` over whole rows (-1) or columns (-2), the dimension dropped."""
-        return (x.abs() if power == 1 else x.square()).sum(dim)
+        return x.abs().sum(dim) if power == 1 else ops.squares(x, dim)
 
     def once(self, g: Tensor, dim: int) -> Tensor:
         """Without rows (-2) or columns (-1) that others have, too, and count."""

@@ -6,8 +6,9 @@ from .factored import Factors, energy, mean_squares, scaled
 from .linalg import fix_signs, leading_left_vectors, orthonormalize, principal, subspace_iteration, whiten_
 from .philox import key_of, normal, random_bits16, sample, stream_of, uniform
 from .products import add_product_, product
-from .reductions import largest, norm
+from .reductions import largest, norm, squares
 from .rounding import round_to_bfloat16
+from .scaled import take_scaled_
 from .sparse import add_at_, gather_at, sampled_product
 
 __all__ = [
@@ -34,8 +35,10 @@ __all__ = [
     "sampled_product",
     "scaled",
     "schema",
+    "squares",
     "stream_of",
     "subspace_iteration",
+    "take_scaled_",
     "uniform",
     "whiten_",
 ]

@@ -1,11 +1,11 @@
-"""Norms and maxima of matrices, for which torch has a slow way and a fast one on CPU."""
+"""Norms, sums of squares and maxima of matrices, for which torch has a slow way and a fast one on CPU."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .reference import PIECE
+from .schema import kernel
 
 
 def largest(x: Tensor) -> Tensor:
@@ -21,9 +21,33 @@ def norm(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
 
     On CPU torch's own takes ten times as long as a sum of squares for columns whose elements lie apart.
     """
-    if dim != -2 or x.device.type != "cpu" or x.stride(-2) == 1 or torch.compiler.is_compiling():
+    if dim != -2 or x.dim() < 2 or x.stride(-2) == 1 or not _fast(x):
         result: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
         return result
-    rows = max(1, PIECE // max(1, x.shape[-1]))
-    sums = [some.square().sum(-2, keepdim=True) for some in torch.split(x, rows, dim=-2)]
-    return (sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)).sqrt_()
+    return _squares(x)[1].sqrt_().to(x.dtype).unsqueeze(-2)
+
+
+def squares(x: Tensor, dim: int) -> Tensor:
+    """Sums of squares over rows (-1) or columns (-2), the dimension dropped; on CPU without a tensor of squares."""
+    if not _fast(x):
+        return x.square().sum(dim)
+    if x.mT.is_contiguous() and not x.is_contiguous():
+        columns, rows = _squares(x.mT)
+    else:
+        rows, columns = _squares(x)
+    return (rows if dim == -1 else columns).to(x.dtype)
+
+
+def _fast(x: Tensor) -> bool:
+    """Is there a kernel that beats torch's own sums?"""
+    kinds = torch.float32, torch.float64
+    return x.device.type == "cpu" and x.dtype in kinds and not torch.compiler.is_compiling()
+
+
+def _squares(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of squares over rows (..., m) and columns (..., n) in float64, in one pass."""
+    x = x.contiguous()
+    rows = x.new_empty(x.shape[:-1], dtype=torch.float64)
+    columns = x.new_empty((*x.shape[:-2], x.shape[-1]), dtype=torch.float64)
+    kernel("squares_")(rows, columns, x)
+    return rows, columns

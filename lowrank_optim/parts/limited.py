@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -43,16 +44,14 @@ class _Limited(Residual):
         over = -2 if self.granularity == "channel" else (-2, -1)
         return algebra.norm(d, over) / (algebra.norm(r, over) + _TINY)
 
-    def _limited(self, algebra: Algebra, st: State, rest: Tensor, ratio: Tensor) -> Tensor:
-        """The factors of the columns of a residual, or of all of it, shortened where it grows too fast."""
-        if self.limit is None:
-            return ratio
-        size, before = algebra.size(rest, ratio), st["residual_size"]
-        most = torch.where(before > 0, self.limit * before, size)
+    def _limited(self, st: State, limit: float, size: Tensor) -> Tensor:
+        """What a residual of some size is to be multiplied by, so that it does not grow too fast."""
+        before = st["residual_size"]
+        most = torch.where(before > 0, limit * before, size)
         shortened = torch.minimum(size, most)
         st[HITS].add_(shortened < size)
         st["residual_size"].copy_(torch.where(shortened >= FLOOR, shortened, before))
-        return ratio * torch.where(size > 0, shortened / size.clamp(min=torch.finfo(size.dtype).tiny), 1.0)
+        return torch.where(size > 0, shortened / size.clamp(min=torch.finfo(size.dtype).tiny), 1.0)
 
 
 @dataclass(frozen=True)
@@ -66,16 +65,22 @@ class NormScaled(_Limited):
 
     code_scale: float | None = None
 
-    def workspace(self, shape: Shape, coordinates: int) -> int:
-        return shape[0] * shape[1] + super().workspace(shape, coordinates)
-
     def after(
         self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
     ) -> Update:
-        d, rest = d * gain, g.clone()
-        recipe.basis.add_up_(rest, r, st, alpha=-(self.code_scale or 1.0), beta=1)
-        factors = self._limited(algebra, st, rest, self._ratio(recipe.basis.inside(algebra), d, r))
-        return Update(d, 1.0, rest, factors / (self.code_scale or 1.0))
+        inside, part, d = recipe.basis.inside(algebra), self.code_scale or 1.0, d * gain
+        factors = self._ratio(inside, d, r)
+        if self.limit is not None:
+            factors = factors * self._limited(st, self.limit, self._size(algebra, inside, g, r, factors, part))
+        # The rest S = G - part P R is not formed: up(D) + S f / part = up(D - R f) + G f / part.
+        return Update(d.sub_(r * factors), 1.0, g, factors / part)
+
+    @staticmethod
+    def _size(algebra: Algebra, inside: Algebra, g: Tensor, r: Tensor, factors: Tensor, part: float) -> Tensor:
+        """Of the rest, by Pythagoras: P is orthonormal, so a column of it has `|G_j|^2 - (2 part - part^2) |R_j|^2`."""
+        squares = algebra.energy(g, -2) - (2 * part - part**2) * inside.energy(r, -2)
+        columns = squares.clamp_(min=0).sqrt_().unsqueeze(-2) * factors
+        return inside.norm(columns, (-2, -1)) / math.prod(map(int, algebra.shape(g))) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -92,5 +97,7 @@ class Rescaled(_Limited):
     def after(
         self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
     ) -> Update:
-        ratio = self._ratio(recipe.basis.inside(algebra), d * gain, r) * self.front
-        return Update(None, rest=g, rest_gain=self._limited(algebra, st, g, ratio))
+        factors = self._ratio(recipe.basis.inside(algebra), d * gain, r) * self.front
+        if self.limit is not None:
+            factors = factors * self._limited(st, self.limit, algebra.size(g, factors))
+        return Update(None, rest=g, rest_gain=factors)

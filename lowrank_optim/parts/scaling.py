@@ -145,11 +145,18 @@ class SubsetNorm(Scaling):
         return {"exp_avg_sq": Spec((-(-shape[0] // self._size(shape)), shape[1]), unsigned=True)}
 
     def __call__(self, algebra: Algebra, st: State, x: Tensor, r: Tensor, t: Clock) -> Tensor:
-        shape = algebra.shape(r)
-        v, m, size = st["exp_avg_sq"], shape[0], self._size(shape)
-        v.mul_(self.beta).add_(self._reduced(algebra, r, size), alpha=1 - self.beta)
-        denominator = v.sqrt().mul_(bias_correction(self.beta, t) ** -0.5).add_(self.eps)
-        return x / (denominator if size >= m else denominator.repeat_interleave(size, dim=-2)[..., :m, :])
+        size, m = self._size(algebra.shape(r)), algebra.shape(r)[0]
+        denominators = self._denominators(algebra, st, r, t, size)
+        return x / (denominators if size >= m else denominators.repeat_interleave(size, dim=-2)[..., :m, :])
+
+    def gains(self, algebra: Algebra, st: State, r: Tensor, t: Clock) -> Tensor | None:
+        size, m = self._size(algebra.shape(r)), algebra.shape(r)[0]
+        return self._denominators(algebra, st, r, t, size).reciprocal_() if size >= m else None
+
+    def _denominators(self, algebra: Algebra, st: State, r: Tensor, t: Clock, size: int) -> Tensor:
+        """One per subset."""
+        v = st["exp_avg_sq"].mul_(self.beta).add_(self._reduced(algebra, r, size), alpha=1 - self.beta)
+        return v.sqrt().mul_(bias_correction(self.beta, t) ** -0.5).add_(self.eps)
 
     def turn_(self, algebra: Algebra, st: State, turn: Turn, mean: Tensor | None, t: Clock) -> None:
         """A turn within the subset keeps its norm; one that leaves it has no honest answer, and the norm is kept."""
