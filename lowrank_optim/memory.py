@@ -297,7 +297,7 @@ def _needs(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any]) -> _Ne
         refresh = _refresh_bytes(layout.here(p), plan, recipe)
         if layout is HERE and p.nbytes <= CACHE and fused.listed(recipe):
             listed = 2 * math.prod(recipe.basis.coordinates(plan.matrix, plan.rank or 0)) * size  # R and D
-    return _Needs(state, shared, _step_bytes(layout.here(p), plan, recipe, group), refresh, listed)
+    return _Needs(state, shared, _step_bytes(layout.here(p), plan, recipe, group, layout is HERE), refresh, listed)
 
 
 def expected_state(
@@ -323,11 +323,14 @@ def state_kinds(recipe: Recipe, plan: Plan) -> dict[str, str]:
     return kinds
 
 
-def _step_bytes(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) -> int:
+def _step_bytes(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any], whole: bool) -> int:
     """R and the scratch of its size, and whatever is kept in 16 bits and worked on in 32: G, blocks of W, state."""
     size, working, rank = p.numel(), working_dtype(p), plan.rank or 0
     share = _share(p, plan, recipe)
+    alone = whole and p.dtype == working and not group["maximize"] and not plan.projected and not plan.batch
     elements = plan.count * _working_elements(plan, recipe, rank)
+    if alone and fused.moves(recipe, plan.matrix):
+        elements = min(elements, 4 * PIECE + 8 * sum(plan.matrix))  # pieces in plain torch, and numbers per line
     spec, closed = _narrow(plan, recipe, rank, working)
     specs = spec.values()
     # opened, and for what changes at each step rounded; piece by piece where a kernel does it, if that is plain torch
@@ -381,12 +384,14 @@ def _working_elements(plan: Plan, recipe: Recipe, rank: int) -> int:
     shape, size = plan.matrix, math.prod(plan.matrix)
     r = math.prod(recipe.basis.coordinates(shape, rank))
     rest, scratch = recipe.residual.workspace(shape, r), recipe.scaling.scratch
+    if fused.in_place(recipe):
+        rest -= size
     if recipe.scaling_in == "subspace":
-        most = r * (1 + scratch) + rest
+        most = r + recipe.scaling.workspace(r) + rest
     elif recipe.momentum_of == "gradient":
         most = r + max(rest, r + size * (1 + scratch))
     else:
-        most = max(size * scratch, size + r + rest)
+        most = max(recipe.scaling.workspace(size) - size, size + r + rest)
     derived = recipe.basis.derived(shape, rank) * (2 if plan.batch else 1)
     return max(recipe.basis.derive_workspace(shape, rank), derived + recipe.basis.step_workspace(shape, rank) + most)
 

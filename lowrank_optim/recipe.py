@@ -219,6 +219,10 @@ class Scaling(abc.ABC):
         """As in `Basis`, of what is scaled."""
         return {}
 
+    def workspace(self, count: int) -> int:
+        """Elements that a call holds beside x and r, of so many elements each; for `estimate_memory`."""
+        return count * self.scratch
+
     @abc.abstractmethod
     def spec(self, shape: Shape) -> dict[str, Spec]: ...
 

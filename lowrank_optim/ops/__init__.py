@@ -2,7 +2,7 @@
 
 from . import reference, schema
 from .apply import add_rounded_
-from .factored import Factors, energy, mean_squares, scaled
+from .factored import Factors, factored_energy, mean_squares, scale_factored
 from .linalg import fix_signs, leading_left_vectors, orthonormalize, principal, subspace_iteration, whiten_
 from .philox import key_of, normal, random_bits16, sample, stream_of, uniform
 from .products import add_product_, product
@@ -16,7 +16,7 @@ __all__ = [
     "add_at_",
     "add_product_",
     "add_rounded_",
-    "energy",
+    "factored_energy",
     "fix_signs",
     "gather_at",
     "key_of",
@@ -33,7 +33,7 @@ __all__ = [
     "round_to_bfloat16",
     "sample",
     "sampled_product",
-    "scaled",
+    "scale_factored",
     "schema",
     "squares",
     "stream_of",

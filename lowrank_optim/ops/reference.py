@@ -165,7 +165,8 @@ def step_factored_(
     keep: float,
 ) -> None:
     """`M <- beta M + gain Y; W <- keep W - length M`, Y being the same; without M `W <- keep W - length gain Y`."""
-    for _, by_row, by_column, piece, target, *mean in _lines(x, rows, columns, w, *([] if exp_avg is None else [exp_avg])):
+    others = [w] if exp_avg is None else [w, exp_avg]
+    for _, by_row, by_column, piece, target, *mean in _lines(x, rows, columns, *others):
         scaled = (by_row * by_column).clamp_(max=most).mul_(piece).mul_(gain)
         if mean:
             scaled.copy_(mean[0].mul_(beta).add_(scaled))

@@ -72,7 +72,7 @@ def step_(
 
 
 def change(recipe: Any, algebra: Algebra, st: State, g: Tensor, t: Clock, step: Clock) -> Update | None:
-    """The update in the place of the scaled gradient, which is the step's own memory; or None and nothing is changed."""
+    """The update in the place of the scaled gradient, which is the step's own; or None and nothing is changed."""
     if not in_place(recipe) or torch.compiler.is_compiling():
         return None
     momentum, rest = recipe.momentum, recipe.residual
@@ -92,6 +92,11 @@ def in_place(recipe: Any) -> bool:
     """Does nobody read the scaled gradient once the update is known?"""
     first = recipe.scaling_in == "full" and recipe.momentum_of == "update"
     return first and (type(recipe.scaling), type(recipe.residual)) == (Factored, Raw) and recipe.residual.clip is not None
+
+
+def moves(recipe: Any, shape: tuple[int, ...]) -> bool:
+    """Does a kernel move a matrix of a CPU without holding another?"""
+    return len(shape) == 2 and fused_factored.has(recipe)
 
 
 def listed(recipe: Recipe) -> bool:

@@ -42,7 +42,7 @@ def step_(recipe: Any, w: Tensor, g: Tensor, st: State, lr: Clock, weight_decay:
     length = float(recipe.step_size(WHOLE, lr, w, t))
     gain = 1.0
     if scaling.clip is not None:
-        gain /= max(1.0, math.sqrt(float(ops.energy(g, factors)) / max(1, g.numel())) / scaling.clip)
+        gain /= max(1.0, math.sqrt(float(ops.factored_energy(g, factors)) / max(1, g.numel())) / scaling.clip)
     mean, beta = None, 0.0
     if type(momentum) is EMA:
         mean, beta = st["exp_avg"], momentum.beta

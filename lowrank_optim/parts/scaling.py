@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..distributed.algebra import Algebra
 from ..kept import Shape, Spec
+from ..ops.reference import PIECE
 from ..recipe import Clock, Scaling, State
 from ..turns import Turn
 from .momentum import bias_correction
@@ -76,7 +77,10 @@ class Factored(Scaling):
     eps: float | None  # None: the dtype's own
     clip: float | None
     elementwise: ClassVar[bool] = False
-    scratch: ClassVar[int] = 1
+    scratch: ClassVar[int] = 2
+
+    def workspace(self, count: int) -> int:
+        return max(2 * count, 4 * min(count, PIECE))  # the latter: squares in float64, in plain torch
 
     def spec(self, shape: Shape) -> dict[str, Spec]:
         if len(shape) == 1:
@@ -89,7 +93,7 @@ class Factored(Scaling):
             variance = _average_(st["variance"], r.square(), t**self.decay)
             update = variance.clamp(min=self._floor(r) ** 2).rsqrt_().mul_(x)
         else:
-            update = ops.scaled(x, self.factors_(algebra, st, r, t))
+            update = ops.scale_factored(x, self.factors_(algebra, st, r, t))
         return update if self.clip is None else update.div_(self.excess(algebra.size(update)))
 
     def factors_(self, algebra: Algebra, st: State, r: Tensor, t: Clock) -> ops.Factors:
@@ -189,5 +193,5 @@ class SubsetNorm(Scaling):
 
 
 def _average_(average: Tensor, x: Tensor, weight: Clock) -> Tensor:
-    """`average <- (1 - weight) average + weight x`, for a number or one weight per matrix."""
-    return average.add_((x - average) * weight)
+    """`average <- (1 - weight) average + weight x`, for a number or one weight per matrix; x is of no further use."""
+    return average.add_(x.sub_(average).mul_(weight))
