@@ -391,7 +391,7 @@ def _working_elements(plan: Plan, recipe: Recipe, rank: int) -> int:
     elif recipe.momentum_of == "gradient":
         most = r + max(rest, r + size * (1 + scratch))
     else:
-        most = max(recipe.scaling.workspace(size) - size, size + r + rest)
+        most = max(recipe.scaling.workspace(size), size + r + rest)
     derived = recipe.basis.derived(shape, rank) * (2 if plan.batch else 1)
     return max(recipe.basis.derive_workspace(shape, rank), derived + recipe.basis.step_workspace(shape, rank) + most)
 

@@ -135,7 +135,7 @@ def _change(
         recipe.momentum_of == "update",
     )
     if g is not None:
-        if note is None and (change := fused.change(recipe, algebra, st, g, t, step)) is not None:
+        if (change := fused.change(recipe, algebra, st, g, t, step, note)) is not None:
             return change
         g = scaling(algebra, st, g, g, step) if full and before else g
         r = recipe.basis.down(algebra, g, st)

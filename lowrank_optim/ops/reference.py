@@ -554,12 +554,11 @@ def add_sampled_product_(out: Tensor, left: Tensor, right: Tensor, positions: Te
 
 def squares_(rows: Tensor, columns: Tensor, x: Tensor) -> None:
     """Sums of squares over rows (..., m) and columns (..., n) of x (..., m, n), in float64."""
-    rows.zero_()
     columns.zero_()
-    for part in column_blocks(x.shape, x.device.type):
-        squares = part.of(x).double().square()
-        rows.add_(squares.sum(-1))
-        part.of(columns).copy_(squares.sum(-2))
+    for some in _some_rows(x):
+        squares = x[..., some, :].double().square()
+        rows[..., some] = squares.sum(-1)
+        columns.add_(squares.sum(-2))
 
 
 def take_scaled_(w: Tensor, x: Tensor, factors: Tensor, keep: float) -> None:
@@ -568,8 +567,15 @@ def take_scaled_(w: Tensor, x: Tensor, factors: Tensor, keep: float) -> None:
         torch.mul(x, factors, out=w).neg_()
         return
     w.mul_(keep)
-    for part in column_blocks(x.shape, x.device.type, PIECE if x.device.type == "cpu" else None):
-        part.of(w).sub_(part.of(x) * (factors if factors.shape[-1] == 1 else part.of(factors)))
+    for some in _some_rows(x):
+        w[..., some, :].sub_(x[..., some, :] * (factors if factors.shape[-2] == 1 else factors[..., some, :]))
+
+
+def _some_rows(x: Tensor) -> Iterator[slice]:
+    """Of each matrix as many as stay in cache on CPU, elsewhere all."""
+    m = x.shape[-2]
+    size = max(1, PIECE // max(1, x.shape[-1])) if x.device.type == "cpu" else max(1, m)
+    return (slice(first, min(first + size, m)) for first in range(0, m, size))
 
 
 def _ordered(positions: Tensor, start: int, stop: int) -> None:

@@ -8,7 +8,7 @@ one by one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -71,27 +71,39 @@ def step_(
     return True
 
 
-def change(recipe: Any, algebra: Algebra, st: State, g: Tensor, t: Clock, step: Clock) -> Update | None:
+def change(
+    recipe: Recipe,
+    algebra: Algebra,
+    st: State,
+    g: Tensor,
+    t: Clock,
+    step: Clock,
+    note: Callable[[Tensor, Tensor], None] | None,
+) -> Update | None:
     """The update in the place of the scaled gradient, which is the step's own; or None and nothing is changed."""
     if not in_place(recipe) or torch.compiler.is_compiling():
         return None
-    momentum, rest = recipe.momentum, recipe.residual
-    u = recipe.scaling(algebra, st, g, g, step)
-    r = recipe.basis.down(algebra, u, st)
-    d, gain = momentum(st, r, t)
+    rest = cast(Raw, recipe.residual)
+    whole = recipe.scaling(algebra, st, g, g, step)
+    r = recipe.basis.down(algebra, whole, st)
+    if note is not None:
+        note(whole, r)
+    d, gain = recipe.momentum(st, r, t)
     weight = rest.weight * gain if rest.corrected else rest.weight
     d = d * gain - r * weight
     if isinstance(weight, Tensor):
-        u.mul_(weight)
+        whole.mul_(weight)
         weight = 1.0
-    recipe.basis.add_up_(u, d, st, alpha=1, beta=weight)
-    return rest.shortened(algebra, u)
+    recipe.basis.add_up_(whole, d, st, alpha=1, beta=weight)
+    return rest.shortened(algebra, whole)
 
 
 def in_place(recipe: Any) -> bool:
     """Does nobody read the scaled gradient once the update is known?"""
     first = recipe.scaling_in == "full" and recipe.momentum_of == "update"
-    return first and (type(recipe.scaling), type(recipe.residual)) == (Factored, Raw) and recipe.residual.clip is not None
+    return (
+        first and (type(recipe.scaling), type(recipe.residual)) == (Factored, Raw) and recipe.residual.clip is not None
+    )
 
 
 def moves(recipe: Any, shape: tuple[int, ...]) -> bool:

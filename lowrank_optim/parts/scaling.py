@@ -77,10 +77,10 @@ class Factored(Scaling):
     eps: float | None  # None: the dtype's own
     clip: float | None
     elementwise: ClassVar[bool] = False
-    scratch: ClassVar[int] = 2
+    scratch: ClassVar[int] = 1
 
     def workspace(self, count: int) -> int:
-        return max(2 * count, 4 * min(count, PIECE))  # the latter: squares in float64, in plain torch
+        return max(count, 4 * min(count, PIECE))  # the latter: squares in float64, in plain torch
 
     def spec(self, shape: Shape) -> dict[str, Spec]:
         if len(shape) == 1:
