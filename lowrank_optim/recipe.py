@@ -230,12 +230,13 @@ class Scaling(abc.ABC):
     def __call__(self, algebra: Algebra, st: State, x: Tensor, r: Tensor, t: Clock) -> Tensor:
         """`x / sqrt(second moment of r)`."""
 
-    def gains(self, algebra: Algebra, st: State, r: Tensor, t: Clock) -> Tensor | None:
-        """What a call would multiply x by, `(..., 1, n)`, where that is a number per column: no tensor like x is made.
+    def per_column(self, shape: Shape) -> bool:
+        """Is x divided by one number per column? Then `gains` does for a call, and no tensor like x is made."""
+        return False
 
-        None, and nothing has happened, where it is not.
-        """
-        return None
+    def gains(self, algebra: Algebra, st: State, r: Tensor, t: Clock) -> Tensor:
+        """What a call would multiply x by, `(..., 1, n)`; only `per_column`."""
+        raise NotImplementedError(type(self).__name__)
 
     @abc.abstractmethod
     def turn_(self, algebra: Algebra, st: State, turn: Turn, mean: Tensor | None, t: Clock) -> None:

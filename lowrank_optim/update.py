@@ -154,9 +154,8 @@ def _change(
     change = recipe.residual.after(algebra, recipe, st, cast(Tensor, g), r, d, gain)
     if full and not before:
         g = cast(Tensor, g)
-        gains = scaling.gains(algebra, st, g, step)
-        if gains is not None:
-            return change.times(gains)
+        if scaling.per_column(algebra.shape(g)):
+            return change.times(scaling.gains(algebra, st, g, step))
         change = Update(None, rest=scaling(algebra, st, change.whole(recipe, st, g), g, step))
     return change
 

@@ -556,7 +556,7 @@ def squares_(rows: Tensor, columns: Tensor, x: Tensor) -> None:
     """Sums of squares over rows (..., m) and columns (..., n) of x (..., m, n), in float64."""
     columns.zero_()
     for some in _some_rows(x):
-        squares = x[..., some, :].double().square()
+        squares = x[..., some, :].to(torch.float64, copy=True).square_()
         rows[..., some] = squares.sum(-1)
         columns.add_(squares.sum(-2))
 

@@ -11,7 +11,7 @@ from .schema import kernel
 def take_scaled_(w: Tensor, x: Tensor, factors: Tensor, keep: float) -> None:
     """`W <- keep W - x factors` for matrices `(..., m, n)`; factors `(..., 1, n)`, `(..., m, 1)` or `(..., 1, 1)`.
 
-    Where keep is 0, w is not read. In one pass on CPU, also over matrices that are the transposes of what lies in memory.
+    Where keep is 0, w is not read. One pass on CPU, also where what lies in memory is the transpose of both.
     """
     if torch.compiler.is_compiling() or not _suits(w, x, factors):
         if keep == 0:

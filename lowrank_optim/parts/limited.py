@@ -37,12 +37,17 @@ class _Limited(Residual):
         return {"residual_size": Spec((1, 1), store=Float32()), HITS: Spec((1, 1), store=Exact(torch.int32))}
 
     def workspace(self, shape: Shape, coordinates: int) -> int:
-        return coordinates + 8 * shape[1] + min(shape[0] * shape[1], PIECE)  # the last: squares that are summed
+        return 2 * coordinates + 8 * shape[1] + 4 * min(shape[0] * shape[1], PIECE)  # the last: squares in float64
 
-    def _ratio(self, algebra: Algebra, d: Tensor, r: Tensor) -> Tensor:
-        """How much the subspace's rule scales a gradient: per column of the turned matrix, or over all."""
-        over = -2 if self.granularity == "channel" else (-2, -1)
-        return algebra.norm(d, over) / (algebra.norm(r, over) + _TINY)
+    def _ratio(self, algebra: Algebra, d: Tensor, gain: Clock, lengths: Tensor) -> Tensor:
+        """How much the subspace's rule scales a gradient: per column of the turned matrix, or over all.
+
+        lengths: of the columns of R.
+        """
+        if self.granularity == "channel":
+            return algebra.norm(d, -2) * gain / (lengths + _TINY)
+        both = (-2, -1)
+        return algebra.norm(d, both) * gain / (algebra.norm(lengths, both) + _TINY)
 
     def _limited(self, st: State, limit: float, size: Tensor) -> Tensor:
         """What a residual of some size is to be multiplied by, so that it does not grow too fast."""
@@ -68,19 +73,22 @@ class NormScaled(_Limited):
     def after(
         self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
     ) -> Update:
-        inside, part, d = recipe.basis.inside(algebra), self.code_scale or 1.0, d * gain
-        factors = self._ratio(inside, d, r)
+        inside, part = recipe.basis.inside(algebra), self.code_scale or 1.0
+        lengths = inside.norm(r, -2)
+        factors = self._ratio(inside, d, gain, lengths)
         if self.limit is not None:
-            factors = factors * self._limited(st, self.limit, self._size(algebra, inside, g, r, factors, part))
+            size = self._size(algebra, inside, g, lengths, factors, part)
+            factors = factors * self._limited(st, self.limit, size)
         # The rest S = G - part P R is not formed: up(D) + S f / part = up(D - R f) + G f / part.
-        return Update(d.sub_(r * factors), 1.0, g, factors / part)
+        return Update(torch.addcmul(d * gain, r, factors, value=-1), 1.0, g, factors / part)
 
     @staticmethod
-    def _size(algebra: Algebra, inside: Algebra, g: Tensor, r: Tensor, factors: Tensor, part: float) -> Tensor:
+    def _size(algebra: Algebra, inside: Algebra, g: Tensor, lengths: Tensor, factors: Tensor, part: float) -> Tensor:
         """Of the rest, by Pythagoras: P is orthonormal, so a column of it has `|G_j|^2 - (2 part - part^2) |R_j|^2`."""
-        squares = algebra.energy(g, -2) - (2 * part - part**2) * inside.energy(r, -2)
-        columns = squares.clamp_(min=0).sqrt_().unsqueeze(-2) * factors
-        return inside.norm(columns, (-2, -1)) / math.prod(map(int, algebra.shape(g))) ** 0.5
+        squares = algebra.energy(g, -2).unsqueeze(-2) - (2 * part - part**2) * lengths.square()
+        columns = squares.clamp_(min=0).sqrt_() * factors
+        size: Tensor = inside.norm(columns, (-2, -1)) / math.prod(map(int, algebra.shape(g))) ** 0.5
+        return size
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,8 @@ class Rescaled(_Limited):
     def after(
         self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
     ) -> Update:
-        factors = self._ratio(recipe.basis.inside(algebra), d * gain, r) * self.front
+        inside = recipe.basis.inside(algebra)
+        factors = self._ratio(inside, d, gain, inside.norm(r, -2)) * self.front
         if self.limit is not None:
             factors = factors * self._limited(st, self.limit, algebra.size(g, factors))
         return Update(None, rest=g, rest_gain=factors)

@@ -149,17 +149,20 @@ class SubsetNorm(Scaling):
         return {"exp_avg_sq": Spec((-(-shape[0] // self._size(shape)), shape[1]), unsigned=True)}
 
     def __call__(self, algebra: Algebra, st: State, x: Tensor, r: Tensor, t: Clock) -> Tensor:
-        size, m = self._size(algebra.shape(r)), algebra.shape(r)[0]
-        denominators = self._denominators(algebra, st, r, t, size)
-        return x / (denominators if size >= m else denominators.repeat_interleave(size, dim=-2)[..., :m, :])
+        shape = algebra.shape(r)
+        denominators, size = self._denominators(algebra, st, r, t), self._size(shape)
+        return x / (denominators if self.per_column(shape) else _repeated(denominators, size, shape[0]))
 
-    def gains(self, algebra: Algebra, st: State, r: Tensor, t: Clock) -> Tensor | None:
-        size, m = self._size(algebra.shape(r)), algebra.shape(r)[0]
-        return self._denominators(algebra, st, r, t, size).reciprocal_() if size >= m else None
+    def per_column(self, shape: Shape) -> bool:
+        return self._size(shape) >= shape[-2]
 
-    def _denominators(self, algebra: Algebra, st: State, r: Tensor, t: Clock, size: int) -> Tensor:
+    def gains(self, algebra: Algebra, st: State, r: Tensor, t: Clock) -> Tensor:
+        return self._denominators(algebra, st, r, t).reciprocal_()
+
+    def _denominators(self, algebra: Algebra, st: State, r: Tensor, t: Clock) -> Tensor:
         """One per subset."""
-        v = st["exp_avg_sq"].mul_(self.beta).add_(self._reduced(algebra, r, size), alpha=1 - self.beta)
+        sums = self._reduced(algebra, r, self._size(algebra.shape(r)))
+        v = st["exp_avg_sq"].mul_(self.beta).add_(sums, alpha=1 - self.beta)
         return v.sqrt().mul_(bias_correction(self.beta, t) ** -0.5).add_(self.eps)
 
     def turn_(self, algebra: Algebra, st: State, turn: Turn, mean: Tensor | None, t: Clock) -> None:
@@ -190,6 +193,11 @@ class SubsetNorm(Scaling):
         counts = torch.full((sums.shape[-2], 1), float(size), dtype=r.dtype, device=r.device)
         counts[-1] = m - (sums.shape[-2] - 1) * size
         return sums / counts
+
+
+def _repeated(numbers: Tensor, size: int, m: int) -> Tensor:
+    """Each for the rows of its subset."""
+    return numbers.repeat_interleave(size, dim=-2)[..., :m, :]
 
 
 def _average_(average: Tensor, x: Tensor, weight: Clock) -> Tensor:
