@@ -327,9 +327,9 @@ def _step_bytes(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any], wh
     """R and the scratch of its size, and whatever is kept in 16 bits and worked on in 32: G, blocks of W, state."""
     size, working, rank = p.numel(), working_dtype(p), plan.rank or 0
     share = _share(p, plan, recipe)
-    alone = whole and p.dtype == working and not group["maximize"] and not plan.projected and not plan.batch
     elements = plan.count * _working_elements(plan, recipe, rank)
-    if alone and fused.moves(recipe, plan.matrix):
+    other = group["maximize"] or group["capturable"] or p.dtype != working or plan.projected or plan.batch
+    if whole and not other and fused.moves(recipe, plan.matrix):
         elements = min(elements, 4 * PIECE + 8 * sum(plan.matrix))  # pieces in plain torch, and numbers per line
     spec, closed = _narrow(plan, recipe, rank, working)
     specs = spec.values()

@@ -61,11 +61,13 @@ def step_(
     recipe: Recipe, algebra: Algebra, w: Tensor, g: Tensor, st: State, lr: Clock, weight_decay: float, t: Clock
 ) -> bool:
     """The whole update of w in one kernel, or False and nothing is changed."""
-    if algebra is WHOLE and fused_factored.suits(recipe, w, g, st):
-        fused_factored.step_(recipe, w, g, st, lr, weight_decay, t)
+    if torch.compiler.is_compiling():
+        return False
+    if algebra is WHOLE and fused_factored.suits(recipe, w, g, st, t):
+        fused_factored.step_(recipe, w, g, st, cast(float, lr), weight_decay, cast(float, t))
         return True
     one_clock = not isinstance(t, Tensor) or t.dim() == 0
-    if (kernel := whole(recipe)) is None or torch.compiler.is_compiling() or not (one_clock and suits(w, g, st)):
+    if (kernel := whole(recipe)) is None or not (one_clock and suits(w, g, st)):
         return False
     kernel(recipe, [w], [g], [st], lr, weight_decay, t)
     return True

@@ -27,15 +27,15 @@ def has(recipe: Any) -> bool:
     return parts == (Identity, Factored, Drop) and averages and recipe.scale == 1
 
 
-def suits(recipe: Any, w: Tensor, g: Tensor, st: State) -> bool:
-    """Is it one matrix that lies in the memory of a CPU without gaps, and all that is beside it?"""
-    if not has(recipe) or w.dim() != 2 or w.device.type != "cpu" or torch.compiler.is_compiling():
+def suits(recipe: Any, w: Tensor, g: Tensor, st: State, t: Clock) -> bool:
+    """Is it one matrix that lies in the memory of a CPU without gaps, and all that is beside it, and is t known?"""
+    if not has(recipe) or isinstance(t, Tensor) or w.dim() != 2 or w.device.type != "cpu":
         return False
     tensors = [w, g, *([st["exp_avg"]] if type(recipe.momentum) is EMA else [])]
     return w.dtype in _DTYPES and all(x.dtype == w.dtype and x.is_contiguous() for x in tensors)
 
 
-def step_(recipe: Any, w: Tensor, g: Tensor, st: State, lr: Clock, weight_decay: float, t: Clock) -> None:
+def step_(recipe: Any, w: Tensor, g: Tensor, st: State, lr: float, weight_decay: float, t: float) -> None:
     """One pass for the means of G, one for the size of its update, one for that of W, and one that moves W."""
     momentum, scaling = recipe.momentum, recipe.scaling
     factors = scaling.factors_(WHOLE, st, g, t)
@@ -47,5 +47,5 @@ def step_(recipe: Any, w: Tensor, g: Tensor, st: State, lr: Clock, weight_decay:
     if type(momentum) is EMA:
         mean, beta = st["exp_avg"], momentum.beta
         gain, length = gain * (1 - beta), length * float(momentum.gain(t))
-    keep = 1 - float(lr) * weight_decay
+    keep = 1 - lr * weight_decay
     kernel("step_factored_")(w, mean, g, *factors, beta, gain, length, keep)
