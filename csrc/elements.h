@@ -101,6 +101,15 @@ LRO_HD void adam(T& m, T& v, T& r, const AdamNumbers<T>& k) {
   r = m * k.gain / (root(v) * k.inverse_root + k.eps);
 }
 
+// -- Adafactor --------------------------------------------------------------------------------------------------------
+
+// 1 / sqrt(v) is the product of a row's factor and a column's, or `most` if that is less. What is not a number stays one.
+template <class T>
+LRO_HD T scaled(T x, T row, T column, T most) {
+  const T factor = row * column;
+  return x * (most < factor ? most : factor);
+}
+
 // -- Bases -----------------------------------------------------------------------------------------------------------
 
 LRO_HD float magnitude(float x) { return fabsf(x); }

@@ -153,6 +153,26 @@ template <class T, class Index>
 void add_sampled_product(T* out, const T* left, const T* right, const Index* positions, int64_t count, int64_t n,
                          int64_t k);
 
+// Matrices (rows, columns) whose elements are scaled by a factor per row and one per column, or by `most` if that is less.
+template <class T>
+struct Factored {
+  int64_t matrices, rows, columns;
+  const T *x, *by_row, *by_column;
+  double most;
+};
+
+// The same for averages and weights: m <- beta m + gain y and w <- keep w - length m, or w <- keep w - length gain y.
+struct Move {
+  double beta, gain, length, keep;
+};
+
+template <class T>
+void scale_factored(T* out, const Factored<T>& y);
+template <class T>
+void factored_energy(double* sums, const Factored<T>& y);  // of squares, one per matrix
+template <class T>
+void step_factored(T* w, T* m, const Factored<T>& y, Move move);  // m: or none
+
 // libtorch's own threads, from registration.cpp: `work(begin, end)` on pieces of [0, n), each at least `grain` long.
 void parallel(int64_t n, int64_t grain, void (*work)(int64_t, int64_t, const void*), const void* context);
 

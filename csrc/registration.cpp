@@ -23,6 +23,7 @@
 #include "registration/adam.h"
 #include "registration/bases.h"
 #include "registration/entries.h"
+#include "registration/factored.h"
 #include "registration/quantize.h"
 #include "registration/random.h"
 #include "registration/scaled.h"
@@ -57,6 +58,9 @@ STABLE_TORCH_LIBRARY_IMPL(LRO_NAMESPACE, LRO_KEY, m) {
   m.impl("gather_at_", TORCH_BOX(&lro::gather_at_));
 #ifndef LRO_ONLY_SHARED
   m.impl("add_sampled_product_", TORCH_BOX(&lro::add_sampled_product_));
+  m.impl("scale_factored_", TORCH_BOX(&lro::scale_factored_));
+  m.impl("factored_energy_", TORCH_BOX(&lro::factored_energy_));
+  m.impl("step_factored_", TORCH_BOX(&lro::step_factored_));
   m.impl("squares_", TORCH_BOX(&lro::squares_));
   m.impl("take_scaled_", TORCH_BOX(&lro::take_scaled_));
 #endif

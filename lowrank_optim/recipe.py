@@ -219,6 +219,10 @@ class Scaling(abc.ABC):
         """As in `Basis`, of what is scaled."""
         return {}
 
+    def workspace(self, count: int) -> int:
+        """Elements that a call holds beside x and r, of so many elements each; for `estimate_memory`."""
+        return count * self.scratch
+
     @abc.abstractmethod
     def spec(self, shape: Shape) -> dict[str, Spec]: ...
 
@@ -265,12 +269,20 @@ class Update(NamedTuple):
         entries = None if self.entries is None else (self.entries[0], self.entries[1] * length)
         return Update(d, gain, self.rest, self.rest_gain * length, entries)
 
-    def whole(self, recipe: Recipe, st: State, like: Tensor) -> Tensor:
-        """It all as one new tensor `like` G (m, n); for rules that need its norm, or a second moment in full space."""
+    def whole(self, recipe: Recipe, st: State, like: Tensor, over_rest: bool = False) -> Tensor:
+        """It all as one tensor `like` G (m, n); for rules that need its norm, or a second moment in full space.
+
+        over_rest: written over the rest, which is then the step's own.
+        """
         if self.d is None:
             return cast(Tensor, self.rest) * self.rest_gain
-        whole = like.clone() if self.rest is None else self.rest * self.rest_gain
-        recipe.basis.add_up_(whole, self.d * self.gain, st, alpha=1, beta=0 if self.rest is None else 1)
+        if self.rest is None:
+            whole, beta = like.clone(), 0.0
+        elif over_rest and not isinstance(self.rest_gain, Tensor):
+            whole, beta = self.rest, self.rest_gain
+        else:
+            whole, beta = self.rest * self.rest_gain, 1.0
+        recipe.basis.add_up_(whole, self.d * self.gain, st, alpha=1, beta=beta)
         return whole
 
 
@@ -352,6 +364,11 @@ class Recipe:
     def thin(self) -> bool:
         """Coordinates R are all that a step without a refresh reads of a gradient, so R can be accumulated instead."""
         return self.residual.thin and self.scaling_in == "subspace" and not self.basis.elementwise
+
+    @property
+    def scales_first(self) -> bool:
+        """G is scaled before it is projected, so what the residual gets is the step's own."""
+        return self.scaling_in == "full" and self.momentum_of == "update"
 
     @property
     def elementwise(self) -> bool:

@@ -79,7 +79,7 @@ def move_(
     Returns:
         None, w having been moved; or where it is `narrow` what remains to be taken from it.
     """
-    if r is None and not narrow and not ascend and fused.step_(recipe, w, cast(Tensor, g), st, lr, decay, t):
+    if r is None and not narrow and not ascend and fused.step_(recipe, algebra, w, cast(Tensor, g), st, lr, decay, t):
         return None
     change = _change(recipe, algebra, g, r, d, st, t, step, note)
     length = recipe.step_size(algebra, lr, w, step) * (-recipe.scale if ascend else recipe.scale)
@@ -134,16 +134,16 @@ def _change(
     note: Note | None,
 ) -> Update:
     """What is subtracted from W, as a multiple of lr. A thin recipe is content with r; any other needs g."""
-    scaling, full, before = recipe.scaling, recipe.scaling_in == "full", recipe.momentum_of == "update"
+    scaling = recipe.scaling
     if r is None:
         g = cast(Tensor, g)
-        g = scaling(algebra, st, g, g, step) if full and before else g
+        g = scaling(algebra, st, g, g, step) if recipe.scales_first else g
         r = recipe.basis.down(algebra, g, st)
         if note is not None:
             note(g, r)
     d, gain = (d, 1.0) if d is not None else _direction(recipe, algebra, g, r, st, t)
     change = recipe.residual.after(algebra, recipe, st, cast(Tensor, g), r, d, gain)
-    if full and not before:
+    if recipe.scaling_in == "full" and not recipe.scales_first:
         g = cast(Tensor, g)
         if scaling.per_column(algebra.shape(g)):
             return change.times(scaling.gains(algebra, st, g, step))

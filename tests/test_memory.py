@@ -179,6 +179,7 @@ def test_a_steps_extra_memory_is_what_was_estimated(case, dtype, basis, monkeypa
         ops.quantize,
         ops.rounding,
         ops.apply,
+        ops.factored,
         ops.reductions,
         ops.scaled,
     ):  # native kernels take less: plain torch is what was estimated

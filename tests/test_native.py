@@ -235,6 +235,33 @@ def sampling(shape, variant):
     return [torch.randn(positions.shape, dtype=dtype), left, right, positions]
 
 
+def _factored(shape, variant):
+    """A matrix or a stack, its factors of several decades and without bound where a mean was 0, and their limit."""
+    shape = shape if len(shape) > 1 else (*shape, 3)
+    x = _magnitudes(shape, [torch.float32, torch.float64][variant % 2])
+    rows, columns = (
+        torch.rand(*each, dtype=x.dtype).pow(4).rsqrt_() for each in ((*shape[:-1], 1), (*shape[:-2], 1, shape[-1]))
+    )
+    rows.view(-1)[2::5], columns.view(-1)[1::7] = torch.inf, torch.inf
+    return x, rows, columns, (1e3, 0.7, 1e30, 30.0)[variant]
+
+
+def scaling_factored(shape, variant):
+    x, *rest = _factored(shape, variant)
+    return [torch.zeros_like(x), x, *rest]
+
+
+def energy_of_factored(shape, variant):
+    x, *rest = _factored(shape, variant)
+    return [torch.ones(x.shape[:-2], dtype=torch.float64), x, *rest]
+
+
+def stepping_factored(shape, variant):
+    x, *rest = _factored(shape, variant)
+    mean = torch.randn_like(x) if variant < 3 else None
+    return [torch.randn_like(x), mean, x, *rest, 0.83, 0.11, 0.013, 0.995]
+
+
 def summing(shape, variant):
     """In three dtypes."""
     x = torch.randn(shape if len(shape) > 1 else (*shape, 3)) * 10.0 ** (5 * variant - 5)
@@ -278,6 +305,9 @@ CALLS = {
     "add_at_": adding_at,
     "gather_at_": gathering_at,
     "add_sampled_product_": sampling,
+    "scale_factored_": scaling_factored,
+    "factored_energy_": energy_of_factored,
+    "step_factored_": stepping_factored,
     "squares_": summing,
     "take_scaled_": taking,
 }
@@ -330,6 +360,8 @@ def assert_same(name, ours, theirs):
             assert ulps(x, y) <= 8, "torch's square roots are not rounded correctly"
         elif name == "gram_" and i == 0:
             assert x.numel() == 0 or (x - y).abs().max() <= 1e-13 * (1 + y.abs().max()), "sums in another order"
+        elif name == "factored_energy_" and i == 0:
+            torch.testing.assert_close(x, y, rtol=1e-13, atol=0, msg="sums in another order")
         elif name == "squares_" and i < 2:
             assert torch.allclose(x, y, rtol=1e-14, atol=0), "sums in another order"
         else:
@@ -513,6 +545,14 @@ def spoilt(name):
     if name == "gram_":
         yield with_(0, torch.zeros(7, 7, dtype=torch.float64))
         yield with_(1, torch.zeros(6))
+    if "factored" in name:
+        matrix = 2 if name == "step_factored_" else 1
+        yield with_(matrix, torch.zeros(6))
+        for place in (matrix + 1, matrix + 2):
+            yield with_(place, good[place].mT.contiguous())
+            yield with_(place, good[place][0])
+    if name == "factored_energy_":
+        yield with_(0, torch.zeros(4, dtype=torch.float64))
     if name == "squares_":
         yield with_(0, torch.zeros(6, dtype=torch.float64))
         yield with_(1, torch.zeros(4, dtype=torch.float64))

@@ -160,6 +160,10 @@ class Algebra:
         """The mean over whole rows, columns or both of a matrix in coordinate space, dimensions kept."""
         return x.mean(dim=dim, keepdim=True)
 
+    def mean_squares(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of whole rows and of whole columns of a matrix in coordinate space, dimensions kept."""
+        return ops.mean_squares(x)
+
 
 def _parts(x: Tensor) -> list[Tensor]:
     """x, in blocks of columns where it has to be widened."""

@@ -127,6 +127,10 @@ class Shards(Algebra):
             return super().mean(x, dim)
         return self._completed(x.sum(dim=dim, keepdim=True), *dims(dim)) / self._count(x, dims(dim))
 
+    def mean_squares(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        squares = x.square()
+        return self.mean(squares, -1), self.mean(squares, -2)
+
     # -- shapes --------------------------------------------------------------------------------------------------------
 
     def shape(self, g: Tensor) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from . import reference, schema
 from .apply import add_rounded_
+from .factored import Factors, factored_energy, mean_squares, scale_factored
 from .linalg import fix_signs, leading_left_vectors, orthonormalize, principal, subspace_iteration, whiten_
 from .philox import key_of, normal, random_bits16, sample, stream_of, uniform
 from .products import add_product_, product
@@ -11,14 +12,17 @@ from .scaled import take_scaled_
 from .sparse import add_at_, gather_at, sampled_product
 
 __all__ = [
+    "Factors",
     "add_at_",
     "add_product_",
     "add_rounded_",
+    "factored_energy",
     "fix_signs",
     "gather_at",
     "key_of",
     "largest",
     "leading_left_vectors",
+    "mean_squares",
     "norm",
     "normal",
     "orthonormalize",
@@ -29,6 +33,7 @@ __all__ = [
     "round_to_bfloat16",
     "sample",
     "sampled_product",
+    "scale_factored",
     "schema",
     "squares",
     "stream_of",

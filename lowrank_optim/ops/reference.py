@@ -135,6 +135,56 @@ def _midpoints(code_map: Tensor, lower: Tensor) -> Tensor:
     return beyond.index_select(0, lower.int())
 
 
+# -- Adafactor ---------------------------------------------------------------------------------------------------------
+
+
+def scale_factored_(out: Tensor, x: Tensor, rows: Tensor, columns: Tensor, most: float) -> None:
+    """Each element of x (..., m, n) times the factors of its row and its column, or times `most` if that is less."""
+    for _, by_row, by_column, piece, target in _lines(x, rows, columns, out):
+        torch.mul(by_row, by_column, out=target).clamp_(max=most).mul_(piece)
+
+
+def factored_energy_(sums: Tensor, x: Tensor, rows: Tensor, columns: Tensor, most: float) -> None:
+    """The sum of squares of the same, one number in float64 per matrix."""
+    sums.zero_()
+    for which, by_row, by_column, piece in _lines(x, rows, columns):
+        scaled = (by_row * by_column).clamp_(max=most).mul_(piece)
+        sums.view(-1)[which] += scaled.double().square_().sum((-2, -1))
+
+
+def step_factored_(
+    w: Tensor,
+    exp_avg: Tensor | None,
+    x: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    most: float,
+    beta: float,
+    gain: float,
+    length: float,
+    keep: float,
+) -> None:
+    """`M <- beta M + gain Y; W <- keep W - length M`, Y being the same; without M `W <- keep W - length gain Y`."""
+    others = [w] if exp_avg is None else [w, exp_avg]
+    for _, by_row, by_column, piece, target, *mean in _lines(x, rows, columns, *others):
+        scaled = (by_row * by_column).clamp_(max=most).mul_(piece).mul_(gain)
+        if mean:
+            scaled.copy_(mean[0].mul_(beta).add_(scaled))
+        target.mul_(keep).sub_(scaled.mul_(length))
+
+
+def _lines(x: Tensor, rows: Tensor, columns: Tensor, *others: Tensor) -> Iterator[tuple[Any, ...]]:
+    """(which matrix, factors of some lines, of columns, those lines of x and others); off the CPU all at once."""
+    by_column, *cut = (one.view(math.prod(one.shape[:-2]), *one.shape[-2:]) for one in (columns, rows, x, *others))
+    if x.device.type != "cpu":
+        yield slice(None), cut[0], by_column, *cut[1:]
+        return
+    some = max(1, PIECE // max(1, x.shape[-1]))
+    for i, line in enumerate(by_column):
+        for by_row, *pieces in zip(*(torch.split(one[i], some) for one in cut), strict=True):
+            yield i, by_row, line, *pieces
+
+
 # -- Bases -------------------------------------------------------------------------------------------------------------
 
 
@@ -506,7 +556,7 @@ def squares_(rows: Tensor, columns: Tensor, x: Tensor) -> None:
     """Sums of squares over rows (..., m) and columns (..., n) of x (..., m, n), in float64."""
     columns.zero_()
     for some in _some_rows(x):
-        squares = x[..., some, :].double().square()
+        squares = x[..., some, :].to(torch.float64, copy=True).square_()
         rows[..., some] = squares.sum(-1)
         columns.add_(squares.sum(-2))
 

@@ -491,6 +491,55 @@ def _check_sampled(out: Tensor, left: Tensor, right: Tensor, positions: Tensor) 
     _check_positions(positions, out, "out")
 
 
+def _check_factors(factors: Tensor, name: str, line: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    _demand(factors.dtype == x.dtype, f"{name} must have the dtype of x, got {factors.dtype}")
+    both = f"{tuple(x.shape)}, got {tuple(factors.shape)}"
+    _demand(factors.shape == shape, f"{name} must have one number per {line} of x {both}")
+    _contiguous(factors, name)
+    _beside(factors, name, x, "x")
+
+
+def _check_factored(x: Tensor, rows: Tensor, columns: Tensor, **like: Tensor) -> None:
+    _typed(x, "x", torch.float32, torch.float64)
+    _contiguous(x, "x")
+    _demand(x.dim() >= 2, f"x must have two dimensions or more, got {tuple(x.shape)}")
+    _check_factors(rows, "rows", "row", x, (*x.shape[:-1], 1))
+    _check_factors(columns, "columns", "column", x, (*x.shape[:-2], 1, x.shape[-1]))
+    for name, one in like.items():
+        _demand(one.dtype == x.dtype, f"{name} must have the dtype of x, got {one.dtype}")
+        _shaped(one, name, x, "x")
+        _contiguous(one, name)
+        _beside(one, name, x, "x")
+
+
+def _check_scale_factored(out: Tensor, x: Tensor, rows: Tensor, columns: Tensor, most: float) -> None:
+    _check_factored(x, rows, columns, out=out)
+
+
+def _check_factored_energy(sums: Tensor, x: Tensor, rows: Tensor, columns: Tensor, most: float) -> None:
+    _check_factored(x, rows, columns)
+    _typed(sums, "sums", torch.float64)
+    both = f"{tuple(x.shape)}, got {tuple(sums.shape)}"
+    _demand(sums.shape == x.shape[:-2], f"sums must have one number per matrix of x {both}")
+    _contiguous(sums, "sums")
+    _beside(sums, "sums", x, "x")
+
+
+def _check_step_factored(
+    w: Tensor,
+    exp_avg: Tensor | None,
+    x: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    most: float,
+    beta: float,
+    gain: float,
+    length: float,
+    keep: float,
+) -> None:
+    _check_factored(x, rows, columns, w=w, **({} if exp_avg is None else {"exp_avg": exp_avg}))
+
+
 _INTEGERS = functools.partial(_check_draw, torch.int32)
 _FLOATS = functools.partial(_check_draw, torch.float32)
 
@@ -559,6 +608,13 @@ OPERATORS: dict[str, tuple[str, Check]] = {
     "add_at_": ("Tensor(a!) dense, Tensor positions, Tensor values, int start=0", _check_add_at),
     "gather_at_": ("Tensor(a!) out, Tensor dense, Tensor positions, int start=0", _check_gather_at),
     "add_sampled_product_": ("Tensor(a!) out, Tensor left, Tensor right, Tensor positions", _check_sampled),
+    "scale_factored_": ("Tensor(a!) out, Tensor x, Tensor rows, Tensor columns, float most", _check_scale_factored),
+    "factored_energy_": ("Tensor(a!) sums, Tensor x, Tensor rows, Tensor columns, float most", _check_factored_energy),
+    "step_factored_": (
+        "Tensor(a!) w, Tensor(b!)? exp_avg, Tensor x, Tensor rows, Tensor columns, float most, "
+        "float beta, float gain, float length, float keep",
+        _check_step_factored,
+    ),
     "squares_": ("Tensor(a!) rows, Tensor(b!) columns, Tensor x", _check_squares),
     "take_scaled_": ("Tensor(a!) w, Tensor x, Tensor factors, float keep", _check_take_scaled),
 }
@@ -566,5 +622,6 @@ OPERATORS: dict[str, tuple[str, Check]] = {
 # Of which no CUDA source has a kernel: libraries of the device form these products, or the whole one, in less time, and
 # torch's own sums and pointwise operators reach the speed of its memory.
 CPU_ONLY = {"gram_", "add_sampled_product_", "squares_", "take_scaled_"}
+CPU_ONLY |= {"scale_factored_", "factored_energy_", "step_factored_"}
 
 define(NAMESPACE)

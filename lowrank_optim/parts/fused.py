@@ -8,16 +8,18 @@ one by one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ..distributed.algebra import WHOLE, Algebra
 from ..kept import Spec
 from ..opened import Opened, Stored
 from ..ops import quantize
 from ..ops.philox import Places, numbers_of
 from ..recipe import AGE, Clock, Recipe, State
+from . import fused_factored
 from .basis import Identity
 from .momentum import EMA
 from .residual import Drop
@@ -58,13 +60,25 @@ def _suits(w: Tensor, g: Tensor, st: State) -> bool:
     return alike and w.is_contiguous() and g.is_contiguous() and m.is_contiguous() and v.is_contiguous()
 
 
-def step_(recipe: Recipe, w: Tensor, g: Tensor, st: State, lr: Clock, weight_decay: float, t: Clock) -> bool:
+def step_(
+    recipe: Recipe, algebra: Algebra, w: Tensor, g: Tensor, st: State, lr: Clock, weight_decay: float, t: Clock
+) -> bool:
     """The whole update of w in one kernel, or False and nothing is changed."""
+    if torch.compiler.is_compiling():
+        return False
+    if algebra is WHOLE and fused_factored.suits(recipe, w, g, st, t):
+        fused_factored.step_(recipe, w, g, st, cast(float, lr), weight_decay, cast(float, t))
+        return True
     one_clock = not isinstance(t, Tensor) or t.dim() == 0
-    if (kernel := whole(recipe)) is None or torch.compiler.is_compiling() or not (one_clock and _suits(w, g, st)):
+    if (kernel := whole(recipe)) is None or not (one_clock and _suits(w, g, st)):
         return False
     kernel(recipe, [w], [g], [st], lr, weight_decay, t)
     return True
+
+
+def moves(recipe: Any, shape: tuple[int, ...]) -> bool:
+    """Does a kernel move a matrix of a CPU without holding another?"""
+    return len(shape) == 2 and fused_factored.has(recipe)
 
 
 def listed(recipe: Recipe) -> bool:

@@ -27,10 +27,10 @@ class EMA(Momentum):
         return {"exp_avg": Spec(shape)}
 
     def __call__(self, st: State, x: Tensor, t: Clock) -> tuple[Tensor, Clock]:
-        return st["exp_avg"].lerp_(x, 1 - self.beta), self._gain(t)
+        return st["exp_avg"].lerp_(x, 1 - self.beta), self.gain(t)
 
     def mean(self, st: State, t: Clock) -> Tensor | None:
-        return st["exp_avg"] * self._gain(t)
+        return st["exp_avg"] * self.gain(t)
 
     def turn_(self, st: State, turn: Turn) -> None:
         st["exp_avg"].copy_(turn(st["exp_avg"]))
@@ -38,7 +38,7 @@ class EMA(Momentum):
     def reset_(self, st: State) -> None:
         st["exp_avg"].zero_()
 
-    def _gain(self, t: Clock) -> Clock:
+    def gain(self, t: Clock) -> Clock:
         return 1 / bias_correction(self.beta, t) if self.debias else 1.0
 
 

@@ -44,7 +44,7 @@ class Raw(Residual):
     clip: float | None = None
 
     def workspace(self, shape: Shape, coordinates: int) -> int:
-        return 3 * coordinates + (0 if self.clip is None else math.prod(shape))
+        return 3 * coordinates
 
     def after(
         self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
@@ -53,7 +53,7 @@ class Raw(Residual):
         update = Update(d * gain - r * weight, 1.0, g, weight)
         if self.clip is None:
             return update
-        whole = update.whole(recipe, st, g)
+        whole = update.whole(recipe, st, g, recipe.scales_first)
         return Update(None, rest=whole, rest_gain=1 / (algebra.size(whole) / self.clip).clamp_(min=1))
 
 

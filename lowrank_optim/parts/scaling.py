@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..distributed.algebra import Algebra
 from ..kept import Shape, Spec
+from ..ops.reference import PIECE
 from ..recipe import Clock, Scaling, State
 from ..turns import Turn
 from .momentum import bias_correction
@@ -74,7 +77,10 @@ class Factored(Scaling):
     eps: float | None  # None: the dtype's own
     clip: float | None
     elementwise: ClassVar[bool] = False
-    scratch: ClassVar[int] = 2
+    scratch: ClassVar[int] = 1
+
+    def workspace(self, count: int) -> int:
+        return max(count, 4 * min(count, PIECE))  # the latter: squares in float64, in plain torch
 
     def spec(self, shape: Shape) -> dict[str, Spec]:
         if len(shape) == 1:
@@ -83,18 +89,24 @@ class Factored(Scaling):
         return {"row_var": Spec((m, 1), unsigned=True), "col_var": Spec((1, n), unsigned=True)}
 
     def __call__(self, algebra: Algebra, st: State, x: Tensor, r: Tensor, t: Clock) -> Tensor:
-        squares, weight = r.square(), t**self.decay
         if "variance" in st:
-            squares.copy_(_average_(st["variance"], squares, weight))
+            variance = _average_(st["variance"], r.square(), t**self.decay)
+            update = variance.clamp(min=self._floor(r) ** 2).rsqrt_().mul_(x)
         else:
-            _average_(st["row_var"], algebra.mean(squares, -1), weight)
-            _average_(st["col_var"], algebra.mean(squares, -2), weight)
-            if torch.compiler.is_compiling():  # which knows no `out` that is turned, and fuses passes by itself
-                squares = st["col_var"] * self._rows(algebra, st)
-            else:
-                torch.mul(st["col_var"], self._rows(algebra, st), out=squares)
-        update = squares.clamp_(min=self._floor(r) ** 2).rsqrt_().mul_(x)
-        return update if self.clip is None else update.div_((algebra.size(update) / self.clip).clamp_(min=1))
+            update = ops.scale_factored(x, self.factors_(algebra, st, r, t))
+        return update if self.clip is None else update.div_(self.excess(algebra.size(update)))
+
+    def factors_(self, algebra: Algebra, st: State, r: Tensor, t: Clock) -> ops.Factors:
+        """`1 / sqrt(v)` of a matrix, once its means have seen r."""
+        rows, columns = algebra.mean_squares(r)
+        _average_(st["row_var"], rows, t**self.decay)
+        _average_(st["col_var"], columns, t**self.decay)
+        floor = self._floor(r)
+        return ops.Factors(self._rows(algebra, st).rsqrt_(), st["col_var"].rsqrt(), 1 / floor if floor else math.inf)
+
+    def excess(self, size: Tensor) -> Tensor:
+        """What an update of such a root mean square is divided by, if there is a `clip`."""
+        return (size / cast(float, self.clip)).clamp_(min=1)
 
     def turn_(self, algebra: Algebra, st: State, turn: Turn, mean: Tensor | None, t: Clock) -> None:
         turned = turn.variances(self._rows(algebra, st) * st["col_var"])
@@ -189,5 +201,5 @@ def _repeated(numbers: Tensor, size: int, m: int) -> Tensor:
 
 
 def _average_(average: Tensor, x: Tensor, weight: Clock) -> Tensor:
-    """`average <- (1 - weight) average + weight x`, for a number or one weight per matrix."""
-    return average.add_((x - average) * weight)
+    """`average <- (1 - weight) average + weight x`, for a number or one weight per matrix; x is of no further use."""
+    return average.add_(x.sub_(average).mul_(weight))

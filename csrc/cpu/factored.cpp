@@ -1,0 +1,126 @@
+// Adafactor's scaling in passing, so that no matrix of second moments and none of scaled gradients is ever written.
+#include <vector>
+
+#include "../kernels.h"
+#include "clones.h"
+
+namespace lro {
+namespace {
+
+constexpr int64_t kGrain = 32768;  // elements
+
+template <class T>
+struct Line {
+  const T *x, *by_column;
+  T by_row, most;
+  int64_t n;
+};
+
+template <class T>
+struct Numbers {
+  T beta, gain, length, keep;
+};
+
+template <class T>
+LRO_HD void scale_line(T* LRO_RESTRICT out, const Line<T>& y) {
+  const T *LRO_RESTRICT x = y.x, *LRO_RESTRICT by_column = y.by_column;
+  const T by_row = y.by_row, most = y.most;
+  for (int64_t j = 0; j < y.n; ++j) out[j] = scaled(x[j], by_row, by_column[j], most);
+}
+
+// As many partial sums as there are lanes, added in halves.
+template <class T>
+LRO_HD double energy_of_line(const Line<T>& y) {
+  const T *LRO_RESTRICT x = y.x, *LRO_RESTRICT by_column = y.by_column;
+  const T by_row = y.by_row, most = y.most;
+  double sums[kLanes] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= y.n; j += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const double one = scaled(x[j + lane], by_row, by_column[j + lane], most);
+      sums[lane] += one * one;
+    }
+  for (int lane = 0; j + lane < y.n; ++lane) {
+    const double one = scaled(x[j + lane], by_row, by_column[j + lane], most);
+    sums[lane] += one * one;
+  }
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  return sums[0];
+}
+
+template <class T>
+LRO_HD void step_line(T* LRO_RESTRICT w, const Line<T>& y, const Numbers<T>& k) {
+  const T *LRO_RESTRICT x = y.x, *LRO_RESTRICT by_column = y.by_column;
+  const T by_row = y.by_row, most = y.most, gain = k.gain, length = k.length, keep = k.keep;
+  for (int64_t j = 0; j < y.n; ++j)
+    w[j] = w[j] * keep - scaled(x[j], by_row, by_column[j], most) * gain * length;
+}
+
+template <class T>
+LRO_HD void average_line(T* LRO_RESTRICT w, T* LRO_RESTRICT m, const Line<T>& y, const Numbers<T>& k) {
+  const T *LRO_RESTRICT x = y.x, *LRO_RESTRICT by_column = y.by_column;
+  const T by_row = y.by_row, most = y.most, beta = k.beta, gain = k.gain, length = k.length, keep = k.keep;
+  for (int64_t j = 0; j < y.n; ++j) {
+    const T mean = m[j] * beta + scaled(x[j], by_row, by_column[j], most) * gain;
+    m[j] = mean;
+    w[j] = w[j] * keep - mean * length;
+  }
+}
+
+// Attributes do not reach the instances of templates, so there is one function per type.
+#define LRO_PER_TYPE(T)                                                                                          \
+  LRO_CLONES void scale(T* out, const Line<T>& y) { scale_line(out, y); }                                        \
+  LRO_CLONES double energy(const Line<T>& y) { return energy_of_line(y); }                                       \
+  LRO_CLONES void step(T* w, const Line<T>& y, const Numbers<T>& k) { step_line(w, y, k); }                      \
+  LRO_CLONES void average(T* w, T* m, const Line<T>& y, const Numbers<T>& k) { average_line(w, m, y, k); }
+LRO_PER_TYPE(float)
+LRO_PER_TYPE(double)
+
+// Calls `work(number of the line, number of its first element, line)`.
+template <class T, class Work>
+void each_line(const Factored<T>& y, const Work& work) {
+  parallel(y.matrices * y.rows, 1 + kGrain / y.columns, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const T* by_column = y.by_column + i / y.rows * y.columns;
+      work(i, i * y.columns, Line<T>{y.x + i * y.columns, by_column, y.by_row[i], static_cast<T>(y.most), y.columns});
+    }
+  });
+}
+
+}  // namespace
+
+template <class T>
+void scale_factored(T* out, const Factored<T>& y) {
+  each_line(y, [&](int64_t, int64_t first, const Line<T>& line) { scale(out + first, line); });
+}
+
+// Lines are added in their order, however many threads there are.
+template <class T>
+void factored_energy(double* sums, const Factored<T>& y) {
+  std::vector<double> of_lines(y.matrices * y.rows);
+  each_line(y, [&](int64_t i, int64_t, const Line<T>& line) { of_lines[i] = energy(line); });
+  for (int64_t matrix = 0; matrix < y.matrices; ++matrix) {
+    sums[matrix] = 0;
+    for (int64_t row = 0; row < y.rows; ++row) sums[matrix] += of_lines[matrix * y.rows + row];
+  }
+}
+
+template <class T>
+void step_factored(T* w, T* m, const Factored<T>& y, Move move) {
+  const Numbers<T> k{static_cast<T>(move.beta), static_cast<T>(move.gain), static_cast<T>(move.length),
+                     static_cast<T>(move.keep)};
+  each_line(y, [&](int64_t, int64_t first, const Line<T>& line) {
+    if (m) average(w + first, m + first, line, k);
+    else step(w + first, line, k);
+  });
+}
+
+template void scale_factored(float*, const Factored<float>&);
+template void scale_factored(double*, const Factored<double>&);
+template void factored_energy(double*, const Factored<float>&);
+template void factored_energy(double*, const Factored<double>&);
+template void step_factored(float*, float*, const Factored<float>&, Move);
+template void step_factored(double*, double*, const Factored<double>&, Move);
+
+}  // namespace lro
