@@ -19,6 +19,7 @@ METHODS = [
     ("adafactor", lowrank_optim.GaLoreAdafactor, {}),
     ("adafactor, beta1", lowrank_optim.GaLoreAdafactor, {"beta1": 0.7, "relative_step": False, "d": 0.3}),
     ("adafactor, floor", lowrank_optim.GaLoreAdafactor, {"eps": (0.7, 0.3), "d": 10.0}),
+    ("adafactor, no floor", lowrank_optim.GaLoreAdafactor, {"eps": (0.0, 0.3)}),
 ]
 COMMON = {"lr": 0.02, "weight_decay": 0.1, "scale_parameter": True}
 every_method = pytest.mark.parametrize(("make", "options"), [case[1:] for case in METHODS], ids=[x[0] for x in METHODS])
@@ -28,9 +29,9 @@ def gradients(shape, dtype, steps=4):
     """Of several sizes, with lines of zeros."""
     torch.manual_seed(5)
     grads = [torch.randn(shape, dtype=dtype) * 10.0 ** (1 - step) for step in range(steps)]
-    for g in grads[1:]:
-        g[..., 0] = 0
-        g[0] *= len(g) > 1
+    for g in grads:
+        g[..., 0] *= shape[-1] == 1
+        g[0] *= len(g) == 1
     return grads
 
 
@@ -67,6 +68,7 @@ def test_one_kernel_is_the_parts(make, options, dtype, shape, monkeypatch):
     monkeypatch.setattr(fused_factored, "suits", lambda *arguments: False)
     parts, parts_state = trained(make, options, grads, start)
     close = {"rtol": 0, "atol": 1e-12 if dtype == torch.float64 else 2e-6}
+    assert ours.isfinite().all()
     torch.testing.assert_close(ours, parts, **close)
     for key, x in state.items():
         torch.testing.assert_close(x, parts_state[key], rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
@@ -101,8 +100,10 @@ class Factored(Scaling):
         rows, columns = algebra.mean_squares(r)
         _average_(st["row_var"], rows, t**self.decay)
         _average_(st["col_var"], columns, t**self.decay)
-        floor = self._floor(r)
-        return ops.Factors(self._rows(algebra, st).rsqrt_(), st["col_var"].rsqrt(), 1 / floor if floor else math.inf)
+        floor, most = self._floor(r), torch.finfo(r.dtype).max
+        return ops.Factors(
+            self._rows(algebra, st).rsqrt_(), st["col_var"].rsqrt(), min(1 / floor, most) if floor else most
+        )
 
     def excess(self, size: Tensor) -> Tensor:
         """What an update of such a root mean square is divided by, if there is a `clip`."""
@@ -119,7 +120,8 @@ class Factored(Scaling):
 
     def _rows(self, algebra: Algebra, st: State) -> Tensor:
         """The row factor with which `rows * columns` has the means that are kept."""
-        return st["row_var"] / algebra.mean(st["row_var"], -2).clamp_(min=self._floor(st["row_var"]))
+        rows = st["row_var"]  # which may all be zero, for a matrix whose gradient is
+        return rows / algebra.mean(rows, -2).clamp_(min=max(self._floor(rows), torch.finfo(rows.dtype).tiny))
 
     def _floor(self, x: Tensor) -> float:
         return torch.finfo(x.dtype).eps if self.eps is None else self.eps
@@ -202,4 +204,4 @@ def _repeated(numbers: Tensor, size: int, m: int) -> Tensor:
 
 def _average_(average: Tensor, x: Tensor, weight: Clock) -> Tensor:
     """`average <- (1 - weight) average + weight x`, for a number or one weight per matrix; x is of no further use."""
-    return average.add_(x.sub_(average).mul_(weight))
+    return average.add_(x.sub_(average).mul_(weight)) if isinstance(weight, Tensor) else average.lerp_(x, weight)
