@@ -153,6 +153,27 @@ template <class T, class Index>
 void add_sampled_product(T* out, const T* left, const T* right, const Index* positions, int64_t count, int64_t n,
                          int64_t k);
 
+// Cosine transforms of the columns of a matrix (m, n), or of the lines of (n, m) if `across`: DCT-II, or its inverse, which is
+// its transpose, if `back`. m is even and has no prime factors but 2, 3, 5 and 7.
+struct Cosines {
+  int64_t m, n;
+  bool back, across;
+};
+
+// Sums over columns of the squares of coefficients, or of their absolute values, in double.
+template <class T>
+void cosine_scores(double* sums, const T* x, Cosines shape, bool squares);
+// Some coefficients of each column: `count` rows of the transform, which lie `pitch` numbers apart.
+struct Chosen {
+  const int32_t* index;
+  int64_t count, pitch;
+};
+template <class T>
+void cosine_rows(T* d, const T* x, Chosen chosen, Cosines shape);
+// W <- beta W + alpha times the columns that have these coefficients d, and no others.
+template <class T>
+void add_cosines(T* w, const T* d, Chosen chosen, T alpha, T beta, Cosines shape);
+
 // libtorch's own threads, from registration.cpp: `work(begin, end)` on pieces of [0, n), each at least `grain` long.
 void parallel(int64_t n, int64_t grain, void (*work)(int64_t, int64_t, const void*), const void* context);
 

@@ -22,6 +22,7 @@
 
 #include "registration/adam.h"
 #include "registration/bases.h"
+#include "registration/cosines.h"
 #include "registration/entries.h"
 #include "registration/quantize.h"
 #include "registration/random.h"
@@ -56,5 +57,8 @@ STABLE_TORCH_LIBRARY_IMPL(LRO_NAMESPACE, LRO_KEY, m) {
   m.impl("gather_at_", TORCH_BOX(&lro::gather_at_));
 #ifndef LRO_ONLY_SHARED
   m.impl("add_sampled_product_", TORCH_BOX(&lro::add_sampled_product_));
+  m.impl("cosine_scores_", TORCH_BOX(&lro::cosine_scores_));
+  m.impl("cosine_rows_", TORCH_BOX(&lro::cosine_rows_));
+  m.impl("add_cosines_", TORCH_BOX(&lro::add_cosines_));
 #endif
 }

@@ -15,7 +15,7 @@ from torch import nn
 import lowrank_optim
 from lowrank_optim import ops
 from lowrank_optim.distributed.algebra import WHOLE
-from lowrank_optim.ops import dictionary as dictionaries
+from lowrank_optim.ops import cosines
 from lowrank_optim.ops.dictionary import KINDS, atoms, dictionary, scores
 from lowrank_optim.parts import Affine, Dictionary, PowerIteration, Random, Rows
 from lowrank_optim.peak import Peak
@@ -54,7 +54,7 @@ def test_a_wide_dictionary_in_float32_is_orthonormal_too():
 @pytest.mark.parametrize("n", WIDTHS)
 def test_scores_are_those_of_the_coefficients(kind, n, power, turned, monkeypatch):
     """Of one column they are the coefficients; the FFT takes three columns of seven at a time."""
-    monkeypatch.setattr(dictionaries, "_IN_CACHE", 3 * n)
+    monkeypatch.setattr(cosines, "_IN_CACHE", 3 * n)
     for k in (1, 7):
         g = torch.randn(k, n, dtype=torch.float64).mT if turned else torch.randn(n, k, dtype=torch.float64)
         before, exact = g.clone(), dictionary(kind, n, torch.float64, g.device).mT @ g
