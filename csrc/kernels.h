@@ -153,6 +153,13 @@ template <class T, class Index>
 void add_sampled_product(T* out, const T* left, const T* right, const Index* positions, int64_t count, int64_t n,
                          int64_t k);
 
+// The same for rows of n numbers whose moments have seen a number of steps each. Elsewhere plain torch's launches do.
+template <class T>
+void projected_adam_rows(PlainMoments<T> item, const T* ages, int64_t rows, AdamRule rule);
+
+// Row i of x, `width` bytes, becomes what row `source[i]` was, or zeros for -1; other sources ascend, so rows can move in place.
+void move_rows(char* x, const int64_t* source, int64_t rows, int64_t width);
+
 // Cosine transforms of the columns of a matrix (m, n), or of the lines of (n, m) if `across`: DCT-II, or its inverse, which is
 // its transpose, if `back`. m is even and has no prime factors but 2, 3, 5 and 7.
 struct Cosines {

@@ -57,6 +57,8 @@ STABLE_TORCH_LIBRARY_IMPL(LRO_NAMESPACE, LRO_KEY, m) {
   m.impl("gather_at_", TORCH_BOX(&lro::gather_at_));
 #ifndef LRO_ONLY_SHARED
   m.impl("add_sampled_product_", TORCH_BOX(&lro::add_sampled_product_));
+  m.impl("projected_adam_rows_", TORCH_BOX(&lro::projected_adam_rows_));
+  m.impl("move_rows_", TORCH_BOX(&lro::move_rows_));
   m.impl("cosine_scores_", TORCH_BOX(&lro::cosine_scores_));
   m.impl("cosine_rows_", TORCH_BOX(&lro::cosine_rows_));
   m.impl("add_cosines_", TORCH_BOX(&lro::add_cosines_));

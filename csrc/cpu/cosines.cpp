@@ -278,43 +278,99 @@ struct Window {
   bool across;
 };
 
+// Tiles of four numbers by four (two in double), which every processor turns in its registers.
+template <class T>
+struct Tile {
+  static constexpr int64_t side = 16 / sizeof(T);
+  typedef T Side __attribute__((vector_size(16)));
+  Side x[side];
+
+  LRO_INLINE void turn();
+};
+
+template <>
+LRO_INLINE void Tile<float>::turn() {
+  const Side a{x[0][0], x[1][0], x[0][1], x[1][1]}, b{x[0][2], x[1][2], x[0][3], x[1][3]};
+  const Side c{x[2][0], x[3][0], x[2][1], x[3][1]}, d{x[2][2], x[3][2], x[2][3], x[3][3]};
+  x[0] = Side{a[0], a[1], c[0], c[1]}, x[1] = Side{a[2], a[3], c[2], c[3]};
+  x[2] = Side{b[0], b[1], d[0], d[1]}, x[3] = Side{b[2], b[3], d[2], d[3]};
+}
+template <>
+LRO_INLINE void Tile<double>::turn() {
+  const Side a{x[0][0], x[1][0]}, b{x[0][1], x[1][1]};
+  x[0] = a, x[1] = b;
+}
+
+// Calls `tile(i, lane)` for whole tiles of lines, and `one(i, lane)` for numbers beside them; each line of the cache once.
+template <class T, class Whole, class One>
+LRO_INLINE void each_tile(const Window& window, const Whole& tile, const One& one) {
+  constexpr int64_t side = Tile<T>::side;
+  for (int64_t start = 0; start < window.n; start += kAbreast<T>) {
+    const int64_t stop = std::min(window.n, start + kAbreast<T>);
+    for (int64_t lane = 0; lane < window.count; lane += side) {
+      int64_t i = start;
+      if (lane + side <= window.count)
+        for (; i + side <= stop; i += side) tile(i, lane);
+      for (; i < stop; ++i)
+        for (int64_t k = lane; k < std::min(window.count, lane + side); ++k) one(i, k);
+    }
+  }
+}
+
 template <class T>
 void fetch(T* rows, const int64_t* place, const T* x, const Window& window) {
-  const int64_t lanes = kAbreast<T>;
+  const int64_t lanes = kAbreast<T>, bytes = window.count * sizeof(T);
   if (window.count < lanes) memset(rows, 0, window.n * kBytes);
   if (window.across) {
-    for (int64_t lane = 0; lane < window.count; ++lane) {
-      const T* line = x + (window.first + lane) * window.n;
-      for (int64_t i = 0; i < window.n; ++i) rows[place[i] * lanes + lane] = line[i];
-    }
+    x += window.first * window.n;
+    const auto tile = [&](int64_t i, int64_t lane) {
+      Tile<T> some;
+      for (int64_t k = 0; k < some.side; ++k) memcpy(&some.x[k], x + (lane + k) * window.n + i, 16);
+      some.turn();
+      for (int64_t k = 0; k < some.side; ++k) memcpy(rows + place[i + k] * lanes + lane, &some.x[k], 16);
+    };
+    each_tile<T>(window, tile,
+                 [&](int64_t i, int64_t lane) { rows[place[i] * lanes + lane] = x[lane * window.n + i]; });
   } else if (window.count == lanes) {
     for (int64_t i = 0; i < window.n; ++i) memcpy(rows + place[i] * lanes, x + i * window.columns + window.first, kBytes);
   } else {
-    for (int64_t i = 0; i < window.n; ++i)
-      memcpy(rows + place[i] * lanes, x + i * window.columns + window.first, window.count * sizeof(T));
+    for (int64_t i = 0; i < window.n; ++i) memcpy(rows + place[i] * lanes, x + i * window.columns + window.first, bytes);
   }
+}
+
+// w <- beta w + x, where w is not read if beta is 0.
+template <class T, class X>
+LRO_INLINE void add_one(T* w, const X& x, T beta) {
+  X sum = x;
+  if (beta != 0) {
+    memcpy(&sum, w, sizeof(X));
+    sum = sum * beta + x;
+  }
+  memcpy(w, &sum, sizeof(X));
 }
 
 template <class T>
 LRO_INLINE void add_to(T* w, const int64_t* place, const T* rows, T beta, const Window& window) {
   const int64_t lanes = kAbreast<T>;
   if (window.across) {
-    for (int64_t lane = 0; lane < window.count; ++lane) {
-      T* line = w + (window.first + lane) * window.n;
-      if (beta == 0)
-        for (int64_t i = 0; i < window.n; ++i) line[i] = rows[place[i] * lanes + lane];
-      else
-        for (int64_t i = 0; i < window.n; ++i) line[i] = beta * line[i] + rows[place[i] * lanes + lane];
-    }
-  } else {
-    for (int64_t i = 0; i < window.n; ++i) {
-      T* line = w + i * window.columns + window.first;
-      const T* row = rows + place[i] * lanes;
-      if (beta == 0) memcpy(line, row, window.count * sizeof(T));
-      else if (window.count == lanes) store<T>(line, beta * load(line) + load(row));
-      else
-        for (int64_t lane = 0; lane < window.count; ++lane) line[lane] = beta * line[lane] + row[lane];
-    }
+    w += window.first * window.n;
+    const auto tile = [&](int64_t i, int64_t lane) {
+      Tile<T> some;
+      for (int64_t k = 0; k < some.side; ++k) memcpy(&some.x[k], rows + place[i + k] * lanes + lane, 16);
+      some.turn();
+      for (int64_t k = 0; k < some.side; ++k) add_one(w + (lane + k) * window.n + i, some.x[k], beta);
+    };
+    each_tile<T>(window, tile, [&](int64_t i, int64_t lane) {
+      add_one(w + lane * window.n + i, rows[place[i] * lanes + lane], beta);
+    });
+    return;
+  }
+  for (int64_t i = 0; i < window.n; ++i) {
+    T* line = w + i * window.columns + window.first;
+    const T* row = rows + place[i] * lanes;
+    if (window.count == lanes) add_one(line, load(row), beta);
+    else
+      for (int64_t lane = 0; lane < window.count; ++lane) add_one(line + lane, row[lane], beta);
   }
 }
 

@@ -1,6 +1,7 @@
-"""Cosine dictionaries in plain torch: their vectors by look-up, their coefficients by FFT. Nothing here knows operators.
+"""Cosine dictionaries in plain torch: their vectors by look-up, their coefficients by FFT.
 
-DCT-II has cosines of ascending frequency as its vectors (columns); DCT-III, the `third`, is its transpose and its inverse.
+DCT-II has cosines of ascending frequency as its vectors (columns); DCT-III, the `third`, is its transpose, which is its
+inverse.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def vectors(third: bool, n: int, index: Tensor, dtype: torch.dtype) -> Tensor:
 
 def scores(third: bool, g: Tensor, power: int) -> Tensor:
     """Sums of `|coefficient|^power` over the columns of `g (n, k)`, in double over pieces of some columns each."""
+    if not g.numel():  # which torch's FFT refuses
+        return g.new_zeros(g.shape[0], dtype=torch.float64)
     return _third_scores(g, power) if third else _second_scores(g, power)
 
 

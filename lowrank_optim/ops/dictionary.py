@@ -29,7 +29,8 @@ def atoms(kind: str, n: int, index: Tensor, dtype: torch.dtype, fast: bool) -> T
 def scores(kind: str, g: Tensor, power: int, fast: bool) -> Tensor:
     """Sums of `|D^T G|^power` over the columns of `g (n, k)`, with the vectors of D as columns: `(n,)`.
 
-    By the dense product, which is one tensor of g's size, or if `fast` by transforms of some columns at a time, in double.
+    By the dense product, which is one tensor of g's size, or if `fast` by transforms of some columns at a time, added
+    up in double.
     """
     if not (fast and kind in COSINES):
         return cosines.power_sums(dictionary(kind, g.shape[0], g.dtype, g.device).mT @ g, power, -1)

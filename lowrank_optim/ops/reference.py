@@ -48,6 +48,20 @@ def projected_adam_(
         torch.mul(m, gain, out=x).div_(scratch)
 
 
+def projected_adam_rows_(
+    exp_avg: Tensor, exp_avg_sq: Tensor, r: Tensor, beta1: float, beta2: float, eps: float, ages: Tensor
+) -> None:
+    """The same where each row has seen a number of steps of its own, `ages`."""
+    count = ages.double().view(*r.shape[:-1], 1)
+    gain, inverse = (x.to(r.dtype) for x in (1 / (1 - beta1**count), 1 / (1 - beta2**count).sqrt()))
+    scratch = r * (1 - beta1)
+    exp_avg.mul_(beta1).add_(scratch)
+    torch.mul(r, 1 - beta2, out=scratch)
+    exp_avg_sq.mul_(beta2).add_(scratch.mul_(r))
+    torch.sqrt(exp_avg_sq, out=scratch).mul_(inverse).add_(eps)
+    torch.mul(exp_avg, gain, out=r).div_(scratch)
+
+
 def projected_adam_list_(
     exp_avg: list[Tensor],
     exp_avg_sq: list[Tensor],
@@ -511,6 +525,22 @@ def _ordered(positions: Tensor, start: int, stop: int) -> None:
     inside = start <= int(positions[0]) and int(positions[-1]) < stop
     if not (inside and bool((positions[1:] > positions[:-1]).all())):
         raise RuntimeError(f"positions must ascend from at least {start} to below {stop}, none of them twice")
+
+
+def move_rows_(x: Tensor, source: Tensor) -> None:
+    """Each row becomes what row `source` was, or zeros for -1. Sources ascend."""
+    _check_ascent(source)
+    kept = x[source.clamp(min=0)] if len(x) else x
+    x.copy_(kept.masked_fill_((source < 0).view(-1, *[1] * (x.dim() - 1)), 0))
+
+
+def _check_ascent(source: Tensor) -> None:
+    """On a device this would stop the host."""
+    if source.device.type != "cpu":
+        return
+    some = source[source != -1]
+    if some.numel() and (int(some[0]) < 0 or int(some[-1]) >= len(source) or bool((some.diff() <= 0).any())):
+        raise RuntimeError(f"source must ascend from at least 0 to below {len(source)}, none of them twice, or be -1")
 
 
 # -- cosine transforms -------------------------------------------------------------------------------------------------

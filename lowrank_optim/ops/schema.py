@@ -461,6 +461,30 @@ def _check_sampled(out: Tensor, left: Tensor, right: Tensor, positions: Tensor) 
     _check_positions(positions, out, "out")
 
 
+def _check_adam_rows(
+    exp_avg: Tensor, exp_avg_sq: Tensor, r: Tensor, beta1: float, beta2: float, eps: float, ages: Tensor
+) -> None:
+    _check_adam(exp_avg, exp_avg_sq, r, beta1, beta2, eps, 1.0)
+    _demand(r.dim() >= 1, f"r must have one dimension or more, got {tuple(r.shape)}")
+    _demand(ages.dtype == r.dtype, f"ages must have the dtype of r, got {ages.dtype}")
+    _contiguous(ages, "ages")
+    _beside(ages, "ages", r, "r")
+    both = f"{tuple(r.shape)}, got {tuple(ages.shape)}"
+    _demand(ages.numel() == math.prod(r.shape[:-1]), f"ages must have one number per row of r {both}")
+
+
+def _check_move_rows(x: Tensor, source: Tensor) -> None:
+    """What the sources are is looked at by kernels, which have their values."""
+    _typed(x, "x", torch.float32, torch.float64, torch.int32)
+    _typed(source, "source", torch.int64)
+    _contiguous(x, "x")
+    _contiguous(source, "source")
+    _beside(source, "source", x, "x")
+    fits = x.dim() >= 1 and source.shape == x.shape[:1]
+    both = f"{tuple(x.shape)}, got {tuple(source.shape)}"
+    _demand(fits, f"source must have one number per row of x {both}")
+
+
 def _check_cosines(x: Tensor, name: str, across: bool) -> tuple[int, int]:
     """(m, n) of x, or of its transpose."""
     _typed(x, name, torch.float32, torch.float64)
@@ -476,7 +500,7 @@ def _check_chosen(d: Tensor, name: str, index: Tensor, x: Tensor, x_name: str, n
     _demand(d.dtype == x.dtype, f"{name} must have the dtype of {x_name}, got {d.dtype}")
     _typed(index, "index", torch.int32)
     _demand(index.dim() == 1, f"index must have one dimension, got {tuple(index.shape)}")
-    fits = d.dim() == 2 and d.shape[0] == index.shape[0] and 0 <= first and first + n <= d.shape[1]
+    fits = d.dim() == 2 and d.shape[0] == index.shape[0] and first >= 0 and first + n <= d.shape[1]
     both = f"({index.shape[0]}, {n}) from column {first} on, got {tuple(d.shape)}"
     _demand(fits, f"{name} must have a row per index and the columns of {x_name}, {both}")
     _contiguous(d, name)
@@ -575,6 +599,11 @@ OPERATORS: dict[str, tuple[str, Check]] = {
     "add_at_": ("Tensor(a!) dense, Tensor positions, Tensor values, int start=0", _check_add_at),
     "gather_at_": ("Tensor(a!) out, Tensor dense, Tensor positions, int start=0", _check_gather_at),
     "add_sampled_product_": ("Tensor(a!) out, Tensor left, Tensor right, Tensor positions", _check_sampled),
+    "projected_adam_rows_": (
+        "Tensor(a!) exp_avg, Tensor(b!) exp_avg_sq, Tensor(c!) r, float beta1, float beta2, float eps, Tensor ages",
+        _check_adam_rows,
+    ),
+    "move_rows_": ("Tensor(a!) x, Tensor source", _check_move_rows),
     "cosine_scores_": ("Tensor(a!) sums, Tensor x, bool third, int power, bool across", _check_cosine_scores),
     "cosine_rows_": ("Tensor(a!) out, Tensor x, Tensor index, bool third, bool across", _check_cosine_rows),
     "add_cosines_": (
@@ -584,6 +613,9 @@ OPERATORS: dict[str, tuple[str, Check]] = {
 }
 
 # Of which no CUDA source has a kernel: libraries of the device form these products, or the whole one, in less time.
-CPU_ONLY = {"gram_", "add_sampled_product_", "cosine_scores_", "cosine_rows_", "add_cosines_"}
+CPU_ONLY = {
+    "gram_", "add_sampled_product_", "projected_adam_rows_", "move_rows_", "cosine_scores_", "cosine_rows_",
+    "add_cosines_",
+}  # fmt: skip
 
 define(NAMESPACE)
