@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <type_traits>
 #include <vector>
 
 #include "../kernels.h"
@@ -278,32 +279,36 @@ struct Window {
   bool across;
 };
 
+#if defined(__clang__) || __GNUC__ >= 12
+#define LRO_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define LRO_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Tile<T>::Places{__VA_ARGS__})
+#endif
+
 // Tiles of four numbers by four (two in double), which every processor turns in its registers.
 template <class T>
 struct Tile {
   static constexpr int64_t side = 16 / sizeof(T);
   typedef T Side __attribute__((vector_size(16)));
+  typedef std::conditional_t<side == 4, int32_t, int64_t> Places __attribute__((vector_size(16)));
   Side x[side];
 
-  LRO_INLINE void turn();
+  LRO_INLINE void turn() {
+    if constexpr (side == 4) {
+      const Side a = LRO_SHUFFLE(x[0], x[1], 0, 4, 1, 5), b = LRO_SHUFFLE(x[0], x[1], 2, 6, 3, 7);
+      const Side c = LRO_SHUFFLE(x[2], x[3], 0, 4, 1, 5), d = LRO_SHUFFLE(x[2], x[3], 2, 6, 3, 7);
+      x[0] = LRO_SHUFFLE(a, c, 0, 1, 4, 5), x[1] = LRO_SHUFFLE(a, c, 2, 3, 6, 7);
+      x[2] = LRO_SHUFFLE(b, d, 0, 1, 4, 5), x[3] = LRO_SHUFFLE(b, d, 2, 3, 6, 7);
+    } else {
+      const Side a = LRO_SHUFFLE(x[0], x[1], 0, 2);
+      x[1] = LRO_SHUFFLE(x[0], x[1], 1, 3), x[0] = a;
+    }
+  }
 };
-
-template <>
-LRO_INLINE void Tile<float>::turn() {
-  const Side a{x[0][0], x[1][0], x[0][1], x[1][1]}, b{x[0][2], x[1][2], x[0][3], x[1][3]};
-  const Side c{x[2][0], x[3][0], x[2][1], x[3][1]}, d{x[2][2], x[3][2], x[2][3], x[3][3]};
-  x[0] = Side{a[0], a[1], c[0], c[1]}, x[1] = Side{a[2], a[3], c[2], c[3]};
-  x[2] = Side{b[0], b[1], d[0], d[1]}, x[3] = Side{b[2], b[3], d[2], d[3]};
-}
-template <>
-LRO_INLINE void Tile<double>::turn() {
-  const Side a{x[0][0], x[1][0]}, b{x[0][1], x[1][1]};
-  x[0] = a, x[1] = b;
-}
 
 // Calls `tile(i, lane)` for whole tiles of lines, and `one(i, lane)` for numbers beside them; each line of the cache once.
 template <class T, class Whole, class One>
-LRO_INLINE void each_tile(const Window& window, const Whole& tile, const One& one) {
+LRO_INLINE void each_tile(const Window window, const Whole& tile, const One& one) {
   constexpr int64_t side = Tile<T>::side;
   for (int64_t start = 0; start < window.n; start += kAbreast<T>) {
     const int64_t stop = std::min(window.n, start + kAbreast<T>);
@@ -322,15 +327,15 @@ void fetch(T* rows, const int64_t* place, const T* x, const Window& window) {
   const int64_t lanes = kAbreast<T>, bytes = window.count * sizeof(T);
   if (window.count < lanes) memset(rows, 0, window.n * kBytes);
   if (window.across) {
-    x += window.first * window.n;
-    const auto tile = [&](int64_t i, int64_t lane) {
+    const T* first = x + window.first * window.n;
+    const int64_t n = window.n;
+    const auto tile = [=](int64_t i, int64_t lane) {
       Tile<T> some;
-      for (int64_t k = 0; k < some.side; ++k) memcpy(&some.x[k], x + (lane + k) * window.n + i, 16);
+      for (int64_t k = 0; k < some.side; ++k) memcpy(&some.x[k], first + (lane + k) * n + i, 16);
       some.turn();
       for (int64_t k = 0; k < some.side; ++k) memcpy(rows + place[i + k] * lanes + lane, &some.x[k], 16);
     };
-    each_tile<T>(window, tile,
-                 [&](int64_t i, int64_t lane) { rows[place[i] * lanes + lane] = x[lane * window.n + i]; });
+    each_tile<T>(window, tile, [=](int64_t i, int64_t lane) { rows[place[i] * lanes + lane] = first[lane * n + i]; });
   } else if (window.count == lanes) {
     for (int64_t i = 0; i < window.n; ++i) memcpy(rows + place[i] * lanes, x + i * window.columns + window.first, kBytes);
   } else {
@@ -353,15 +358,16 @@ template <class T>
 LRO_INLINE void add_to(T* w, const int64_t* place, const T* rows, T beta, const Window& window) {
   const int64_t lanes = kAbreast<T>;
   if (window.across) {
-    w += window.first * window.n;
-    const auto tile = [&](int64_t i, int64_t lane) {
+    T* first = w + window.first * window.n;
+    const int64_t n = window.n;
+    const auto tile = [=](int64_t i, int64_t lane) {
       Tile<T> some;
       for (int64_t k = 0; k < some.side; ++k) memcpy(&some.x[k], rows + place[i + k] * lanes + lane, 16);
       some.turn();
-      for (int64_t k = 0; k < some.side; ++k) add_one(w + (lane + k) * window.n + i, some.x[k], beta);
+      for (int64_t k = 0; k < some.side; ++k) add_one(first + (lane + k) * n + i, some.x[k], beta);
     };
-    each_tile<T>(window, tile, [&](int64_t i, int64_t lane) {
-      add_one(w + lane * window.n + i, rows[place[i] * lanes + lane], beta);
+    each_tile<T>(window, tile, [=](int64_t i, int64_t lane) {
+      add_one(first + lane * n + i, rows[place[i] * lanes + lane], beta);
     });
     return;
   }
