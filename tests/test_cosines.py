@@ -1,4 +1,4 @@
-"""Cosine transforms are the products with the dictionaries; rows move in place; a step needs no vectors of a dictionary."""
+"""Cosine transforms are products with the dictionaries, rows move in place, and a step needs no vectors."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ namespace lro {
 namespace {
 
 constexpr int64_t kBytes = 64, kDoubles = kBytes / sizeof(double);  // of a vector
-constexpr int64_t kGroup = 16;  // vectors of columns whose scores are summed first: sums do not know how many threads add
+constexpr int64_t kGroup = 16;  // vectors of columns that one thread sums: sums do not know how many threads add
 constexpr double kPi = 3.14159265358979323846;
 
 template <class T>
@@ -337,9 +337,11 @@ void fetch(T* rows, const int64_t* place, const T* x, const Window& window) {
     };
     each_tile<T>(window, tile, [=](int64_t i, int64_t lane) { rows[place[i] * lanes + lane] = first[lane * n + i]; });
   } else if (window.count == lanes) {
-    for (int64_t i = 0; i < window.n; ++i) memcpy(rows + place[i] * lanes, x + i * window.columns + window.first, kBytes);
+    const T* first = x + window.first;
+    for (int64_t i = 0; i < window.n; ++i) memcpy(rows + place[i] * lanes, first + i * window.columns, kBytes);
   } else {
-    for (int64_t i = 0; i < window.n; ++i) memcpy(rows + place[i] * lanes, x + i * window.columns + window.first, bytes);
+    const T* first = x + window.first;
+    for (int64_t i = 0; i < window.n; ++i) memcpy(rows + place[i] * lanes, first + i * window.columns, bytes);
   }
 }
 
@@ -412,7 +414,7 @@ LRO_CLONES void sum_sizes(double* sums, const int64_t* place, const double* rows
   add_powers(sums, place, rows, n, false);
 }
 
-// Memory that begins with a line of the cache.
+// Memory that begins with a line of the cache, so that no vector lies in two.
 template <class T>
 class Aligned {
  public:

@@ -612,7 +612,8 @@ OPERATORS: dict[str, tuple[str, Check]] = {
     ),
 }
 
-# Of which no CUDA source has a kernel: libraries of the device form these products, or the whole one, in less time.
+# Of which no CUDA source has a kernel: libraries of the device form these products, or the whole one, in less time, and
+# what is small or seldom is left to plain torch.
 CPU_ONLY = {
     "gram_", "add_sampled_product_", "projected_adam_rows_", "move_rows_", "cosine_scores_", "cosine_rows_",
     "add_cosines_",

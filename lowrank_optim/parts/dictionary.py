@@ -30,8 +30,8 @@ class Dictionary(OneSided):
         kind: `"dct2"`, `"dct3"` (cosines; the second is the transpose of the first), `"hadamard"`, `"random"`.
         power: coefficients are ranked by their sum of squares (2), which minimises the projection error, or of absolute
             values (1), as published.
-        fast: by FFT, for the cosines; then no n x n dictionary exists. The same numbers to rounding. None: from width
-            512 on, where that takes less time.
+        fast: by FFT, for the cosines; then no n x n dictionary exists, and on CPU, in widths that kernels transform, no
+            vectors of it either. The same numbers to rounding. None: from width 512 on, where that takes less time.
     """
 
     kind: str = "dct2"
