@@ -173,6 +173,34 @@ void factored_energy(double* sums, const Factored<T>& y);  // of squares, one pe
 template <class T>
 void step_factored(T* w, T* m, const Factored<T>& y, Move move);  // m: or none
 
+// The same for rows of n numbers whose moments have seen a number of steps each. Elsewhere plain torch's launches do.
+template <class T>
+void projected_adam_rows(PlainMoments<T> item, const T* ages, int64_t rows, AdamRule rule);
+
+// Row i of x, `width` bytes, becomes what row `source[i]` was, or zeros for -1; other sources ascend, so rows can move in place.
+void move_rows(char* x, const int64_t* source, int64_t rows, int64_t width);
+
+// Cosine transforms of the columns of a matrix (m, n), or of the lines of (n, m) if `across`: DCT-II, or its inverse, which is
+// its transpose, if `back`. m is even and has no prime factors but 2, 3, 5 and 7.
+struct Cosines {
+  int64_t m, n;
+  bool back, across;
+};
+
+// Sums over columns of the squares of coefficients, or of their absolute values, in double.
+template <class T>
+void cosine_scores(double* sums, const T* x, Cosines shape, bool squares);
+// Some coefficients of each column: `count` rows of the transform, which lie `pitch` numbers apart.
+struct Chosen {
+  const int32_t* index;
+  int64_t count, pitch;
+};
+template <class T>
+void cosine_rows(T* d, const T* x, Chosen chosen, Cosines shape);
+// W <- beta W + alpha times the columns that have these coefficients d, and no others.
+template <class T>
+void add_cosines(T* w, const T* d, Chosen chosen, T alpha, T beta, Cosines shape);
+
 // libtorch's own threads, from registration.cpp: `work(begin, end)` on pieces of [0, n), each at least `grain` long.
 void parallel(int64_t n, int64_t grain, void (*work)(int64_t, int64_t, const void*), const void* context);
 

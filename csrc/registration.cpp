@@ -22,6 +22,7 @@
 
 #include "registration/adam.h"
 #include "registration/bases.h"
+#include "registration/cosines.h"
 #include "registration/entries.h"
 #include "registration/factored.h"
 #include "registration/quantize.h"
@@ -63,5 +64,10 @@ STABLE_TORCH_LIBRARY_IMPL(LRO_NAMESPACE, LRO_KEY, m) {
   m.impl("step_factored_", TORCH_BOX(&lro::step_factored_));
   m.impl("squares_", TORCH_BOX(&lro::squares_));
   m.impl("take_scaled_", TORCH_BOX(&lro::take_scaled_));
+  m.impl("projected_adam_rows_", TORCH_BOX(&lro::projected_adam_rows_));
+  m.impl("move_rows_", TORCH_BOX(&lro::move_rows_));
+  m.impl("cosine_scores_", TORCH_BOX(&lro::cosine_scores_));
+  m.impl("cosine_rows_", TORCH_BOX(&lro::cosine_rows_));
+  m.impl("add_cosines_", TORCH_BOX(&lro::add_cosines_));
 #endif
 }

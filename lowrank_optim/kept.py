@@ -111,3 +111,6 @@ class Exact(Store):
 
     def write_(self, kept: Mapping[str, Tensor], x: Tensor, noise: Noise | None) -> None:
         kept[""].copy_(x)
+
+    def rounded(self, x: Tensor, working: torch.dtype) -> Tensor:
+        return x.to(self.dtype)

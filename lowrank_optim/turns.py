@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .ops.schema import kernel
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -27,6 +29,10 @@ class Turn:
         y = self.left.square() @ x
         return y if self.right is None else y @ self.right.square().mT
 
+    def move_(self, x: Tensor) -> None:
+        """Coordinates in the new basis, in the place of the old ones."""
+        x.copy_(self(x))
+
     def overlap(self) -> Tensor:
         """Mean squared cosine of the angles between the two subspaces: 1 where they agree, 0 where orthogonal."""
         both = self.left.square().sum() / self.left.shape[-1]
@@ -38,7 +44,7 @@ class Reindex(Turn):
     """The turn between two selections of fixed vectors: coordinates move to another slot, or begin at zero.
 
     Args:
-        left: `(r,)`, the old slot of each new slot, -1 for none.
+        left: `(r,)`, the old slot of each new slot, -1 for none; the others ascend.
     """
 
     mixes: ClassVar[bool] = False
@@ -49,6 +55,12 @@ class Reindex(Turn):
 
     def variances(self, x: Tensor) -> Tensor:
         return self(x)
+
+    def move_(self, x: Tensor) -> None:
+        if x.is_contiguous():
+            kernel("move_rows_")(x, self.left)
+        else:
+            super().move_(x)
 
     def overlap(self) -> Tensor:
         return (self.left >= 0).double().mean()

@@ -15,6 +15,7 @@ from torch import nn
 import lowrank_optim
 from lowrank_optim import ops
 from lowrank_optim.distributed.algebra import WHOLE
+from lowrank_optim.ops import cosines, reference
 from lowrank_optim.ops import dictionary as dictionaries
 from lowrank_optim.ops.dictionary import KINDS, atoms, dictionary, scores
 from lowrank_optim.parts import Affine, Dictionary, PowerIteration, Random, Rows
@@ -54,7 +55,7 @@ def test_a_wide_dictionary_in_float32_is_orthonormal_too():
 @pytest.mark.parametrize("n", WIDTHS)
 def test_scores_are_those_of_the_coefficients(kind, n, power, turned, monkeypatch):
     """Of one column they are the coefficients; the FFT takes three columns of seven at a time."""
-    monkeypatch.setattr(dictionaries, "_IN_CACHE", 3 * n)
+    monkeypatch.setattr(cosines, "_IN_CACHE", 3 * n)
     for k in (1, 7):
         g = torch.randn(k, n, dtype=torch.float64).mT if turned else torch.randn(n, k, dtype=torch.float64)
         before, exact = g.clone(), dictionary(kind, n, torch.float64, g.device).mT @ g
@@ -86,8 +87,11 @@ def test_wide_cosines_need_no_dictionary(kind, n, fft, elements):
 
 @pytest.mark.parametrize("fft", [True, False])
 @pytest.mark.parametrize("shape", [(640, 2000), (2000, 640), (1200, 1200)])  # of several blocks
-def test_a_selection_makes_at_most_one_tensor_of_the_gradients_size(shape, fft):
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_selection_makes_at_most_one_tensor_of_the_gradients_size(shape, fft, plain, monkeypatch):
     """By FFT a few columns at a time; with a dictionary the product."""
+    if plain:  # of which the memory is seen
+        monkeypatch.setattr(dictionaries, "kernel", lambda name: getattr(reference, name))
     w = nn.Parameter(torch.randn(shape))
     optimizer = lowrank_optim.DCTAdamW([w], rank=8, fft=fft)
     steps(optimizer, w, [torch.randn(shape)])

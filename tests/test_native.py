@@ -279,6 +279,54 @@ def taking(shape, variant):
     return [w, torch.randn(shape, dtype=dtype), factors, (0.97, 1.0, 0.5, 0.0)[variant]]
 
 
+def adam_rows(shape, variant):
+    """Several rows of one age, and of none alike."""
+    m, v, r, *_ = adam(shape, variant)
+    ages = torch.randint(1, (3, 900)[variant // 2], shape[:-1]).to(r.dtype)
+    return [m, v, r, *RULE[:3], ages]
+
+
+def moving(shape, variant):
+    """Some rows stay, some come from before or behind, some begin at zero."""
+    x = torch.randn(shape).to([torch.float32, torch.float64, torch.int32, torch.float32][variant])
+    some = torch.rand(len(x)) < (0.8, 0.5, 1.0, 0.0)[variant]
+    known = torch.randperm(len(x))[: int(some.sum())].sort().values
+    return [x, torch.full((len(x),), -1).masked_scatter_(some, known)]
+
+
+def _cosines(shape, variant):
+    """x, third, across; of lengths that have all factors, and as many columns as there are."""
+    m = (2, 42, 64, 240)[variant]
+    n = min(torch.Size(shape).numel(), 20_000) if variant % 2 else shape[-1] % 3001
+    x = torch.randn(m, n, dtype=[torch.float32, torch.float64][variant // 2])
+    across = variant in (1, 2)
+    return x.mT.contiguous() if across else x, variant >= 2, across
+
+
+def _chosen(x, across, variant, more=0):
+    m, n = x.mT.shape if across else x.shape
+    index = torch.arange(m, dtype=torch.int32)[torch.rand(m) < (1.0, 0.3, 0.0, 0.5)[variant]]
+    return torch.randn(len(index), n + more, dtype=x.dtype), index
+
+
+def cosine_scores(shape, variant):
+    x, third, across = _cosines(shape, variant)
+    return [torch.zeros(x.shape[1 if across else 0], dtype=torch.float64), x, third, 1 + variant % 2, across]
+
+
+def cosine_rows(shape, variant):
+    x, third, across = _cosines(shape, variant)
+    out, index = _chosen(x, across, variant)
+    return [out, x, index, third, across]
+
+
+def adding_cosines(shape, variant):
+    w, third, across = _cosines(shape, variant)
+    first = (0, 5, 0, 1)[variant]
+    d, index = _chosen(w, across, variant, (0, 9, 3, 1)[variant])
+    return [w, d, index, -0.3, (1.0, 0.0, 0.9, 0.7)[variant], third, across, first]
+
+
 CALLS = {
     "projected_adam_": adam,
     "projected_adam_list_": adam_list,
@@ -310,6 +358,11 @@ CALLS = {
     "step_factored_": stepping_factored,
     "squares_": summing,
     "take_scaled_": taking,
+    "projected_adam_rows_": adam_rows,
+    "move_rows_": moving,
+    "cosine_scores_": cosine_scores,
+    "cosine_rows_": cosine_rows,
+    "add_cosines_": adding_cosines,
 }
 every_operator = pytest.mark.parametrize("name", CALLS)
 
@@ -343,7 +396,9 @@ DIRECTION = {
     "projected_adam_list_": 2,
     "projected_adam_bfloat16_list_": 2,
     "projected_adam_int8_list_": 4,
+    "projected_adam_rows_": 2,
 }
+TRANSFORMS = {torch.float32: 3e-6, torch.float64: 1e-14}  # errors beside the largest result
 
 
 def tensors_of(arguments):
@@ -364,6 +419,9 @@ def assert_same(name, ours, theirs):
             torch.testing.assert_close(x, y, rtol=1e-13, atol=0, msg="sums in another order")
         elif name == "squares_" and i < 2:
             assert torch.allclose(x, y, rtol=1e-14, atol=0), "sums in another order"
+        elif "cosine" in name and i == 0 and x.numel():
+            least = TRANSFORMS[theirs[1].dtype] * (1 + y.abs().max())
+            assert (x - y).abs().max() <= least, "a transform, and products or another transform"
         else:
             assert torch.equal(x, y), f"argument {i} of {name}"
 

@@ -99,6 +99,24 @@ void projected_adam(Queue, const PlainMoments<T>* items, int64_t count, AdamRule
 template void projected_adam(Queue, const PlainMoments<float>*, int64_t, AdamRule);
 template void projected_adam(Queue, const PlainMoments<double>*, int64_t, AdamRule);
 
+template <class T>
+void projected_adam_rows(PlainMoments<T> item, const T* ages, int64_t rows, AdamRule rule) {
+  const int64_t n = item.n / rows;
+  parallel(rows, 1 + kGrain / n, [&](int64_t begin, int64_t end) {
+    AdamNumbers<T> numbers;
+    for (int64_t row = begin; row < end; ++row) {
+      if (row == begin || ages[row] != ages[row - 1]) {
+        const double t = ages[row];
+        numbers = adam_numbers<T>(rule.beta1, rule.beta2, rule.eps, pow(rule.beta1, t), pow(rule.beta2, t));
+      }
+      run(item.m + row * n, item.v + row * n, item.r + row * n, n, numbers);
+    }
+  });
+}
+
+template void projected_adam_rows(PlainMoments<float>, const float*, int64_t, AdamRule);
+template void projected_adam_rows(PlainMoments<double>, const double*, int64_t, AdamRule);
+
 void projected_adam(Queue, const HalfMoments* items, int64_t count, AdamRule rule, Streams streams) {
   const auto numbers = numbers_of<float>(rule);
   const uint32_t now = streams.now();

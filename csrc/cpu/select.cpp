@@ -1,3 +1,4 @@
+#include <cstring>
 #include <vector>
 
 #include "../kernels.h"
@@ -48,5 +49,20 @@ void select_top(Queue, int32_t* index, const T* scores, int64_t rows, int64_t n,
 
 template void select_top(Queue, int32_t*, const float*, int64_t, int64_t, int64_t);
 template void select_top(Queue, int32_t*, const double*, int64_t, int64_t, int64_t);
+
+// Upwards from the last row on, then downwards from the first one: sources ascend, so none is written before it was read.
+void move_rows(char* x, const int64_t* source, int64_t rows, int64_t width) {
+  parallel(width, 1 + (1 << 17) / rows, [&](int64_t begin, int64_t end) {
+    const auto move = [&](int64_t row) {
+      memcpy(x + row * width + begin, x + source[row] * width + begin, end - begin);
+    };
+    for (int64_t row = rows; row-- > 0;)
+      if (0 <= source[row] && source[row] < row) move(row);
+    for (int64_t row = 0; row < rows; ++row)
+      if (source[row] > row) move(row);
+    for (int64_t row = 0; row < rows; ++row)
+      if (source[row] < 0) memset(x + row * width + begin, 0, end - begin);
+  });
+}
 
 }  // namespace lro

@@ -47,6 +47,26 @@ void projected_adam_(Tensor exp_avg, Tensor exp_avg_sq, Tensor r, double beta1, 
   else update(plain_moments<double>(exp_avg, exp_avg_sq, r));
 }
 
+#ifndef LRO_ONLY_SHARED
+void projected_adam_rows_(Tensor exp_avg, Tensor exp_avg_sq, Tensor r, double beta1, double beta2, double eps,
+                          Tensor ages) {
+  check_plain(exp_avg, exp_avg_sq, r);
+  STD_TORCH_CHECK(r.dim() >= 1, "r must have one dimension or more, got ", shape_of(r));
+  STD_TORCH_CHECK(ages.scalar_type() == r.scalar_type(), "ages must have the dtype of r, got ", type_of(ages));
+  check_contiguous(ages, "ages");
+  check_device(ages, "ages", r, "r");
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < r.dim(); ++i) rows *= r.size(i);
+  STD_TORCH_CHECK(ages.numel() == rows, "ages must have one number per row of r ", shape_of(r), ", got ",
+                  shape_of(ages));
+  if (!r.numel()) return;
+  const AdamRule rule{beta1, beta2, eps, {0, nullptr, nullptr}, 0, 0};
+  if (is(r, ScalarType::Float))
+    projected_adam_rows(plain_moments<float>(exp_avg, exp_avg_sq, r), read<float>(ages), rows, rule);
+  else projected_adam_rows(plain_moments<double>(exp_avg, exp_avg_sq, r), read<double>(ages), rows, rule);
+}
+#endif
+
 // -- the same for several tensors, all on one device
 
 using Tensors = std::vector<Tensor>;

@@ -60,5 +60,28 @@ void select_top_(Tensor index, Tensor scores) {
   else select_top(on.queue, write<int32_t>(index), read<double>(scores), rows, n, r);
 }
 
+#ifndef LRO_ONLY_SHARED
+void move_rows_(Tensor x, Tensor source) {
+  STD_TORCH_CHECK(is(x, ScalarType::Float) || is(x, ScalarType::Double) || is(x, ScalarType::Int),
+                  "x must be float32 or float64 or int32, got ", type_of(x));
+  check_type(source, "source", ScalarType::Long, "int64");
+  check_contiguous(x, "x");
+  check_contiguous(source, "source");
+  check_device(source, "source", x, "x");
+  STD_TORCH_CHECK(x.dim() >= 1 && source.dim() == 1 && source.numel() == x.size(0),
+                  "source must have one number per row of x ", shape_of(x), ", got ", shape_of(source));
+  const auto* sources = read<int64_t>(source);
+  const int64_t rows = source.numel();
+  int64_t last = -1;
+  for (int64_t row = 0; row < rows; ++row) {
+    STD_TORCH_CHECK(sources[row] == -1 || (last < sources[row] && sources[row] < rows),
+                    "source must ascend from at least 0 to below ", rows, ", none of them twice, or be -1");
+    if (sources[row] >= 0) last = sources[row];
+  }
+  if (!x.numel()) return;
+  move_rows(write<char>(x), sources, rows, x.numel() / rows * (is(x, ScalarType::Double) ? 8 : 4));
+}
+#endif
+
 }  // namespace
 }  // namespace lro

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ..blocks import blocks as column_blocks
+from . import cosines
+from .products import add_product_, product
 
 _TINY = torch.finfo(torch.float32).tiny
 PIECE = 1 << 16  # elements worked on at once on CPU, so that a piece and its temporaries stay in cache
@@ -44,6 +46,20 @@ def projected_adam_(
         v.mul_(beta2).add_(scratch.mul_(x))
         torch.sqrt(v, out=scratch).mul_(inverse).add_(eps)
         torch.mul(m, gain, out=x).div_(scratch)
+
+
+def projected_adam_rows_(
+    exp_avg: Tensor, exp_avg_sq: Tensor, r: Tensor, beta1: float, beta2: float, eps: float, ages: Tensor
+) -> None:
+    """The same where each row has seen a number of steps of its own, `ages`."""
+    count = ages.double().view(*r.shape[:-1], 1)
+    gain, inverse = (x.to(r.dtype) for x in (1 / (1 - beta1**count), 1 / (1 - beta2**count).sqrt()))
+    scratch = r * (1 - beta1)
+    exp_avg.mul_(beta1).add_(scratch)
+    torch.mul(r, 1 - beta2, out=scratch)
+    exp_avg_sq.mul_(beta2).add_(scratch.mul_(r))
+    torch.sqrt(exp_avg_sq, out=scratch).mul_(inverse).add_(eps)
+    torch.mul(exp_avg, gain, out=r).div_(scratch)
 
 
 def projected_adam_list_(
@@ -585,3 +601,52 @@ def _ordered(positions: Tensor, start: int, stop: int) -> None:
     inside = start <= int(positions[0]) and int(positions[-1]) < stop
     if not (inside and bool((positions[1:] > positions[:-1]).all())):
         raise RuntimeError(f"positions must ascend from at least {start} to below {stop}, none of them twice")
+
+
+def move_rows_(x: Tensor, source: Tensor) -> None:
+    """Each row becomes what row `source` was, or zeros for -1. Sources ascend."""
+    _check_ascent(source)
+    kept = x[source.clamp(min=0)] if len(x) else x
+    x.copy_(kept.masked_fill_((source < 0).view(-1, *[1] * (x.dim() - 1)), 0))
+
+
+def _check_ascent(source: Tensor) -> None:
+    """On a device this would stop the host."""
+    if source.device.type != "cpu":
+        return
+    some = source[source != -1]
+    if some.numel() and (int(some[0]) < 0 or int(some[-1]) >= len(source) or bool((some.diff() <= 0).any())):
+        raise RuntimeError(f"source must ascend from at least 0 to below {len(source)}, none of them twice, or be -1")
+
+
+# -- cosine transforms -------------------------------------------------------------------------------------------------
+
+
+def cosine_scores_(sums: Tensor, x: Tensor, third: bool, power: int, across: bool) -> None:
+    """Sums of `|coefficient|^power` over the columns of x, or over its lines if `across`."""
+    sums.copy_(cosines.scores(third, x.mT if across else x, power))
+
+
+def cosine_rows_(out: Tensor, x: Tensor, index: Tensor, third: bool, across: bool) -> None:
+    """The coefficients number `index` of each column of x, or of each line if `across`."""
+    _check_places(index, x.shape[1 if across else 0])
+    chosen = cosines.vectors(third, x.shape[1 if across else 0], index, x.dtype)
+    out.copy_(product(chosen.mT, x.mT if across else x))
+
+
+def add_cosines_(
+    w: Tensor, d: Tensor, index: Tensor, alpha: float, beta: float, third: bool, across: bool, first: int = 0
+) -> None:
+    """Vectors times d, which is `(r, k)` and begins with column `first` of it, times alpha, is added to beta W."""
+    whole = w.mT if across else w
+    _check_places(index, whole.shape[0])
+    some = d[:, first : first + whole.shape[1]]
+    add_product_(whole, cosines.vectors(third, whole.shape[0], index, w.dtype), some, alpha, beta)
+
+
+def _check_places(index: Tensor, m: int) -> None:
+    """That rows number `index` are there; on a device this would stop the host."""
+    if index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel():
+        low, high = (int(x) for x in index.aminmax())
+        if low < 0 or high >= m:
+            raise RuntimeError(f"index must be from 0 to below {m}, got {low if low < 0 else high}")

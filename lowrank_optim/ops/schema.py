@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cosines, reference
 
 NAMESPACE = "lowrank_optim"
 _KEPT: list[torch.library.Library] = []  # operators live as long as their library
@@ -540,6 +540,76 @@ def _check_step_factored(
     _check_factored(x, rows, columns, w=w, **({} if exp_avg is None else {"exp_avg": exp_avg}))
 
 
+def _check_adam_rows(
+    exp_avg: Tensor, exp_avg_sq: Tensor, r: Tensor, beta1: float, beta2: float, eps: float, ages: Tensor
+) -> None:
+    _check_adam(exp_avg, exp_avg_sq, r, beta1, beta2, eps, 1.0)
+    _demand(r.dim() >= 1, f"r must have one dimension or more, got {tuple(r.shape)}")
+    _demand(ages.dtype == r.dtype, f"ages must have the dtype of r, got {ages.dtype}")
+    _contiguous(ages, "ages")
+    _beside(ages, "ages", r, "r")
+    both = f"{tuple(r.shape)}, got {tuple(ages.shape)}"
+    _demand(ages.numel() == math.prod(r.shape[:-1]), f"ages must have one number per row of r {both}")
+
+
+def _check_move_rows(x: Tensor, source: Tensor) -> None:
+    """What the sources are is looked at by kernels, which have their values."""
+    _typed(x, "x", torch.float32, torch.float64, torch.int32)
+    _typed(source, "source", torch.int64)
+    _contiguous(x, "x")
+    _contiguous(source, "source")
+    _beside(source, "source", x, "x")
+    fits = x.dim() >= 1 and source.shape == x.shape[:1]
+    both = f"{tuple(x.shape)}, got {tuple(source.shape)}"
+    _demand(fits, f"source must have one number per row of x {both}")
+
+
+def _check_cosines(x: Tensor, name: str, across: bool) -> tuple[int, int]:
+    """(m, n) of x, or of its transpose."""
+    _typed(x, name, torch.float32, torch.float64)
+    _contiguous(x, name)
+    _demand(x.dim() == 2, f"{name} must have two dimensions, got {tuple(x.shape)}")
+    m, n = (x.shape[1], x.shape[0]) if across else (x.shape[0], x.shape[1])
+    _demand(cosines.transforms(m), f"{name} must have an even length without prime factors above 7, got {m}")
+    return m, n
+
+
+def _check_chosen(d: Tensor, name: str, index: Tensor, x: Tensor, x_name: str, n: int, first: int = 0) -> None:
+    """Coefficients (r, n), and of what each row is; that these are there is looked at by kernels."""
+    _demand(d.dtype == x.dtype, f"{name} must have the dtype of {x_name}, got {d.dtype}")
+    _typed(index, "index", torch.int32)
+    _demand(index.dim() == 1, f"index must have one dimension, got {tuple(index.shape)}")
+    fits = d.dim() == 2 and d.shape[0] == index.shape[0] and first >= 0 and first + n <= d.shape[1]
+    both = f"({index.shape[0]}, {n}) from column {first} on, got {tuple(d.shape)}"
+    _demand(fits, f"{name} must have a row per index and the columns of {x_name}, {both}")
+    _contiguous(d, name)
+    _contiguous(index, "index")
+    _beside(d, name, x, x_name)
+    _beside(index, "index", x, x_name)
+
+
+def _check_cosine_scores(sums: Tensor, x: Tensor, third: bool, power: int, across: bool) -> None:
+    m, _ = _check_cosines(x, "x", across)
+    _typed(sums, "sums", torch.float64)
+    _contiguous(sums, "sums")
+    _beside(sums, "sums", x, "x")
+    _demand(sums.shape == (m,), f"sums must have one number per coefficient, ({m},), got {tuple(sums.shape)}")
+    _demand(power in (1, 2), f"power must be 1 or 2, got {power}")
+
+
+def _check_cosine_rows(out: Tensor, x: Tensor, index: Tensor, third: bool, across: bool) -> None:
+    _, n = _check_cosines(x, "x", across)
+    _check_chosen(out, "out", index, x, "x", n)
+    _demand(out.dim() < 2 or out.shape[1] == n, f"out must have as many columns as x, {n}, got {tuple(out.shape)}")
+
+
+def _check_add_cosines(
+    w: Tensor, d: Tensor, index: Tensor, alpha: float, beta: float, third: bool, across: bool, first: int = 0
+) -> None:
+    _, n = _check_cosines(w, "w", across)
+    _check_chosen(d, "d", index, w, "w", n, first)
+
+
 _INTEGERS = functools.partial(_check_draw, torch.int32)
 _FLOATS = functools.partial(_check_draw, torch.float32)
 
@@ -608,20 +678,11 @@ OPERATORS: dict[str, tuple[str, Check]] = {
     "add_at_": ("Tensor(a!) dense, Tensor positions, Tensor values, int start=0", _check_add_at),
     "gather_at_": ("Tensor(a!) out, Tensor dense, Tensor positions, int start=0", _check_gather_at),
     "add_sampled_product_": ("Tensor(a!) out, Tensor left, Tensor right, Tensor positions", _check_sampled),
-    "scale_factored_": ("Tensor(a!) out, Tensor x, Tensor rows, Tensor columns, float most", _check_scale_factored),
-    "factored_energy_": ("Tensor(a!) sums, Tensor x, Tensor rows, Tensor columns, float most", _check_factored_energy),
-    "step_factored_": (
-        "Tensor(a!) w, Tensor(b!)? exp_avg, Tensor x, Tensor rows, Tensor columns, float most, "
-        "float beta, float gain, float length, float keep",
-        _check_step_factored,
-    ),
-    "squares_": ("Tensor(a!) rows, Tensor(b!) columns, Tensor x", _check_squares),
-    "take_scaled_": ("Tensor(a!) w, Tensor x, Tensor factors, float keep", _check_take_scaled),
-}
-
-# Of which no CUDA source has a kernel: libraries of the device form these products, or the whole one, in less time, and
-# torch's own sums and pointwise operators reach the speed of its memory.
-CPU_ONLY = {"gram_", "add_sampled_product_", "squares_", "take_scaled_"}
-CPU_ONLY |= {"scale_factored_", "factored_energy_", "step_factored_"}
+# Of which no CUDA source has a kernel: libraries of the device form these products, or the whole one, in less time,
+# torch's own sums and pointwise operators reach the speed of its memory, and what is small or seldom is left to them.
+CPU_ONLY = {
+    "gram_", "add_sampled_product_", "squares_", "take_scaled_", "scale_factored_", "factored_energy_", "step_factored_",
+    "projected_adam_rows_", "move_rows_", "cosine_scores_", "cosine_rows_", "add_cosines_",
+}  # fmt: skip
 
 define(NAMESPACE)

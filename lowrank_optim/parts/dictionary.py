@@ -9,9 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..blocks import Columns
 from ..distributed.algebra import Algebra
 from ..kept import Exact, Shape, Spec
-from ..ops.dictionary import COSINES, PIECE, atoms, dictionary, scores
+from ..ops.cosines import PIECE
+from ..ops.dictionary import COSINES, add_combination_, atoms, coefficients, dictionary, scores, transforms
 from ..recipe import Draw, State, Time
 from ..turns import Turn
 from .basis import OneSided
@@ -28,8 +30,8 @@ class Dictionary(OneSided):
         kind: `"dct2"`, `"dct3"` (cosines; the second is the transpose of the first), `"hadamard"`, `"random"`.
         power: coefficients are ranked by their sum of squares (2), which minimises the projection error, or of absolute
             values (1), as published.
-        fast: by FFT, for the cosines; then no n x n dictionary exists. The same numbers to rounding. None: from width
-            512 on, where that takes less time.
+        fast: by FFT, for the cosines; then no n x n dictionary exists, and on CPU, in widths that kernels transform, no
+            vectors of it either. The same numbers to rounding. None: from width 512 on, where that takes less time.
     """
 
     kind: str = "dct2"
@@ -49,8 +51,22 @@ class Dictionary(OneSided):
         return {"index": top(algebra.total(here, -1), rank)}
 
     def derive(self, algebra: Algebra, g: Tensor, kept: State, rank: int, draw: Draw) -> dict[str, Tensor]:
+        """The chosen vectors, where a transform does not take less time than a product with them."""
         m = g.shape[-2]
+        if transforms(self.kind, g, self._by_fft(m)):
+            return {}
         return {"basis": atoms(self.kind, m, kept["index"], g.dtype, self._by_fft(m))}
+
+    def down(self, algebra: Algebra, g: Tensor, st: State) -> Tensor:
+        return super().down(algebra, g, st) if "basis" in st else coefficients(self.kind, g, st["index"])
+
+    def add_up_(
+        self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float, columns: Columns | None = None
+    ) -> None:
+        if "basis" in st:
+            super().add_up_(w, d, st, alpha, beta, columns)
+        else:
+            add_combination_(self.kind, w, d, st["index"], alpha, beta, columns)
 
     def turn(self, algebra: Algebra, old: State, new: State) -> Turn:
         return reindex(old["index"], new["index"])

@@ -112,13 +112,25 @@ def stays_closed(recipe: Any, spec: Mapping[str, Spec], working: torch.dtype, st
 
 
 def _adam_direction(recipe: Any, st: State, r: Tensor, t: Clock, spare: bool) -> tuple[Tensor, Clock] | None:
-    one_clock = not isinstance(t, Tensor) or t.numel() == 1
-    if not (one_clock and r.is_contiguous() and r.dtype in _DTYPES and recipe.momentum.debias):
+    if not (r.is_contiguous() and r.dtype in _DTYPES and recipe.momentum.debias):
         return None
+    if isinstance(t, Tensor) and t.numel() != 1:
+        return _by_age(recipe, st, r, t, spare)
     step, count = (t, 0.0) if isinstance(t, Tensor) else (None, t)
     rule = recipe.momentum.beta, recipe.scaling.beta, recipe.scaling.eps, count, step
     d = r if spare else r.clone()
     return (d, 1.0) if _from_store(st, d, rule) or _from_open(st, d, rule) else None
+
+
+def _by_age(recipe: Any, st: State, r: Tensor, t: Tensor, spare: bool) -> tuple[Tensor, Clock] | None:
+    """Where each row has a clock of its own."""
+    m, v = (st[key] for key in _MOMENTS)
+    if t.shape != (*r.shape[:-1], 1) or t.dtype != r.dtype or not _alike(r, m, v):
+        return None
+    d = r if spare else r.clone()
+    rule = recipe.momentum.beta, recipe.scaling.beta, recipe.scaling.eps
+    torch.ops.lowrank_optim.projected_adam_rows_.default(m, v, d, *rule, t.contiguous())
+    return d, 1.0
 
 
 def _from_store(st: State, d: Tensor, rule: _Rule) -> bool:
@@ -133,7 +145,7 @@ def _from_store(st: State, d: Tensor, rule: _Rule) -> bool:
 
 def _from_open(st: State, d: Tensor, rule: _Rule) -> bool:
     m, v = (st[key] for key in _MOMENTS)
-    if not all(x.is_contiguous() and x.dtype == d.dtype and x.device == d.device for x in (m, v)):
+    if not _alike(d, m, v):
         return False
     torch.ops.lowrank_optim.projected_adam_.default(m, v, d, *rule)
     return True
@@ -169,6 +181,10 @@ def _int8(pairs: _Pairs, d: list[Tensor], rule: _Rule) -> bool:
     levels = *quantize.dynamic_levels(True, d[0].device), *quantize.dynamic_levels(False, d[0].device)
     torch.ops.lowrank_optim.projected_adam_int8_list_.default(*tensors, d, *levels, Int8.block, *rule)
     return True
+
+
+def _alike(d: Tensor, *moments: Tensor) -> bool:
+    return all(x.is_contiguous() and x.dtype == d.dtype and x.device == d.device for x in moments)
 
 
 def _share_memory(x: Tensor, y: Tensor) -> bool:

@@ -33,7 +33,7 @@ class EMA(Momentum):
         return st["exp_avg"] * self.gain(t)
 
     def turn_(self, st: State, turn: Turn) -> None:
-        st["exp_avg"].copy_(turn(st["exp_avg"]))
+        turn.move_(st["exp_avg"])
 
     def reset_(self, st: State) -> None:
         st["exp_avg"].zero_()

@@ -138,4 +138,4 @@ def top(scores: Tensor, rank: int) -> Tensor:
 def reindex(old: Tensor, new: Tensor) -> Reindex:
     """Of two ascending selections."""
     slot = torch.searchsorted(old, new).clamp_(max=len(old) - 1)
-    return Reindex(torch.where(old[slot] == new, slot, torch.full_like(slot, -1)))
+    return Reindex(slot.masked_fill_(old[slot] != new, -1))

@@ -70,7 +70,7 @@ class Every(Refresh):
                 scaling.turn_(algebra, st, turn, mean, t)
             recipe.momentum.turn_(st, turn)
             if AGE in st:
-                st[AGE].copy_(turn(st[AGE]))
+                turn.move_(st[AGE])
 
 
 @dataclass(frozen=True)

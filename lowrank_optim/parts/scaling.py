@@ -53,7 +53,10 @@ class RMS(Scaling):
 
     def turn_(self, algebra: Algebra, st: State, turn: Turn, mean: Tensor | None, t: Clock) -> None:
         v, correction = st["exp_avg_sq"], bias_correction(self.beta, t)
-        if mean is None or not turn.mixes:
+        if not turn.mixes:
+            turn.move_(v)
+            return
+        if mean is None:
             v.copy_(turn.variances(v))
             return
         # The clamp keeps v >= (turned mean)^2 >= 0: the two averages have different memories, so v < m^2 does happen.
