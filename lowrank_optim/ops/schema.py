@@ -678,11 +678,33 @@ OPERATORS: dict[str, tuple[str, Check]] = {
     "add_at_": ("Tensor(a!) dense, Tensor positions, Tensor values, int start=0", _check_add_at),
     "gather_at_": ("Tensor(a!) out, Tensor dense, Tensor positions, int start=0", _check_gather_at),
     "add_sampled_product_": ("Tensor(a!) out, Tensor left, Tensor right, Tensor positions", _check_sampled),
+    "scale_factored_": ("Tensor(a!) out, Tensor x, Tensor rows, Tensor columns, float most", _check_scale_factored),
+    "factored_energy_": ("Tensor(a!) sums, Tensor x, Tensor rows, Tensor columns, float most", _check_factored_energy),
+    "step_factored_": (
+        "Tensor(a!) w, Tensor(b!)? exp_avg, Tensor x, Tensor rows, Tensor columns, float most, "
+        "float beta, float gain, float length, float keep",
+        _check_step_factored,
+    ),
+    "squares_": ("Tensor(a!) rows, Tensor(b!) columns, Tensor x", _check_squares),
+    "take_scaled_": ("Tensor(a!) w, Tensor x, Tensor factors, float keep", _check_take_scaled),
+    "projected_adam_rows_": (
+        "Tensor(a!) exp_avg, Tensor(b!) exp_avg_sq, Tensor(c!) r, float beta1, float beta2, float eps, Tensor ages",
+        _check_adam_rows,
+    ),
+    "move_rows_": ("Tensor(a!) x, Tensor source", _check_move_rows),
+    "cosine_scores_": ("Tensor(a!) sums, Tensor x, bool third, int power, bool across", _check_cosine_scores),
+    "cosine_rows_": ("Tensor(a!) out, Tensor x, Tensor index, bool third, bool across", _check_cosine_rows),
+    "add_cosines_": (
+        "Tensor(a!) w, Tensor d, Tensor index, float alpha, float beta, bool third, bool across, int first=0",
+        _check_add_cosines,
+    ),
+}
+
 # Of which no CUDA source has a kernel: libraries of the device form these products, or the whole one, in less time,
 # torch's own sums and pointwise operators reach the speed of its memory, and what is small or seldom is left to them.
 CPU_ONLY = {
-    "gram_", "add_sampled_product_", "squares_", "take_scaled_", "scale_factored_", "factored_energy_", "step_factored_",
-    "projected_adam_rows_", "move_rows_", "cosine_scores_", "cosine_rows_", "add_cosines_",
+    "gram_", "add_sampled_product_", "squares_", "take_scaled_", "scale_factored_", "factored_energy_",
+    "step_factored_", "projected_adam_rows_", "move_rows_", "cosine_scores_", "cosine_rows_", "add_cosines_",
 }  # fmt: skip
 
 define(NAMESPACE)
