@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .schema import kernel
 
+SMALL = 1 << 13  # elements below which calls cost more than passes
+
 
 def largest(x: Tensor) -> Tensor:
     """`max |x|` of each matrix, NaN if there is one: `(..., m, n)` -> `(...)`.
@@ -39,9 +41,9 @@ def squares(x: Tensor, dim: int) -> Tensor:
 
 
 def _fast(x: Tensor) -> bool:
-    """Is there a kernel that beats torch's own sums?"""
-    kinds = torch.float32, torch.float64
-    return x.device.type == "cpu" and x.dtype in kinds and not torch.compiler.is_compiling()
+    """Is there a kernel that beats torch's own sums? Small matrices are not worth its results' ways to their dtype."""
+    known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    return known and x.numel() >= SMALL and not torch.compiler.is_compiling()
 
 
 def _squares(x: Tensor) -> tuple[Tensor, Tensor]:

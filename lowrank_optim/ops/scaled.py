@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .reductions import SMALL
 from .schema import kernel
 
 
@@ -25,6 +26,8 @@ def take_scaled_(w: Tensor, x: Tensor, factors: Tensor, keep: float) -> None:
 
 
 def _suits(w: Tensor, x: Tensor, factors: Tensor) -> bool:
+    if w.numel() < SMALL:
+        return False
     alike = w.dtype == x.dtype == factors.dtype in (torch.float32, torch.float64) and w.device.type == "cpu"
     whole = factors.dim() == w.dim() > 1 and factors.shape[:-2] == w.shape[:-2] and w.shape == x.shape
     same = (w.is_contiguous() and x.is_contiguous()) or (w.mT.is_contiguous() and x.mT.is_contiguous())
