@@ -389,7 +389,8 @@ def _working_elements(plan: Plan, recipe: Recipe, rank: int) -> int:
     if recipe.scaling_in == "subspace":
         most = r + recipe.scaling.workspace(r) + rest
     elif recipe.momentum_of == "gradient":
-        most = r + max(rest, r + (r if recipe.scaling.per_column(shape) else size * (1 + scratch)))
+        scaled = max(r, min(size, PIECE)) if recipe.scaling.per_column(shape) else size * (1 + scratch)
+        most = r + max(rest, r + scaled)
     else:
         most = max(recipe.scaling.workspace(size), size + r + rest)
     derived = recipe.basis.derived(shape, rank) * (2 if plan.batch else 1)

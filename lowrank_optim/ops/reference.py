@@ -572,9 +572,9 @@ def take_scaled_(w: Tensor, x: Tensor, factors: Tensor, keep: float) -> None:
 
 
 def _some_rows(x: Tensor) -> Iterator[slice]:
-    """Of each matrix as many as stay in cache on CPU, elsewhere all."""
+    """Of each matrix so many on CPU that they and their squares in float64 are a piece, elsewhere all."""
     m = x.shape[-2]
-    size = max(1, PIECE // max(1, x.shape[-1])) if x.device.type == "cpu" else max(1, m)
+    size = max(1, PIECE // 4 // max(1, x.shape[-1])) if x.device.type == "cpu" else max(1, m)
     return (slice(first, min(first + size, m)) for first in range(0, m, size))
 
 

@@ -37,7 +37,7 @@ class _Limited(Residual):
         return {"residual_size": Spec((1, 1), store=Float32()), HITS: Spec((1, 1), store=Exact(torch.int32))}
 
     def workspace(self, shape: Shape, coordinates: int) -> int:
-        return 2 * coordinates + 8 * shape[1] + 4 * min(shape[0] * shape[1], PIECE)  # the last: squares in float64
+        return 2 * coordinates + 8 * shape[1] + min(shape[0] * shape[1], PIECE)  # the last: squares that are summed
 
     def _ratio(self, algebra: Algebra, d: Tensor, gain: Clock, lengths: Tensor) -> Tensor:
         """How much the subspace's rule scales a gradient: per column of the turned matrix, or over all.
@@ -87,8 +87,8 @@ class NormScaled(_Limited):
         """Of the rest, by Pythagoras: P is orthonormal, so a column of it has `|G_j|^2 - (2 part - part^2) |R_j|^2`."""
         squares = algebra.energy(g, -2).unsqueeze(-2) - (2 * part - part**2) * lengths.square()
         columns = squares.clamp_(min=0).sqrt_() * factors
-        size: Tensor = inside.norm(columns, (-2, -1)) / math.prod(map(int, algebra.shape(g))) ** 0.5
-        return size
+        m, n = algebra.shape(g)
+        return inside.norm(columns, (-2, -1)) / math.sqrt(int(m) * int(n))
 
 
 @dataclass(frozen=True)
