@@ -30,7 +30,8 @@ class Flora(LowRankOptimizer):
     base="adamw" averages G instead, and divides by Adam's full second moment after bias correction.
 
     Memory: `n r + m + n` elements per matrix (base="adamw": `n r + m n`): P is drawn again at each step from the seed
-    and the number of refreshes. A step holds two (m, n) tensors. The rest gets Adafactor with momentum, or AdamW.
+    and the number of refreshes. A step holds one (m, n) tensor (base="adamw": two). The rest gets Adafactor with
+    momentum, or AdamW.
 
     Args:
         params, lr, weight_decay, rank, scale, stagger: see `GaLoreAdamW`.
