@@ -302,7 +302,7 @@ def _needs(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any]) -> _Ne
             listed = (
                 r * (1 if recipe.thin else 2) + recipe.basis.derived(plan.matrix, rank)
             ) * size  # R, and D beside it
-    return _Needs(state, shared, _step_bytes(layout.here(p), plan, recipe, group, layout is HERE), refresh, listed)
+    return _Needs(state, shared, _step_bytes(layout.here(p), plan, recipe, group), refresh, listed)
 
 
 def expected_state(
@@ -328,14 +328,11 @@ def state_kinds(recipe: Recipe, plan: Plan) -> dict[str, str]:
     return kinds
 
 
-def _step_bytes(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any], whole: bool) -> int:
+def _step_bytes(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) -> int:
     """R and the scratch of its size, and whatever is kept in 16 bits and worked on in 32: G, blocks of W, state."""
     size, working, rank = p.numel(), working_dtype(p), plan.rank or 0
     share = _share(p, plan, recipe)
     elements = plan.count * _working_elements(plan, recipe, rank)
-    other = group["maximize"] or group["capturable"] or p.dtype != working or plan.projected or plan.batch
-    if whole and not other and fused.moves(recipe, plan.matrix):
-        elements = min(elements, 4 * PIECE + 8 * sum(plan.matrix))  # pieces in plain torch, and numbers per line
     spec, closed = _narrow(plan, recipe, rank, working)
     specs = spec.values()
     # opened, and for what changes at each step rounded; piece by piece where a kernel does it, if that is plain torch

