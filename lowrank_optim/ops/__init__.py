@@ -2,11 +2,11 @@
 
 from . import reference, schema
 from .apply import add_rounded_
-from .factored import Factors, factored_energy, mean_squares, scale_factored
+from .factored import Factors, factored_energy, scale_factored
 from .linalg import fix_signs, leading_left_vectors, orthonormalize, principal, subspace_iteration, whiten_
 from .philox import key_of, normal, random_bits16, sample, stream_of, uniform
 from .products import add_product_, product
-from .reductions import largest, norm, squares
+from .reductions import largest, mean_squares, norm, squares
 from .rounding import round_to_bfloat16
 from .scaled import take_scaled_
 from .sparse import add_at_, gather_at, sampled_product

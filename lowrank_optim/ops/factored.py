@@ -40,17 +40,3 @@ def factored_energy(x: Tensor, factors: Factors) -> Tensor:
     sums = torch.empty(x.shape[:-2], dtype=torch.float64, device=x.device)
     kernel("factored_energy_")(sums, x, *factors)
     return sums
-
-
-def mean_squares(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of rows, (..., m, 1), and of columns, (..., 1, n), of x (..., m, n); on CPU in one pass."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        squares = x.square()
-        return squares.mean(-1, keepdim=True), squares.mean(-2, keepdim=True)
-    if x.mT.is_contiguous() and not x.is_contiguous():
-        columns, rows = mean_squares(x.mT)
-        return rows.mT, columns.mT
-    x, (m, n) = x.contiguous(), x.shape[-2:]
-    rows, columns = (x.new_empty((*x.shape[:-2], side), dtype=torch.float64) for side in (m, n))
-    kernel("squares_")(rows, columns, x)
-    return rows.div_(n).to(x.dtype).unsqueeze(-1), columns.div_(m).to(x.dtype).unsqueeze(-2)

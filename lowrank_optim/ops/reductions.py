@@ -33,11 +33,17 @@ def squares(x: Tensor, dim: int) -> Tensor:
     """Sums of squares over rows (-1) or columns (-2), the dimension dropped; on CPU without a tensor of squares."""
     if not _fast(x):
         return x.square().sum(dim)
-    if x.mT.is_contiguous() and not x.is_contiguous():
-        columns, rows = _squares(x.mT)
-    else:
-        rows, columns = _squares(x)
+    rows, columns = _squares(x)
     return (rows if dim == -1 else columns).to(x.dtype)
+
+
+def mean_squares(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rows, (..., m, 1), and of columns, (..., 1, n); on CPU in one pass."""
+    if not _fast(x):
+        every = x.square()
+        return every.mean(-1, keepdim=True), every.mean(-2, keepdim=True)
+    (m, n), (rows, columns) = x.shape[-2:], _squares(x)
+    return rows.div_(n).to(x.dtype).unsqueeze(-1), columns.div_(m).to(x.dtype).unsqueeze(-2)
 
 
 def _fast(x: Tensor) -> bool:
@@ -47,7 +53,9 @@ def _fast(x: Tensor) -> bool:
 
 
 def _squares(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of squares over rows (..., m) and columns (..., n) in float64, in one pass."""
+    """Sums of squares over rows (..., m) and columns (..., n) in float64, in one pass over memory."""
+    if x.mT.is_contiguous() and not x.is_contiguous():
+        return _squares(x.mT)[::-1]
     x = x.contiguous()
     rows = x.new_empty(x.shape[:-1], dtype=torch.float64)
     columns = x.new_empty((*x.shape[:-2], x.shape[-1]), dtype=torch.float64)
