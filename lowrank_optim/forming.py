@@ -90,8 +90,9 @@ class Asked:
         self.recipes[id(group), plan.projected] = recipe
         spec = layout.spec(recipe.spec(layout.matrix(plan), plan.rank or 0, plan.small))
         shapes = {name: one.shape for name, one in spec.items()} | {WEIGHT: layout.weight(plan)}
-        listed = fused.listed(recipe) if plan.projected else fused.whole(recipe) is not None and not group["maximize"]
-        return Kind(recipe, spec, shapes, _dtypes(spec, p), listed and fused.takes(p))
+        whole = fused.whole(recipe) is not None and not (recipe.aged or group["maximize"])
+        listed = (fused.listed(recipe) if plan.projected else whole) and fused.takes(p)
+        return Kind(recipe, spec, shapes, _dtypes(spec, p), listed)
 
 
 def _dtypes(spec: dict[str, Spec], p: Tensor) -> dict[str, torch.dtype] | None:
