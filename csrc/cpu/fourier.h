@@ -208,8 +208,10 @@ LRO_INLINE void join(T* re, T* im, int64_t at, int64_t length, const T* turns) {
 
 template <int F, bool kBack, class T>
 LRO_INLINE void run_stage(T* re, T* im, int64_t half, const Stage<T>& stage) {
-  for (int64_t at = 0; at < half; at += F * stage.length) join<F, false, kBack>(re, im, at, stage.length, stage.turns);
-  for (int64_t k = 1; k < stage.length; ++k)
+  constexpr int64_t plain = F % 2 ? 0 : 1;  // number 0 needs no turn: worth code of its own where lengths are powers of 2
+  if constexpr (plain)
+    for (int64_t at = 0; at < half; at += F * stage.length) join<F, false, kBack>(re, im, at, stage.length, stage.turns);
+  for (int64_t k = plain; k < stage.length; ++k)
     for (int64_t at = k; at < half; at += F * stage.length)
       join<F, true, kBack>(re, im, at, stage.length, stage.turns + 2 * k * (F - 1));
 }

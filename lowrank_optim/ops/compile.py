@@ -156,9 +156,10 @@ def build(target: Target, folder: Path) -> Path:
     kernels = sorted((root / ("cpu" if target.backend == "cpu" else "cuda")).glob("*.c[pu]*"))
     host = [cxx, *_HOST, _STANDARD[target.backend], *_DEFINES[target.backend], *target.extra]
     with tempfile.TemporaryDirectory() as scratch:
-        objects = [Path(scratch) / f"{path.stem}.o" for path in [*kernels, root / "registration.cpp"]]
-        commands = [[*_compile(target, host), str(path)] for path in kernels]
-        commands += [[*host, *_TORCH, "-isystem", str(include), "-c", str(root / "registration.cpp")]]
+        # The one that reads torch's headers takes longest, so it begins.
+        objects = [Path(scratch) / f"{path.stem}.o" for path in [root / "registration.cpp", *kernels]]
+        commands = [[*host, *_TORCH, "-isystem", str(include), "-c", str(root / "registration.cpp")]]
+        commands += [[*_compile(target, host), str(path)] for path in kernels]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             jobs = zip(commands, objects, strict=True)
             list(pool.map(lambda job: _run([*job[0], "-o", str(job[1])]), jobs))
