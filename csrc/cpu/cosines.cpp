@@ -174,9 +174,15 @@ class Aligned {
   std::vector<T> memory_;
 };
 
-template <class T>
-int64_t grain_of(int64_t n) {
-  return 1 + (1 << 15) / (n * kAbreast<T>);
+// Calls `work(rows in cache, first column, how many)` for vectors of columns.
+template <class T, class Work>
+void each_vector(const Cosines& shape, const Work& work) {
+  const int64_t vectors = (shape.n + kAbreast<T> - 1) / kAbreast<T>, grain = 1 + (1 << 15) / (shape.m * kAbreast<T>);
+  parallel(vectors, grain, [&](int64_t begin, int64_t end) {
+    Aligned<T> memory(shape.m * kAbreast<T>);
+    for (int64_t first = begin * kAbreast<T>; first < end * kAbreast<T>; first += kAbreast<T>)
+      work(memory.data(), first, std::min(kAbreast<T>, shape.n - first));
+  });
 }
 
 }  // namespace
@@ -213,17 +219,11 @@ template <class T>
 void cosine_rows(T* d, const T* x, Chosen chosen, Cosines shape) {
   const Plan<T>& plan = plan_of<T>(shape.m);
   const auto &in = shape.back ? plan.coefficient : plan.sample, &out = shape.back ? plan.sample : plan.coefficient;
-  const int64_t vectors = (shape.n + kAbreast<T> - 1) / kAbreast<T>;
-  parallel(vectors, grain_of<T>(shape.m), [&](int64_t begin, int64_t end) {
-    Aligned<T> memory(shape.m * kAbreast<T>);
-    T* rows = memory.data();
-    for (int64_t first = begin * kAbreast<T>; first < end * kAbreast<T>; first += kAbreast<T>) {
-      const int64_t some = std::min(kAbreast<T>, shape.n - first);
-      fetch(rows, in.data(), x, {shape.m, shape.n, first, some, shape.across});
-      transform(rows, plan, shape.back);
-      for (int64_t i = 0; i < chosen.count; ++i)
-        memcpy(d + i * chosen.pitch + first, rows + out[chosen.index[i]] * kAbreast<T>, some * sizeof(T));
-    }
+  each_vector<T>(shape, [&](T* rows, int64_t first, int64_t some) {
+    fetch(rows, in.data(), x, {shape.m, shape.n, first, some, shape.across});
+    transform(rows, plan, shape.back);
+    for (int64_t i = 0; i < chosen.count; ++i)
+      memcpy(d + i * chosen.pitch + first, rows + out[chosen.index[i]] * kAbreast<T>, some * sizeof(T));
   });
 }
 
@@ -231,21 +231,15 @@ template <class T>
 void add_cosines(T* w, const T* d, Chosen chosen, T alpha, T beta, Cosines shape) {
   const Plan<T>& plan = plan_of<T>(shape.m);
   const auto &in = shape.back ? plan.sample : plan.coefficient, &out = shape.back ? plan.coefficient : plan.sample;
-  const int64_t vectors = (shape.n + kAbreast<T> - 1) / kAbreast<T>;
-  parallel(vectors, grain_of<T>(shape.m), [&](int64_t begin, int64_t end) {
-    Aligned<T> memory(shape.m * kAbreast<T>);
-    T* rows = memory.data();
-    for (int64_t first = begin * kAbreast<T>; first < end * kAbreast<T>; first += kAbreast<T>) {
-      const int64_t some = std::min(kAbreast<T>, shape.n - first);
-      memset(rows, 0, shape.m * kBytes);
-      for (int64_t i = 0; i < chosen.count; ++i) {
-        T* row = rows + in[chosen.index[i]] * kAbreast<T>;
-        const T* from = d + i * chosen.pitch + first;
-        for (int64_t lane = 0; lane < some; ++lane) row[lane] += alpha * from[lane];
-      }
-      transform(rows, plan, !shape.back);
-      put(w, out.data(), rows, beta, {shape.m, shape.n, first, some, shape.across});
+  each_vector<T>(shape, [&](T* rows, int64_t first, int64_t some) {
+    memset(rows, 0, shape.m * kBytes);
+    for (int64_t i = 0; i < chosen.count; ++i) {
+      T* row = rows + in[chosen.index[i]] * kAbreast<T>;
+      const T* from = d + i * chosen.pitch + first;
+      for (int64_t lane = 0; lane < some; ++lane) row[lane] += alpha * from[lane];
     }
+    transform(rows, plan, !shape.back);
+    put(w, out.data(), rows, beta, {shape.m, shape.n, first, some, shape.across});
   });
 }
 
