@@ -40,12 +40,7 @@ def projected_adam_(
     inverse = 1 / (correction.sqrt() if isinstance(correction, Tensor) else math.sqrt(correction))
     size = PIECE if r.device.type == "cpu" else max(1, r.numel())
     for m, v, x in zip(*(torch.split(tensor.view(-1), size) for tensor in (exp_avg, exp_avg_sq, r)), strict=True):
-        scratch = x * (1 - beta1)
-        m.mul_(beta1).add_(scratch)
-        torch.mul(x, 1 - beta2, out=scratch)
-        v.mul_(beta2).add_(scratch.mul_(x))
-        torch.sqrt(v, out=scratch).mul_(inverse).add_(eps)
-        torch.mul(m, gain, out=x).div_(scratch)
+        _adam_(m, v, x, beta1, beta2, eps, gain, inverse)
 
 
 def projected_adam_rows_(
@@ -54,12 +49,17 @@ def projected_adam_rows_(
     """The same where each row has seen a number of steps of its own, `ages`."""
     count = ages.double().view(*r.shape[:-1], 1)
     gain, inverse = (x.to(r.dtype) for x in (1 / (1 - beta1**count), 1 / (1 - beta2**count).sqrt()))
-    scratch = r * (1 - beta1)
-    exp_avg.mul_(beta1).add_(scratch)
-    torch.mul(r, 1 - beta2, out=scratch)
-    exp_avg_sq.mul_(beta2).add_(scratch.mul_(r))
-    torch.sqrt(exp_avg_sq, out=scratch).mul_(inverse).add_(eps)
-    torch.mul(exp_avg, gain, out=r).div_(scratch)
+    _adam_(exp_avg, exp_avg_sq, r, beta1, beta2, eps, gain, inverse)
+
+
+def _adam_(m: Tensor, v: Tensor, x: Tensor, beta1: float, beta2: float, eps: float, gain: Any, inverse: Any) -> None:
+    """`gain` and `inverse` are those of both bias corrections, numbers or tensors."""
+    scratch = x * (1 - beta1)
+    m.mul_(beta1).add_(scratch)
+    torch.mul(x, 1 - beta2, out=scratch)
+    v.mul_(beta2).add_(scratch.mul_(x))
+    torch.sqrt(v, out=scratch).mul_(inverse).add_(eps)
+    torch.mul(m, gain, out=x).div_(scratch)
 
 
 def projected_adam_list_(
