@@ -318,8 +318,15 @@ LRO_HD constexpr Key highest_bit() {
   return static_cast<Key>(1) << (8 * sizeof(Key) - 1);
 }
 
-// -- Sampled products: so many partial sums, which are added in halves ------------------------------------------------
+// -- Sums of lines: so many partial sums, which are added in halves ----------------------------------------------------
 
 constexpr int kLanes = 16;
+
+template <class T>
+LRO_HD T in_halves(T (&sums)[kLanes]) {
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  return sums[0];
+}
 
 }  // namespace lro

@@ -44,9 +44,7 @@ LRO_HD double energy_of_line(const Line<T>& y) {
     const double one = scaled(x[j + lane], by_row, by_column[j + lane], most);
     sums[lane] += one * one;
   }
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
-  return sums[0];
+  return in_halves(sums);
 }
 
 template <class T>

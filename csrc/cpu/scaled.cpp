@@ -8,7 +8,6 @@ namespace lro {
 namespace {
 
 constexpr int64_t kHigh = 256, kWide = 1024;  // of a tile, whose sums over rows stay in cache; nothing cuts within it
-constexpr int kLanes = 16;                    // partial sums of a line
 constexpr int64_t kGrain = 1 << 15;           // elements that are worth a thread
 
 LRO_HD double wide(float x) { return x; }
@@ -29,9 +28,7 @@ LRO_HD double line(const T* LRO_RESTRICT x, int64_t n, double* LRO_RESTRICT colu
     const double square = wide(x[j]) * wide(x[j]);
     columns[j] += square, part[j - even] += square;
   }
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
-  return part[0];
+  return in_halves(part);
 }
 
 #define LRO_PER_TYPE(T)                                                                       \

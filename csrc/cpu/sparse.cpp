@@ -13,9 +13,7 @@ LRO_HD T dot(const T* LRO_RESTRICT x, const T* LRO_RESTRICT y, int64_t k) {
   for (; j + kLanes <= k; j += kLanes)
     for (int lane = 0; lane < kLanes; ++lane) sums[lane] += x[j + lane] * y[j + lane];
   for (int lane = 0; j + lane < k; ++lane) sums[lane] += x[j + lane] * y[j + lane];
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
-  return sums[0];
+  return in_halves(sums);
 }
 
 // Positions ascend, so that rows are counted up and not divided for.
