@@ -23,9 +23,9 @@ from torch import Tensor
 from benchmarks import record
 from benchmarks.native import Run, compared
 from lowrank_optim import GaLoreAdamW, ops
-from lowrank_optim.apply import apply_narrow_
-from lowrank_optim.forming import Asked
-from lowrank_optim.recipe import Update
+from lowrank_optim.engine.grouping import Asked
+from lowrank_optim.engine.write import apply_narrow_
+from lowrank_optim.recipe.recipe import Update
 
 SHAPES = [(1024, 4096, 128, "left"), (1024, 4096, 256, "right"), (4096, 4096, 128, "right"), (4096, 1024, 128, "left")]
 LR, KEEP = 0.01, 0.999

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import llama
 from lowrank_optim import APOLLO, GaLoreAdamW, MemoryEstimate, estimate_memory
-from lowrank_optim.distributed import planned, planned_zero
+from lowrank_optim.memory import planned, planned_zero
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "distributed.md"

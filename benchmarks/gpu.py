@@ -21,11 +21,11 @@ import lowrank_optim
 from benchmarks import llama, peers
 from benchmarks.memory import SIZES
 from lowrank_optim import ops
-from lowrank_optim.chunk import CHUNK_BYTES
-from lowrank_optim.distributed.algebra import WHOLE
+from lowrank_optim.engine.chunk import CHUNK_BYTES
+from lowrank_optim.memory.peak import measure
 from lowrank_optim.ops import native, quantize
 from lowrank_optim.parts import SVD, SubspaceIteration
-from lowrank_optim.peak import measure
+from lowrank_optim.recipe.algebra import WHOLE
 
 NEVER, GAP = 10**9, 200
 ENOUGH = 90  # seconds after which no larger model is begun, of the 150 that its section may take

@@ -14,7 +14,7 @@ import torch
 from benchmarks import llama, methods, record
 from lowrank_optim import estimate_memory
 from lowrank_optim.layers.quantized import Int8Weight
-from lowrank_optim.plan import names_say
+from lowrank_optim.recipe.plan import names_say
 
 SIZES = {  # hidden, mlp, layers, rank
     "60M": (512, 1376, 8, 128),

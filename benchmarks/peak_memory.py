@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import lowrank_optim
 from benchmarks import nano, record
 from benchmarks.memory import SIZES, table
-from lowrank_optim.peak import measure
+from lowrank_optim.memory.peak import measure
 
 SIZE, HEADS, SEQUENCE, VOCABULARY = "60M", 8, 64, 32000
 LOW_RANK = {"rank": SIZES[SIZE][3], "stagger": False}

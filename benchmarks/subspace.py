@@ -18,10 +18,10 @@ from torch import Tensor
 
 from benchmarks import nano, record
 from lowrank_optim import GaLoreAdamW, backend_info, ops
-from lowrank_optim.distributed.algebra import WHOLE
 from lowrank_optim.parts import SVD, SubspaceIteration
-from lowrank_optim.plan import resolve_rank
-from lowrank_optim.recipe import Time
+from lowrank_optim.recipe.algebra import WHOLE
+from lowrank_optim.recipe.plan import resolve_rank
+from lowrank_optim.recipe.recipe import Time
 
 
 def spectrum(m: int, n: int, power: float) -> Tensor:

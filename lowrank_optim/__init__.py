@@ -1,9 +1,7 @@
 """Low-rank, memory-efficient training methods as drop-in torch.optim classes."""
 
 from .accumulate import CompressedAccumulation
-from .backward import StepInBackward, step_in_backward
-from .distributed.checkpoint import full_state, load_full_state
-from .distributed.ddp import DDPProject, ddp_project
+from .full_state import full_state, load_full_state
 from .groups import param_groups
 from .layers.convert import convert, merge
 from .layers.linear import LowRankLinear, ReparameterizedLinear
@@ -12,8 +10,8 @@ from .layers.quantized import Int8Weight, NF4Weight, quantize_weights
 from .layers.quantized_linear import QuantizedLinear
 from .layers.sparse import SparseLowRankLinear
 from .layers.spectral import SpectralLinear
-from .memory import MemoryEstimate, estimate_memory
-from .memory_report import MemoryReport, memory_report
+from .memory.estimate import MemoryEstimate, estimate_memory
+from .memory.report import MemoryReport, memory_report
 from .methods.apollo import APOLLO
 from .methods.apollo_mini import APOLLOMini
 from .methods.composed import Composed, compose
@@ -36,9 +34,11 @@ from .methods.snsm import SNSMAdamW
 from .methods.sst import SST
 from .methods.subset_norm import SubsetNormAdamW
 from .methods.subspace_momentum import SubspaceMomentum
+from .modes.backward import StepInBackward, step_in_backward
+from .modes.ddp_project import DDPProject, ddp_project
 from .ops.native import BackendInfo, backend_info
 from .optimizer import LowRankOptimizer
-from .report import Report, state_bytes
+from .reports.report import Report, state_bytes
 from .schedules import JaggedCosine, jagged_cosine
 from .weight_space import WeightSpaceOptimizer
 

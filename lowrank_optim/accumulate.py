@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .chunk import working_dtype
-from .hooks import full_precision, on_gradient
+from .engine.autograd import full_precision, on_gradient
+from .engine.chunk import working_dtype
 from .ops import normal, orthonormalize, stream_of
-from .plan import Plan, bare_name, decide
-from .report import Report, Row, human
+from .recipe.plan import Plan, bare_name, decide
+from .reports.report import Report, Row, human
 
 
 @dataclass

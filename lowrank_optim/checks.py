@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .plan import Plan
+    from .recipe.plan import Plan
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 

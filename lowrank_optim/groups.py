@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import checks
-from .plan import as_matrices, names_say, shape_of
+from .recipe.plan import as_matrices, names_say, shape_of
 
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,

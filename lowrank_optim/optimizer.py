@@ -13,29 +13,30 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import captured, checks, loading
-from .chunk import Chunk
-from .distributed import shard_checks
+from . import checks
+from .distributed import checks as shard_checks
 from .distributed.common import Common
 from .distributed.fragments import complete_edges
 from .distributed.layout import HERE, Cut, Layout, layout_of
 from .distributed.lockstep import together
-from .distributed.stand_ins import GROUP, StandIns
-from .forming import Asked, Member, form_chunks, gradient_norms, in_cache, one_by_one, waves
-from .hooks import full_precision
-from .listed import update_listed_
+from .engine import captured, loading
+from .engine.autograd import full_precision
+from .engine.chunk import Chunk
+from .engine.grouping import Asked, Member, form_chunks, gradient_norms, in_cache, one_by_one, waves
+from .engine.in_place import update_listed_
+from .engine.state import follow, fresh
+from .engine.update import Move, refresh_due, update_
 from .ops import native
 from .parts import Drop, Identity, Never
-from .plan import Plan, decide, shape_of
-from .recipe import Recipe
-from .report import Report, report
-from .state import follow, fresh
-from .stats import Watch, stats
-from .update import Move, refresh_due, update_
+from .recipe.plan import Plan, decide, shape_of
+from .recipe.recipe import Recipe
+from .reports.report import Report, report
+from .reports.stats import Watch, stats
+from .wrappers.adoption import GROUP, StandIns
 
 if TYPE_CHECKING:
-    from .backward import StepInBackward
-    from .distributed.ddp import DDPProject
+    from .modes.backward import StepInBackward
+    from .modes.ddp_project import DDPProject
 
 Rescale = Callable[[Member, float], float]
 _GROUP_ONLY = {"skip_embeddings": True, "as_matrix": "auto"}  # hyper-parameters that only groups set
@@ -271,7 +272,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         Args:
             options: of torch.compile; `fullgraph=True, dynamic=False` unless given.
         """
-        from .compiled import CompiledMove  # torch._dynamo takes a second to import
+        from .engine.compiled import CompiledMove  # torch._dynamo takes a second to import
 
         for p, layout in self._layouts.items():
             if layout.sharded:

@@ -19,20 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .chunk import COMPENSATION, working_dtype
 from .distributed.dtensors import local
 from .distributed.layout import Cut
-from .distributed.masters import largest, masters
-from .layers import layer_checks
+from .engine.chunk import COMPENSATION, working_dtype
+from .engine.restart import PARTIAL, reset_
+from .layers import checks as layer_checks
 from .layers.convert import Conversion, adopt, converted, make_conversion
 from .layers.linear import ReparameterizedLinear
-from .methods._shared import adamw
+from .methods.options import adamw
 from .optimizer import LowRankOptimizer
 from .parts import Outside
-from .plan import Plan
-from .recipe import Recipe
-from .report import Report, Row, parameter_row
-from .restart import PARTIAL, reset_
+from .recipe.plan import Plan
+from .recipe.recipe import Recipe
+from .reports.report import Report, Row, parameter_row
+from .wrappers.masters import largest, masters
 
 _LOG = logging.getLogger("lowrank_optim")
 _HOW_TO_CONVERT = ("rank", "include", "exclude")

@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import lowrank_optim
-from lowrank_optim import captured
+from lowrank_optim.engine import captured
 
 capturable_cases = pytest.mark.parametrize(
     "case", [case for case in CASES if case.name != "ldadam"], ids=lambda case: case.name
@@ -142,7 +142,7 @@ def losses_with_static_gradients(model, step):
 )
 def test_a_replayed_step_is_the_step(case, foreach, dtype, options, monkeypatch):
     """Across refreshes, with a changing lr, and with noise of its own in each step."""
-    monkeypatch.setattr("lowrank_optim.plan._LEAST_QUANTIZED", 1)
+    monkeypatch.setattr("lowrank_optim.recipe.plan._LEAST_QUANTIZED", 1)
     models = pair(dtype)
     live, replayed = (
         case.build(model.named_parameters(), capturable=True, foreach=foreach, update_proj_gap=4, **options)

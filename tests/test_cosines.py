@@ -10,7 +10,7 @@ from torch import nn
 import lowrank_optim
 from lowrank_optim.ops import cosines, reference
 from lowrank_optim.ops.dictionary import add_combination_, coefficients, dictionary, scores, transforms
-from lowrank_optim.turns import Reindex
+from lowrank_optim.recipe.turn import Reindex
 
 ops = torch.ops.lowrank_optim
 LENGTHS = [2, 4, 6, 8, 10, 14, 16, 24, 30, 42, 64, 98, 240, 512, 768, 1280]  # all factors, alone and together
@@ -120,7 +120,7 @@ def test_threads_change_no_bit():
 
 @pytest.mark.parametrize("across", [False, True])
 def test_gradients_in_16_bits_are_widened_block_by_block(across, monkeypatch):
-    monkeypatch.setattr("lowrank_optim.blocks.BLOCK", 64 * 48)
+    monkeypatch.setattr("lowrank_optim.ops.blocks.BLOCK", 64 * 48)
     g, index = laid(torch.randn(48, 150).bfloat16(), across), torch.arange(5, dtype=torch.int32)
     got = coefficients("dct3", g, index)
     assert got.dtype == torch.float32

@@ -72,7 +72,7 @@ def test_sums_that_come_late_are_waited_for(alone, monkeypatch, dtype, passes):
         wrapped = DistributedDataParallel(model)
         ddp_project(wrapped, optimizer)
         if late:
-            monkeypatch.setattr("lowrank_optim.distributed.ddp.dist.all_reduce", lambda flat, **_: Work(flat))
+            monkeypatch.setattr("lowrank_optim.modes.ddp_project.dist.all_reduce", lambda flat, **_: Work(flat))
         found.append(losses(wrapped, optimizer, passes))
         assert all(int(state["skipped"]) == 0 for state in optimizer.state.values())
     assert found[0] == found[1]

@@ -8,9 +8,9 @@ from torch import nn
 
 import lowrank_optim
 from lowrank_optim import estimate_memory
-from lowrank_optim.parts import fused_factored
-from lowrank_optim.peak import Peak
-from lowrank_optim.recipe import Update
+from lowrank_optim.engine import fused_factored
+from lowrank_optim.memory.peak import Peak
+from lowrank_optim.recipe.recipe import Update
 
 SHAPES = [(40, 24), (24, 40), (33, 33), (1, 50), (50, 1), (7, 129), (3, 5, 7), (2, 9, 20)]
 METHODS = [

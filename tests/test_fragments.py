@@ -27,7 +27,7 @@ from lowrank_optim.distributed.deepspeed import ranges
 from lowrank_optim.distributed.fragments import TouchedRows
 from lowrank_optim.distributed.lockstep import Peers
 from lowrank_optim.distributed.pieces import Piece
-from lowrank_optim.distributed.stand_ins import GROUP
+from lowrank_optim.wrappers.adoption import GROUP
 
 STEPS = 15  # refreshes before steps 0, 7 and 14, for most methods
 # Two groups; tall, wide, square, one row, a long row, a convolution, a stack; in full space
@@ -229,7 +229,7 @@ def algebra(rank):
             pieces={side: Piece(height, first, last - first, height, rank, dist.get_world_size(), peers)},
             natural={side: 0}, everyone=peers, width=width, skipped=start % width if length else 0, elements=length,
         )  # fmt: skip
-        own, whole = layout.algebra([layout]), lowrank_optim.distributed.algebra.WHOLE
+        own, whole = layout.algebra([layout]), lowrank_optim.recipe.algebra.WHOLE
         rows, full = natural[first:last], natural
         masked = torch.zeros_like(natural).view(-1)
         masked[start : start + length] = natural.reshape(-1)[start : start + length]

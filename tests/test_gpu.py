@@ -107,7 +107,7 @@ def test_methods_train_as_on_the_cpu(case, foreach):
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
 def test_a_resumed_run_is_the_run(case, state_dtype, monkeypatch):
     """bfloat16 weights, across a refresh, through a file."""
-    monkeypatch.setattr("lowrank_optim.plan._LEAST_QUANTIZED", 1)
+    monkeypatch.setattr("lowrank_optim.recipe.plan._LEAST_QUANTIZED", 1)
     params, optimizer, grads = trained(case, DEVICE, 5, torch.bfloat16, state_dtype=state_dtype)
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
@@ -127,9 +127,9 @@ def test_a_resumed_run_is_the_run(case, state_dtype, monkeypatch):
 @pytest.mark.parametrize("make", [lowrank_optim.GaLoreAdamW, lowrank_optim.GaLoreAdamW8bit, lowrank_optim.FiraAdamW])
 def test_a_step_needs_little_memory(make, dtype, monkeypatch):
     """Between refreshes: some chunks of float32, however many and however large the weights are."""
-    from lowrank_optim.peak import measure
+    from lowrank_optim.memory.peak import measure
 
-    monkeypatch.setattr("lowrank_optim.chunk.CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr("lowrank_optim.engine.chunk.CHUNK_BYTES", 1 << 20)
     params = [nn.Parameter(torch.randn(512, 512, device=DEVICE).to(dtype)) for _ in range(24)]
     optimizer = make(params, rank=64, stagger=False)
     for _ in range(2):

@@ -9,7 +9,7 @@ from torch import nn
 
 import lowrank_optim
 from lowrank_optim import GaLoreAdamW, GaLorePlusAdamW, param_groups
-from lowrank_optim.plan import names_say
+from lowrank_optim.recipe.plan import names_say
 
 
 def kinds(model, **options):

@@ -9,8 +9,8 @@ from cases import every_case
 from torch import nn
 
 import lowrank_optim
-from lowrank_optim.parts import fused
-from lowrank_optim.update import move_
+from lowrank_optim.engine import fused
+from lowrank_optim.engine.update import move_
 
 SHAPES = [(1,), (3,), (513,), (7, 5), (40, 3, 3, 3), (0,), (2, 9, 20), (70, 90)]
 OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.97), "weight_decay": 0.1}
@@ -164,7 +164,7 @@ def test_who_interrupts_a_list_finds_every_weight_counted(case, monkeypatch):
             p.grad = torch.randn_like(p)
         with suppress(KeyboardInterrupt):
             optimizer.step()
-        monkeypatch.setattr("lowrank_optim.listed.move_", interrupted)
+        monkeypatch.setattr("lowrank_optim.engine.in_place.move_", interrupted)
     expected = [p.data_ptr() in moved for p in params]
     assert [not torch.equal(p, w) for p, w in zip(params, before, strict=True)] == expected
     assert [int(optimizer.state[p]["step"]) == 2 for p in params] == expected

@@ -8,9 +8,10 @@ from cases import Net, every_case, train
 from torch import nn
 
 import lowrank_optim
-from lowrank_optim import GaLoreAdafactor, GaLoreAdamW, memory_report, param_groups, step_in_backward
-from lowrank_optim.peak import Peak, measure
-from lowrank_optim.report import human
+from lowrank_optim import GaLoreAdafactor, GaLoreAdamW, param_groups, step_in_backward
+from lowrank_optim.memory import report as memory_report
+from lowrank_optim.memory.peak import Peak, measure
+from lowrank_optim.reports.report import human
 
 
 class Layers(nn.Module):

@@ -14,13 +14,13 @@ from torch import nn
 
 import lowrank_optim
 from lowrank_optim import ops
-from lowrank_optim.distributed.algebra import WHOLE
+from lowrank_optim.memory.peak import Peak
 from lowrank_optim.ops import cosines, reference
 from lowrank_optim.ops import dictionary as dictionaries
 from lowrank_optim.ops.dictionary import KINDS, atoms, dictionary, scores
 from lowrank_optim.parts import Affine, Dictionary, PowerIteration, Random, Rows
-from lowrank_optim.peak import Peak
-from lowrank_optim.plan import resolve_side
+from lowrank_optim.recipe.algebra import WHOLE
+from lowrank_optim.recipe.plan import resolve_side
 
 
 def steps(optimizer, p, grads):
@@ -528,7 +528,7 @@ def test_kahan_owes_nothing_after_a_cast():
 
 @pytest.mark.parametrize("state_dtype", ["int8", "int4"])
 def test_blocks_of_a_plain_stack_are_not_cut(state_dtype, monkeypatch):
-    monkeypatch.setattr("lowrank_optim.chunk.SLICE", 1024)
+    monkeypatch.setattr("lowrank_optim.engine.chunk.SLICE", 1024)
     ends = []
     for turned in (False, True):  # a gradient with strides of its own is never cut
         torch.manual_seed(2)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lowrank_optim import ops
-from lowrank_optim.distributed.algebra import WHOLE
 from lowrank_optim.ops import reference
 from lowrank_optim.ops.philox import Places, philox
+from lowrank_optim.recipe.algebra import WHOLE
 
 KEY, STREAM = ops.key_of(3, "layer.weight"), ops.stream_of("test", 1)
 KNOWN = [0.20780998468399048, 1.9231173992156982, -0.5173792839050293, -1.2982730865478516]

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lowrank_optim import ops
-from lowrank_optim.blocks import Columns
-from lowrank_optim.distributed.algebra import WHOLE
+from lowrank_optim.ops.blocks import Columns
 from lowrank_optim.parts import EMA, RMS, SVD, Every, Factored, Identity, Rows, SubspaceIteration, TwoSided
-from lowrank_optim.turns import Turn
+from lowrank_optim.recipe.algebra import WHOLE
+from lowrank_optim.recipe.turn import Turn
 
 BASES = [SVD(), SubspaceIteration(), TwoSided(SVD()), TwoSided(SubspaceIteration())]
 

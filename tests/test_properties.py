@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowrank_optim import estimate_memory, state_bytes
-from lowrank_optim.plan import as_matrices, resolve_rank, resolve_side
+from lowrank_optim.recipe.plan import as_matrices, resolve_rank, resolve_side
 
 sides = st.one_of(st.integers(1, 40), st.integers(60, 90))
 shapes = st.one_of(

@@ -9,7 +9,7 @@ from torch import nn
 
 from lowrank_optim import LowRankOptimizer
 from lowrank_optim.parts import EMA, SVD, Constant, Drop, Every, Float32, Identity, NoMomentum, NoScaling
-from lowrank_optim.recipe import Recipe
+from lowrank_optim.recipe.recipe import Recipe
 
 
 @every_case

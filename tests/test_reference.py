@@ -10,7 +10,7 @@ from cases import CASES, SHAPES, every_case, gradients, ranked
 from reference import galore
 
 from lowrank_optim import ops
-from lowrank_optim.plan import resolve_side
+from lowrank_optim.recipe.plan import resolve_side
 
 STEPS = 20
 # float64 shows that the algorithms are the same; float32 that the engine loses nothing but rounding. Fira without a

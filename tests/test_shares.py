@@ -17,7 +17,7 @@ from weight_cases import net
 
 import lowrank_optim
 from lowrank_optim import ddp_project, estimate_memory, param_groups, state_bytes
-from lowrank_optim.distributed import planned
+from lowrank_optim.memory import planned
 from lowrank_optim.ops import linalg
 
 SHAPES = {"tall": (24, 10), "wide": (9, 22), "square": (12, 12), "uneven": (31, 16), "bias": (13,), "stack": (5, 6, 4)}

@@ -12,12 +12,12 @@ from torch import nn
 
 import lowrank_optim
 from lowrank_optim import estimate_memory
-from lowrank_optim.opened import Opened, Stored
+from lowrank_optim.engine import fused
+from lowrank_optim.engine.open_state import Opened, Stored
+from lowrank_optim.memory.peak import Peak
 from lowrank_optim.ops.philox import Places
 from lowrank_optim.ops.products import scratch
-from lowrank_optim.parts import fused
 from lowrank_optim.parts.store import BFloat16
-from lowrank_optim.peak import Peak
 
 SHAPES = [(96, 80), (96, 80), (96, 80), (80, 200), (6, 48, 91), (130,), (61, 70)]
 STATES = ["float32", "bfloat16", "int8", "int4"]

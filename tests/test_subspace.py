@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowrank_optim import GaLoreAdamW, fitting, ops
-from lowrank_optim.distributed.algebra import WHOLE
+from lowrank_optim import GaLoreAdamW, ops
+from lowrank_optim.engine import refresh as fitting
 from lowrank_optim.ops import linalg, products
 from lowrank_optim.parts import SVD, SubspaceIteration
+from lowrank_optim.recipe.algebra import WHOLE
 
 RANK = 12
 
@@ -177,7 +178,7 @@ def test_random_sketches_draw_some_rows_at_a_time(monkeypatch):
     whole = g @ draw((300, 20))
     assert torch.allclose(WHOLE.random_sketch(g[0], 20, rows), whole[0], atol=1e-4)
     assert drawn == [300]
-    monkeypatch.setattr("lowrank_optim.blocks.BLOCK", 64 * 20)
+    monkeypatch.setattr("lowrank_optim.ops.blocks.BLOCK", 64 * 20)
     assert torch.allclose(WHOLE.random_sketch(g[0], 20, rows), whole[0], atol=1e-4)
     assert drawn[1:] == [64, 64, 64, 64, 44]
     stacked = WHOLE.random_sketch(g, 20, lambda some: rows(some).expand(2, -1, -1))
@@ -189,7 +190,7 @@ def test_blocks_make_no_difference(monkeypatch):
     y = torch.randn(300, 20) @ torch.diag(10.0 ** -torch.linspace(0, 5, 20)) @ torch.randn(20, 20)
     layouts = y, y.mT.contiguous().mT
     whole = [(ops.whiten_(x.clone()), ops.orthonormalize(x)) for x in layouts]
-    monkeypatch.setattr("lowrank_optim.blocks.BLOCK", 64 * 20)
+    monkeypatch.setattr("lowrank_optim.ops.blocks.BLOCK", 64 * 20)
     for x, expected in zip(layouts, whole, strict=True):
         before = x.clone()
         assert torch.allclose(ops.orthonormalize(x), expected[1], atol=1e-5)

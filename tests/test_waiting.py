@@ -17,7 +17,7 @@ NORMS = "numbers are fetched in gradient_norms"
 
 @pytest.fixture(autouse=True)
 def kernels_of_gpus(monkeypatch):
-    monkeypatch.setattr("lowrank_optim.parts.fused._DEVICES", ("meta",))
+    monkeypatch.setattr("lowrank_optim.engine.fused._DEVICES", ("meta",))
 
 
 def waits(case, dtype, steps, **options):
@@ -54,7 +54,7 @@ def test_a_step_waits_for_the_norms_alone(case, dtype, options):
 def test_a_captured_step_waits_for_nothing(case, monkeypatch):
     optimizer, (_, later) = waits(case, torch.bfloat16, 2, capturable=True)
     assert where(later) == [NORMS], "the host's part"
-    monkeypatch.setattr("lowrank_optim.captured.capturing", lambda: True)
+    monkeypatch.setattr("lowrank_optim.engine.captured.capturing", lambda: True)
     with FakeGPU() as gpu:
         optimizer.step()
     assert gpu.waits == []

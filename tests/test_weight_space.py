@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from weight_cases import CONVERTED, WEIGHT_CASES, batch, every_case, every_variant, loss_of, net, train
 
 import lowrank_optim
-from lowrank_optim.chunk import COMPENSATION
+from lowrank_optim.engine.chunk import COMPENSATION
 from lowrank_optim.layers.convert import converted
 
 OVERWRITING = [case for case in WEIGHT_CASES if case.name in ("relora", "low_rank", "sltrain")]

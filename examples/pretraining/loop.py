@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import lowrank_optim
-from lowrank_optim.storages import stored
+from lowrank_optim.reports.storages import stored
 
 from . import checkpoint, memory, model, optimizers, precision, schedule, strategy
 from .corpus import Corpus

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import lowrank_optim
-from lowrank_optim.plan import names_say
+from lowrank_optim.recipe.plan import names_say
 
 from . import model as models
 from . import update

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lowrank_optim.report import human
+from lowrank_optim.reports.report import human
 
 from .optimizers import find, is_weight_space
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import lowrank_optim
-from lowrank_optim.backward import StepInBackward
-from lowrank_optim.storages import stored
+from lowrank_optim.modes.backward import StepInBackward
+from lowrank_optim.reports.storages import stored
 
 from . import precision
 from .errors import PretrainError

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import lowrank_optim
-from lowrank_optim.gradient_memory import most_gradients
+from lowrank_optim.modes.gradient_memory import most_gradients
 
 from . import model
 from .interrupt import Interrupt

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..plan import Plan
-from . import shard_checks
+from ..recipe.plan import Plan
+from . import checks as shard_checks
 from .layout import Cut, Layout
 from .lockstep import Peers, total
 

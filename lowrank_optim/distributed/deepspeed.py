@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import shard_checks
+from . import checks as shard_checks
 
 
 class Range(NamedTuple):

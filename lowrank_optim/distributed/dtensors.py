@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..kept import Shape
-from ..plan import shape_of
+from ..recipe.plan import shape_of
+from ..recipe.store import Shape
 from .lockstep import total
 from .pieces import peers_of, pieces, ranges
 

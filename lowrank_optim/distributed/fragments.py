@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..kept import Shape, Side
-from ..plan import Plan
-from .algebra import Algebra
+from ..recipe.algebra import Algebra
+from ..recipe.plan import Plan
+from ..recipe.store import Shape, Side
 from .deepspeed import Range
 from .layout import Cut, Layout
 from .lockstep import Peers, total

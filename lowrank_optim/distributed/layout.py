@@ -14,11 +14,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..kept import Shape, Side, Spec, Store
 from ..ops.philox import Places
-from ..plan import Plan
-from . import shard_checks
-from .algebra import WHOLE, Algebra
+from ..recipe.algebra import WHOLE, Algebra
+from ..recipe.plan import Plan
+from ..recipe.store import Shape, Side, Spec, Store
+from . import checks as shard_checks
 from .dtensors import from_local, like, local, moved
 from .dtensors import whole as whole_tensor
 from .lockstep import Peers, ranks, total

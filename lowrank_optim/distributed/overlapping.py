@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .algebra import WHOLE, Algebra, Drawn
+from ..recipe.algebra import WHOLE, Algebra, Drawn
 from .lockstep import Peers
 from .pieces import Piece
 from .shards import Shards, Traffic, dims

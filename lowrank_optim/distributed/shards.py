@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
-from ..kept import Side
+from ..recipe.algebra import WHOLE, Algebra, Drawn, beside
+from ..recipe.store import Side
 from . import lockstep
-from .algebra import WHOLE, Algebra, Drawn, beside
 from .lockstep import Peers
 from .pieces import Piece
 

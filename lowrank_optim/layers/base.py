@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..chunk import is_packed, unpacked
+from ..engine.chunk import is_packed, unpacked
 from ..ops.philox import Stream
 
 

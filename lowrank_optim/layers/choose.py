@@ -7,7 +7,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from ..chunk import is_packed
+from ..engine.chunk import is_packed
 from ..groups import _any_match, _must_match, _rules
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import checks
-from ..plan import resolve_rank
-from . import layer_checks
+from ..recipe.plan import resolve_rank
+from . import checks as layer_checks
 from .choose import linears
 from .linear import LowRankLinear, ReparameterizedLinear
 

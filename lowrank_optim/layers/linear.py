@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .. import checks, ops
-from ..chunk import unpacked, working_dtype
 from ..distributed.dtensors import local, part, whole
 from ..distributed.spans import span
+from ..engine.chunk import unpacked, working_dtype
 from ..ops.factor import balance, split
-from ..plan import bare_name, resolve_rank
-from . import layer_checks
+from ..recipe.plan import bare_name, resolve_rank
+from . import checks as layer_checks
 from .base import add_to_base_
 from .quantized import Int8Weight, NF4Weight
 from .rows import KINDS, ByteRows

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .. import checks, ops
-from ..chunk import unpacked, working_dtype
 from ..distributed import heads as processes
 from ..distributed.dtensors import first_row, local, whole
-from . import layer_checks
+from ..engine.chunk import unpacked, working_dtype
+from . import checks as layer_checks
 from .base import add_to_base_
 from .linear import BASES, ReparameterizedLinear
 from .rows import KINDS, ByteRows

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .. import checks
-from ..chunk import is_packed, unpacked, working_dtype
-from ..distributed.algebra import WHOLE, Algebra
 from ..distributed.dtensors import laid_out, local, part, whole
-from . import layer_checks
+from ..engine.chunk import is_packed, unpacked, working_dtype
+from ..recipe.algebra import WHOLE, Algebra
+from . import checks as layer_checks
 from .linear import BASES, ReparameterizedLinear
 
 

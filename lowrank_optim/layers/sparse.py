@@ -12,9 +12,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from .. import checks, ops
-from ..chunk import working_dtype
-from ..hooks import full_precision
-from . import layer_checks
+from ..engine.autograd import full_precision
+from ..engine.chunk import working_dtype
+from . import checks as layer_checks
 from .linear import ProductLinear
 
 _SPARSE = 1 / 8  # density at which a product costs as much as its elements one by one

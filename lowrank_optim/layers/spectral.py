@@ -15,10 +15,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from .. import ops
-from ..chunk import working_dtype
 from ..distributed.dtensors import joined, local, part, picked, place_, whole
+from ..engine.chunk import working_dtype
 from ..ops.factor import singular
-from . import layer_checks
+from . import checks as layer_checks
 from .linear import ReparameterizedLinear
 
 SEGMENT = ("U_active", "V_active")

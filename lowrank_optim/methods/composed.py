@@ -33,9 +33,9 @@ from ..parts import (
     Sparse,
     SubsetNorm,
     TwoSided,
-)  # fmt: skip
-from ..recipe import Basis, Momentum, Recipe, Refresh, Residual, Scaling
-from ._shared import BASES, OPTIONS, adamw, given, stores
+)
+from ..recipe.recipe import Basis, Momentum, Recipe, Refresh, Residual, Scaling
+from .options import BASES, OPTIONS, adamw, given, stores
 
 _DICTIONARIES = ("dct2", "dct3", "hadamard", "dictionary")
 _BASES = (*BASES, "gaussian", "power", "identity", *_DICTIONARIES)

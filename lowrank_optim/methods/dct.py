@@ -10,8 +10,8 @@ from torch import Tensor
 from .. import checks
 from ..optimizer import LowRankOptimizer
 from ..parts import Dictionary, Drop, ErrorFeedback, Rows
-from ..recipe import Basis, Recipe
-from ._shared import ERRORS, ONE_SIDED, OPTIONS, adam, given, schedule, stores
+from ..recipe.recipe import Basis, Recipe
+from .options import ERRORS, ONE_SIDED, OPTIONS, adam, given, schedule, stores
 
 
 class DCTAdamW(LowRankOptimizer):

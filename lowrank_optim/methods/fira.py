@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..optimizer import LowRankOptimizer
 from ..parts import NormScaled
-from ..recipe import Recipe
-from ._shared import ONE_SIDED, OPTIONS, adam, given, subspace
+from ..recipe.recipe import Recipe
+from .options import ONE_SIDED, OPTIONS, adam, given, subspace
 
 
 class FiraAdamW(LowRankOptimizer):

@@ -10,9 +10,9 @@ from torch import Tensor
 from .. import checks
 from ..optimizer import LowRankOptimizer
 from ..parts import EMA, Drop, Factored, Identity, Never, Random, Raw, Relative
-from ..plan import Plan
-from ..recipe import Recipe
-from ._shared import ONE_SIDED, OPTIONS, adam, adamw, given, schedule, stores
+from ..recipe.plan import Plan
+from ..recipe.recipe import Recipe
+from .options import ONE_SIDED, OPTIONS, adam, adamw, given, schedule, stores
 
 
 class Flora(LowRankOptimizer):

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..optimizer import LowRankOptimizer
 from ..parts import Sign
-from ..recipe import Recipe
-from ._shared import BASES, ONE_SIDED, OPTIONS, adam, given, subspace
+from ..recipe.recipe import Recipe
+from .options import BASES, ONE_SIDED, OPTIONS, adam, given, subspace
 
 
 class FRUGAL(LowRankOptimizer):

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ..optimizer import LowRankOptimizer
-from ..recipe import Recipe
-from ._shared import OPTIONS, adam, given, subspace
+from ..recipe.recipe import Recipe
+from .options import OPTIONS, adam, given, subspace
 
 
 class GaLoreAdamW(LowRankOptimizer):

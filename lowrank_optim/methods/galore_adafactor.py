@@ -10,8 +10,8 @@ from torch import Tensor
 from .. import checks
 from ..optimizer import LowRankOptimizer
 from ..parts import EMA, Factored, NoMomentum, Relative
-from ..recipe import Recipe
-from ._shared import OPTIONS, given, subspace
+from ..recipe.recipe import Recipe
+from .options import OPTIONS, given, subspace
 
 
 class GaLoreAdafactor(LowRankOptimizer):

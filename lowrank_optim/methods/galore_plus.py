@@ -10,9 +10,9 @@ from torch import Tensor
 from .. import checks
 from ..optimizer import LowRankOptimizer
 from ..parts import EMA, RMS, SharedHead, Sparse
-from ..plan import Plan
-from ..recipe import Recipe
-from ._shared import BASES, ONE_SIDED, OPTIONS, adam, given, subspace
+from ..recipe.plan import Plan
+from ..recipe.recipe import Recipe
+from .options import BASES, ONE_SIDED, OPTIONS, adam, given, subspace
 
 
 class GaLorePlusAdamW(LowRankOptimizer):

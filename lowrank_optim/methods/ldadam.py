@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..optimizer import LowRankOptimizer
 from ..parts import Drop, ErrorFeedback, PowerIteration
-from ..recipe import Recipe
-from ._shared import ERRORS, ONE_SIDED, OPTIONS, adam, given, schedule, stores
+from ..recipe.recipe import Recipe
+from .options import ERRORS, ONE_SIDED, OPTIONS, adam, given, schedule, stores
 
 
 class LDAdamW(LowRankOptimizer):

@@ -12,19 +12,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import ops
-from ..chunk import is_packed, working_dtype
 from ..distributed.layout import algebra_of_rows
 from ..distributed.lockstep import ranks
-from ..forming import Member
+from ..engine.chunk import is_packed, working_dtype
+from ..engine.grouping import Member
 from ..layers.convert import Conversion, leave_to_ranks
 from ..layers.linear import ReparameterizedLinear
 from ..layers.quantized_linear import QuantizedLinear
 from ..optimizer import Rescale
 from ..parts import NoMomentum, NoScaling
 from ..parts.refresh import ahead
-from ..recipe import Recipe, Time
+from ..recipe.recipe import Recipe, Time
 from ..weight_space import WeightSpaceOptimizer
-from ._shared import BASES, WEIGHT_OPTIONS, adamw, given
+from .options import BASES, WEIGHT_OPTIONS, adamw, given
 
 
 class LoQT(WeightSpaceOptimizer):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..layers.linear import LowRankLinear, ReparameterizedLinear
 from ..weight_space import WeightSpaceOptimizer
-from ._shared import WEIGHT_OPTIONS, given, restarts_due
+from .options import WEIGHT_OPTIONS, given, restarts_due
 
 
 class LowRankAdamW(WeightSpaceOptimizer):

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..distributed import heads as processes
-from ..forming import Member
-from ..layers import layer_checks
+from ..engine.grouping import Member
+from ..layers import checks as layer_checks
 from ..layers.convert import leave_to_ranks
 from ..layers.linear import ReparameterizedLinear
 from ..layers.multihead import INITS, MERGED, MultiHeadLinear
 from ..weight_space import WeightSpaceOptimizer
-from ._shared import WEIGHT_OPTIONS, given
+from .options import WEIGHT_OPTIONS, given
 
 
 class LTE(WeightSpaceOptimizer):

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..optimizer import LowRankOptimizer
 from ..parts import STORES, Affine, Lazy
-from ..recipe import Recipe
-from ._shared import ONE_SIDED, OPTIONS, adam, given, stores, subspace
+from ..recipe.recipe import Recipe
+from .options import ONE_SIDED, OPTIONS, adam, given, stores, subspace
 
 _BASIS_STORES = {**STORES, "int8": Affine(8), "int4": Affine(4)}
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..layers.linear import LowRankLinear, ReparameterizedLinear
 from ..weight_space import WeightSpaceOptimizer
-from ._shared import WEIGHT_OPTIONS, given
+from .options import WEIGHT_OPTIONS, given
 
 
 class ReLoRA(WeightSpaceOptimizer):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..layers.linear import ReparameterizedLinear
 from ..layers.sparse import SparseLowRankLinear
 from ..weight_space import WeightSpaceOptimizer
-from ._shared import WEIGHT_OPTIONS, given, restarts_due
+from .options import WEIGHT_OPTIONS, given, restarts_due
 
 
 class SLTrain(WeightSpaceOptimizer):

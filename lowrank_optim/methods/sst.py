@@ -12,7 +12,7 @@ from ..distributed.lockstep import together
 from ..layers.linear import ReparameterizedLinear
 from ..layers.spectral import SEGMENT, SpectralLinear
 from ..weight_space import WeightSpaceOptimizer
-from ._shared import WEIGHT_OPTIONS, given
+from .options import WEIGHT_OPTIONS, given
 
 
 class SST(WeightSpaceOptimizer):

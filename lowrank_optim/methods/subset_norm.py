@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..optimizer import LowRankOptimizer
 from ..parts import Drop, Identity, Never, SubsetNorm
-from ..recipe import Recipe
-from ._shared import OPTIONS, adam, adamw, given, stores
+from ..recipe.recipe import Recipe
+from .options import OPTIONS, adam, adamw, given, stores
 
 
 class SubsetNormAdamW(LowRankOptimizer):

@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..blocks import Columns, blocks, widened
 from . import cosines
+from .blocks import Columns, blocks, widened
 from .linalg import orthonormalize
 from .philox import key_of, normal, stream_of
 from .schema import kernel

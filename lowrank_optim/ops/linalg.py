@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..blocks import blocks
+from .blocks import blocks
 from .philox import normal, stream_of
 from .products import product
 from .schema import kernel
 
 if TYPE_CHECKING:
-    from ..distributed.algebra import Algebra
+    from ..recipe.algebra import Algebra
 
 Total = Callable[..., Tensor]  # (sum, *thin): of thin matrices, of whose rows this process may have some only
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..blocks import BLOCK, blocks, largest_block
+from .blocks import BLOCK, blocks, largest_block
 
 _LEAST = 1 << 20  # multiplications that are worth the call
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..blocks import blocks as column_blocks
 from . import cosines
+from .blocks import blocks as column_blocks
 from .products import add_product_, product
 
 _TINY = torch.finfo(torch.float32).tiny

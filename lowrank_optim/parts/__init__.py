@@ -1,6 +1,6 @@
 """The parts that methods are made of; each answers one of the six questions in `recipe.py`."""
 
-from ..kept import Exact
+from ..recipe.store import Exact
 from .basis import SVD, Identity, Later, PowerIteration, SharedHead, SubspaceIteration, TwoSided
 from .dictionary import Dictionary
 from .limited import NormScaled, Rescaled

@@ -9,15 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..blocks import BLOCK, Columns
-from ..distributed.algebra import WHOLE, Algebra
-from ..kept import Shape, Spec
 from ..ops import add_product_, subspace_iteration
+from ..ops.blocks import BLOCK, Columns
 from ..ops.products import scratch
 from ..ops.reference import BLOCK as COUNTERS
 from ..ops.reference import DRAWING
-from ..recipe import Basis, Draw, State, Time
-from ..turns import Turn
+from ..recipe.algebra import WHOLE, Algebra
+from ..recipe.recipe import Basis, Draw, State, Time
+from ..recipe.store import Shape, Spec
+from ..recipe.turn import Turn
 
 
 @dataclass(frozen=True)

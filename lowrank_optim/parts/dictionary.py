@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..blocks import Columns
-from ..distributed.algebra import Algebra
-from ..kept import Exact, Shape, Spec
+from ..ops.blocks import Columns
 from ..ops.cosines import PIECE
 from ..ops.dictionary import COSINES, add_combination_, atoms, coefficients, dictionary, scores, transforms
-from ..recipe import Draw, State, Time
-from ..turns import Turn
+from ..recipe.algebra import Algebra
+from ..recipe.recipe import Draw, State, Time
+from ..recipe.store import Exact, Shape, Spec
+from ..recipe.turn import Turn
 from .basis import OneSided
 from .random import reindex, top
 

@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..distributed.algebra import Algebra
-from ..kept import Exact, Shape, Spec
 from ..ops.reference import PIECE
-from ..recipe import Clock, Recipe, Residual, State, Update
+from ..recipe.algebra import Algebra
+from ..recipe.recipe import Clock, Recipe, Residual, State, Update
+from ..recipe.store import Exact, Shape, Spec
 from .store import Float32
 
 HITS = "limiter_hits"  # how often a residual was shortened

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..kept import Shape, Spec
-from ..recipe import Clock, Momentum, State
-from ..turns import Turn
+from ..recipe.recipe import Clock, Momentum, State
+from ..recipe.store import Shape, Spec
+from ..recipe.turn import Turn
 
 
 def bias_correction(beta: float, t: Clock) -> Clock:

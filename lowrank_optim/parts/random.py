@@ -8,13 +8,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..blocks import Columns, widened
-from ..distributed.algebra import Algebra
-from ..kept import Exact, Shape, Spec
+from ..ops.blocks import Columns, widened
 from ..ops.reference import BLOCK, DRAWING
 from ..ops.schema import kernel
-from ..recipe import Basis, Draw, State, Time
-from ..turns import Reindex, Turn
+from ..recipe.algebra import Algebra
+from ..recipe.recipe import Basis, Draw, State, Time
+from ..recipe.store import Exact, Shape, Spec
+from ..recipe.turn import Reindex, Turn
 from .basis import OneSided
 
 

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..distributed.algebra import Algebra
-from ..recipe import AGE, Clock, Recipe, Refresh, State
-from ..turns import Turn
+from ..recipe.algebra import Algebra
+from ..recipe.recipe import AGE, Clock, Recipe, Refresh, State
+from ..recipe.turn import Turn
 
 _GOLDEN = 0x9E3779B9  # the golden ratio in units of 2**-32
 Carry = Literal["keep", "rotate", "reset"]

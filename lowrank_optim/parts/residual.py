@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..distributed.algebra import Algebra
-from ..kept import Shape, Spec, Store
-from ..recipe import Clock, Recipe, Residual, State, Update
+from ..recipe.algebra import Algebra
+from ..recipe.recipe import Clock, Recipe, Residual, State, Update
+from ..recipe.store import Shape, Spec, Store
 
 _NOISE = 16  # units of rounding below which a residual is none
 

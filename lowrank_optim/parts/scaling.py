@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..distributed.algebra import Algebra
-from ..kept import Shape, Spec
 from ..ops.reference import PIECE
-from ..recipe import Clock, Scaling, State
-from ..turns import Turn
+from ..recipe.algebra import Algebra
+from ..recipe.recipe import Clock, Scaling, State
+from ..recipe.store import Shape, Spec
+from ..recipe.turn import Turn
 from .momentum import bias_correction
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..distributed.algebra import Algebra
-from ..kept import Exact, Shape, Spec
-from ..recipe import Clock, Recipe, Residual, State, Update
+from ..recipe.algebra import Algebra
+from ..recipe.recipe import Clock, Recipe, Residual, State, Update
+from ..recipe.store import Exact, Shape, Spec
 from .momentum import EMA
 from .scaling import RMS
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..distributed.algebra import Algebra
-from ..recipe import Clock
+from ..recipe.algebra import Algebra
+from ..recipe.recipe import Clock
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..kept import Kept, Noise, Shape, Spec, Store
 from ..ops import quantize, round_to_bfloat16
+from ..recipe.store import Kept, Noise, Shape, Spec, Store
 
 
 @dataclass(frozen=True)

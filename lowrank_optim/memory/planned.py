@@ -1,0 +1,210 @@
+"""Sharding that is only planned: what one rank will hold and send, counted on the meta device by the step itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..distributed.fragments import complete_edges
+from ..distributed.layout import HERE, Cut, Layout, dimension
+from ..distributed.lockstep import Peers
+from ..distributed.pieces import Piece
+from ..distributed.shards import Meter, Shards, Traffic
+from ..engine.chunk import working_dtype
+from ..engine.grouping import Asked, Member, form_chunks
+from ..engine.update import update_
+from ..optimizer import LowRankOptimizer
+from ..recipe.algebra import WHOLE, Algebra
+from ..recipe.plan import Plan
+from ..recipe.recipe import Clock, Recipe, Refresh, State
+from ..recipe.store import Shape
+from ..recipe.turn import Turn
+
+
+class Sent(NamedTuple):
+    """Bytes that one rank hands to collectives.
+
+    Args:
+        per_step: in a step without a refresh.
+        per_refresh: in addition, for a later refresh (the first one has no basis to begin with). None where that
+            depends on the gradients.
+        messages, refresh_messages: in how many collectives, one after the other, for the matrix that has most of them;
+            those of other matrices go along.
+    """
+
+    per_step: float
+    per_refresh: float | None
+    messages: int = 0
+    refresh_messages: int = 0
+
+
+NOBODY = Peers(cast(Any, None), "meta")  # nothing is sent
+
+
+class Tally(Traffic):
+    """What would be sent.
+
+    Attributes:
+        unknown: something was asked for whose cost depends on values.
+    """
+
+    unknown = False
+
+    def total(self, x: Tensor, peers: Peers, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        self.note(x)
+        return x
+
+
+class Counting(Shards):
+    """Shards of tensors without values. What accelerators compute whatever the values are, is counted."""
+
+    def told(self, x: Tensor) -> list[Any]:
+        # no gradient is zero, and any order of heads costs the same
+        return torch.ones(x.shape, dtype=x.dtype, device="cpu").tolist()
+
+    def leading(self, g: Tensor, rank: int) -> Tensor:
+        cast(Tally, self.traffic).unknown = True
+        return g.new_empty(g.shape[-2], rank)
+
+
+@dataclass(frozen=True)
+class _Unlearning(Refresh):
+    """A schedule that learns nothing from turns, which have no values."""
+
+    schedule: Refresh
+
+    @property
+    def restarts(self) -> bool:
+        return self.schedule.restarts
+
+    @property
+    def turns(self) -> bool:
+        return self.schedule.turns
+
+    @property
+    def entrywise(self) -> bool:  # type: ignore[override]
+        return self.schedule.entrywise
+
+    def counters(self) -> dict[str, Tensor]:
+        return self.schedule.counters()
+
+    def due(self, step: int, last: int, place: int, counters: Mapping[str, Tensor]) -> bool:
+        return self.schedule.due(step, last, place, counters)
+
+    def carry_(self, algebra: Algebra, recipe: Recipe, st: State, turn: Turn, t: Clock) -> None:
+        self.schedule.carry_(algebra, recipe, st, turn, t)
+
+
+@dataclass(frozen=True, eq=False)
+class Planned(Cut):
+    """A `Cut` of a tensor on the meta device along its first dimension, without a mesh.
+
+    Attributes:
+        shape: of the whole parameter.
+    """
+
+    shape: Shape = ()
+
+    def here(self, x: Tensor) -> Tensor:
+        (piece,) = self.pieces.values()
+        return x[piece.start : piece.start + piece.length] if tuple(x.shape) == self.shape else x
+
+    def here_all(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: self.here(x) for key, x in state.items()}
+
+    def _shards(self, sides: Mapping[int, Piece], meters: Sequence[Meter]) -> Algebra:
+        return Counting(sides, self.both, Tally(meters))
+
+    def _distributed(self, x: Tensor, shape: Shape, cut: Mapping[int, int]) -> Tensor:
+        return x
+
+
+def rows(plan: Plan, start: int, stop: int, world_size: int) -> Layout:
+    """Here are some lines of the first dimension of a parameter."""
+    if not plan.shape or (start, stop) == (0, plan.shape[0]):
+        return HERE
+    side, length = dimension(plan, 0), stop - start
+    piece = Piece(plan.shape[0], start, length, length, 0, world_size, NOBODY)
+    return Planned(None, (), {side: piece}, {side: 0}, len(plan.batch), NOBODY, shape=plan.shape)
+
+
+def lay_out(optimizer: LowRankOptimizer, world_size: int) -> None:
+    """As `fully_shard` will, on rank 0, which has no less than others; raises what it will raise there."""
+    for p, group in optimizer._members():
+        plan = optimizer._plans[p]
+        layout = rows(plan, 0, -(-plan.shape[0] // world_size) if plan.shape else 0, world_size)
+        if layout.sharded:
+            optimizer._admit_shard(plan, cast(Cut, layout), group)
+        optimizer._layouts[p] = layout
+
+
+def traffic(optimizer: LowRankOptimizer) -> Sent:
+    """Of all parameters, beside the norms of gradients (16 bytes for each that is sharded)."""
+    found: dict[tuple[Any, ...], Sent] = {}
+    total: list[Sent] = []
+    for p, group in optimizer._members():
+        plan, layout = optimizer._plans[p], optimizer._layouts[p]
+        if layout.sharded and p.requires_grad:
+            equal = id(group), plan.shape, plan.side, plan.rank, p.dtype, layout.key
+            if equal not in found:
+                found[equal] = _of_one(optimizer, p, group, cast(Cut, layout))
+            total.append(found[equal])
+    refreshes = [one.per_refresh for one in total]
+    return Sent(
+        per_step=sum(one.per_step for one in total),
+        per_refresh=None if None in refreshes else sum(cast(list[float], refreshes)),
+        messages=max((one.messages for one in total), default=0),
+        refresh_messages=max((one.refresh_messages for one in total), default=0),
+    )
+
+
+def _of_one(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], layout: Cut) -> Sent:
+    """Three steps: with the first refresh, without one, with a later one."""
+    if layout.algebra([layout]) is WHOLE:
+        return Sent(0.0, 0.0)  # every process has some matrices of a stack
+    layout = replace(layout, meter=Meter())
+    state, unknown, meter = optimizer._fresh_state(p, group), False, layout.meter
+    counts: list[Meter] = []
+
+    def unlearning(plan: Plan, group: dict[str, Any]) -> Recipe:
+        recipe = optimizer._recipe_of(plan, group)
+        return replace(recipe, refresh=_Unlearning(recipe.refresh))
+
+    for due in (True, False, True):
+        if due and "refreshed_at" in state:
+            state["refreshed_at"].fill_(-1)
+        member = Member(p, group, torch.empty_like(p), False, optimizer._plans[p], layout, state)
+        complete_edges([(layout, member.grad)], add_up=lambda x, _: x)
+        for chunk in form_chunks([member], unlearning, Asked(), optimizer._watch):
+            update_(chunk, chunk.algebra)
+            unknown = cast(Tally, cast(Counting, chunk.algebra).traffic).unknown
+        state["step"] += 1
+        counts.append(replace(meter))
+    first, quiet, last = counts
+    return Sent(
+        per_step=quiet.between - first.between,
+        per_refresh=None if unknown else last.refreshing - quiet.refreshing,
+        messages=quiet.messages_between - first.messages_between,
+        refresh_messages=last.messages_refreshing - quiet.messages_refreshing,
+    )
+
+
+def projected_traffic(optimizer: LowRankOptimizer) -> Sent:
+    """Of `ddp_project`: coordinates, or whole gradients."""
+    per_step, whole = 0.0, 0.0
+    for p, group in optimizer._members():
+        if p.requires_grad:
+            plan = optimizer._plans[p]
+            recipe = optimizer._recipe_of(plan, group)
+            size = p.numel() * p.element_size()
+            whole += size
+            if recipe.thin:
+                coordinates = torch.Size(recipe.basis.coordinates(plan.matrix, plan.rank or 0)).numel()
+                size = plan.count * coordinates * working_dtype(p).itemsize
+            per_step += size
+    return Sent(per_step, whole - per_step)

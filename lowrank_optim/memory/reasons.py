@@ -1,0 +1,335 @@
+"""Why the memory of a training is not lower: one function per reason, a sentence with numbers and the way out."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..checks import few
+from ..engine.chunk import CHUNK_BYTES, working_dtype
+from ..optimizer import LowRankOptimizer
+from ..recipe.plan import Plan, names_say, resolve_rank
+from ..reports.report import human
+from ..weight_space import WeightSpaceOptimizer
+from .estimate import BASES, expected_state
+from .peak import StepPeak
+
+_WORTH = 0.05  # of what is kept: what saves less is not worth a sentence
+_MUCH = 0.25  # of the state
+_OTHER_SIDE = {"left": "right", "right": "left", "std": "reverse_std", "reverse_std": "std"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Bytes of one thing; None where they are not known."""
+
+    measured: int | None
+    predicted: int | None
+    adamw: int | None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What reasons are judged by."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    figures: dict[str, Figure]
+    peak: StepPeak | None
+
+    def measured(self, name: str) -> int:
+        return (self.figures[name].measured or 0) if name in self.figures else 0
+
+    def matters(self, saved: float) -> bool:
+        return saved >= _WORTH * self.measured("kept") > 0
+
+    @property
+    def trained(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter of an optimizer of this package, and the bytes of its state by kind."""
+
+    p: Tensor
+    group: dict[str, Any]
+    plan: Plan
+    kept: Counter[str]
+
+    @property
+    def bytes(self) -> int:
+        return self.kept.total()
+
+    @property
+    def plain(self) -> bool:
+        """Neither projected nor kept in place of a weight."""
+        return not (self.plan.projected or self.group.get("factors") or self.group.get("whole"))
+
+
+def reasons(facts: Facts) -> Iterator[str]:
+    """All that apply, those of the optimizer first."""
+    if isinstance(facts.optimizer, LowRankOptimizer):
+        entries = list(_entries(facts.optimizer))
+        for low_rank in LOW_RANK:
+            yield from low_rank(facts, facts.optimizer, entries)
+    for general in GENERAL:
+        yield from general(facts)
+
+
+def _entries(optimizer: LowRankOptimizer) -> Iterator[Entry]:
+    for p, group in optimizer._members():
+        if p.requires_grad:
+            yield Entry(p, group, optimizer._plans[p], expected_state(optimizer, p, group))
+
+
+def _some(entries: list[Entry]) -> str:
+    """Names of the largest, and what all keep."""
+    ranked = sorted(entries, key=lambda one: one.bytes, reverse=True)
+    return f"{few([one.plan.name for one in ranked])} ({human(sum(one.bytes for one in entries))} of state)"
+
+
+def _converts(entries: list[Entry]) -> bool:
+    """Of a method that changes how weights are kept?"""
+    return "factors" in entries[0].group
+
+
+def _done(entries: list[Entry]) -> str:
+    return "converted" if _converts(entries) else "projected"
+
+
+# -- of the optimizer --------------------------------------------------------------------------------------------------
+
+
+def rank_not_below(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
+    found = [one for one in entries if one.plan.reason.startswith("rank ")]
+    if facts.matters(sum(one.bytes for one in found)):
+        yield (
+            f"Not projected, because their rank is not below their shorter side: {_some(found)}. Take a lower rank, or "
+            "a fraction of the shorter side such as rank=0.25"
+        )
+
+
+def rank_too_large(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
+    found, kept, whole, lower = [], 0, 0, 0
+    for one in entries if optimizer.ranked else []:
+        extra = sum(one.kept[key] for key in _whole_keys(optimizer, one))
+        full = expected_state(optimizer, one.p, one.group, replace(one.plan, rank=None)).total()
+        if one.plan.projected and one.bytes - extra > full / 2:
+            quarter = replace(one.plan, rank=resolve_rank(0.25, *one.plan.matrix))
+            found.append(one)
+            kept, whole = kept + one.bytes - extra, whole + full
+            lower += expected_state(optimizer, one.p, one.group, quarter).total() - extra
+    if facts.matters(kept - lower):
+        yield (
+            f"The rank is too large to save much: {_some(found)} keep {human(kept)} of the {human(whole)} that the "
+            f"same rule keeps of them unprojected. rank=0.25 keeps {human(lower)}"
+        )
+
+
+def wrong_side(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
+    found, saved, outweigh = [], 0, 0
+    for one in entries:
+        side = _OTHER_SIDE.get(one.plan.side)
+        if side is not None and optimizer.ranked:
+            turned = replace(one.plan, matrix=one.plan.matrix[::-1], side=side)
+            less = one.bytes - expected_state(optimizer, one.p, one.group, turned).total()
+            if less > 0:
+                found.append(one)
+                saved += less
+                outweigh += one.kept[BASES] > one.bytes - one.kept[BASES]
+    if facts.matters(saved):
+        now = found[0].group["proj_type"]
+        why = ", whose bases outweigh their moments" if outweigh > len(found) / 2 else ""
+        yield (
+            f"Projecting the other side keeps {human(saved)} less at this rank: {_some(found)}{why}. Try proj_type="
+            f"{_OTHER_SIDE[now]!r} instead of {now!r}; the updates are others then, so compare the loss"
+        )
+
+
+def thick_factors(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
+    if not isinstance(optimizer, WeightSpaceOptimizer):
+        return
+    trained = weights = 0
+    for layer in optimizer._conversion.layers.values():
+        trained += sum(getattr(layer, key).numel() for key in layer.factors)
+        weights += layer.out_features * layer.in_features
+    if trained > weights / 2:
+        yield (
+            f"The factors are too large to save much: {trained / 1e6:.2f}M numbers are trained in place of "
+            f"{weights / 1e6:.2f}M. Take a lower rank"
+        )
+
+
+def embeddings(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
+    found = [one for one in entries if one.plain and names_say(one.plan.name)]
+    state, kept = facts.measured("optimizer"), sum(one.bytes for one in found)
+    if found and kept > _MUCH * state and facts.matters(kept):
+        yield (
+            f"Embeddings and heads are not {_done(found)}: {_some(found)} keep {kept / state:.0%} of all state. Tie "
+            "them, "
+            + (
+                "or keep state in fewer bits"
+                if _converts(found)
+                else "or project them: skip_embeddings=False in their group, or param_groups(model, include=[...])"
+            )
+        )
+
+
+def other_plain(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
+    plain = [one for one in entries if one.plain and not names_say(one.plan.name)]
+    found = [one for one in plain if not one.plan.reason.startswith("rank ")]
+    state, kept = facts.measured("optimizer"), sum(one.bytes for one in found)
+    if found and kept > _MUCH * state and facts.matters(kept):
+        largest = max(found, key=lambda one: one.bytes).plan.reason
+        yield (
+            f"Much is not {_done(found)}: {_some(found)} keep {kept / state:.0%} of all state"
+            + (
+                ". Name linear layers among them in include=[...]"
+                if _converts(found)
+                else f" (the largest: {largest}). Give matrices among them a group with a rank, as param_groups(model, "
+                "include=[...]) does"
+            )
+        )
+
+
+def wide_state(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
+    wide = [one for one in entries if one.group.get("state_dtype") == "float32"]
+    kept = sum(one.bytes for one in wide)
+    less = {dtype: _with(optimizer, wide, state_dtype=dtype) for dtype in ("bfloat16", "int8")}
+    if facts.matters(kept - less["int8"]):
+        narrow = sum(one.bytes for one in wide if one.p.dtype != torch.float32)
+        beside = ", though weights are of 16 bits" if narrow > kept / 2 else ""
+        yield (
+            f"State is kept in float32{beside}: {human(kept)}. state_dtype='bfloat16' keeps {human(less['bfloat16'])}, "
+            f"'int8' {human(less['int8'])}"
+        )
+
+
+def error_feedback(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
+    found = [one for one in entries if one.plan.projected and _whole_keys(optimizer, one)]
+    kept = sum(one.kept[key] for one in found for key in _whole_keys(optimizer, one))
+    if not facts.matters(kept):
+        return
+    optional = [one for one in found if "error_feedback" in one.group]
+    less = sum(one.bytes for one in optional) - _with(optimizer, optional, error_feedback="int8")
+    way_out = "error_feedback='none' drops it" if optional else "Take a method without it"
+    if less > 0:
+        way_out += f", 'int8' keeps {human(less)} less"
+    yield f"Error feedback keeps {human(kept)}: a whole matrix for each of {_some(found)}. {way_out}"
+
+
+def stacked(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
+    sizes: Counter[tuple[Any, ...]] = Counter()
+    largest = 0
+    for one in entries:
+        stack = one.p.device.type != "cpu" if one.group["foreach"] is None else one.group["foreach"]
+        size = one.p.numel() * working_dtype(one.p).itemsize
+        largest = max(largest, size)
+        if stack and one.plan.projected:
+            sizes[id(one.group), one.plan.matrix, one.plan.batch, one.plan.side, one.p.dtype] += size
+    most = min(CHUNK_BYTES, max(sizes.values(), default=0))
+    if facts.matters(most - largest):
+        yield (
+            f"Equal matrices are stacked, which takes up to {human(most)} for each operand of a step, instead of "
+            f"{human(largest)} at most. foreach=False takes them one by one"
+        )
+
+
+def whole_gradients(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
+    if optimizer._in_backward is not None:
+        return
+    sizes = [one.p.numel() * one.p.element_size() for one in entries]
+    if facts.matters(sum(sizes) - max(sizes)):
+        yield (
+            f"All gradients live at once: {human(sum(sizes))}. With lowrank_optim.step_in_backward(model, optimizer) "
+            f"only the largest one does: {human(max(sizes))}"
+        )
+
+
+def accumulated_whole(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
+    handle = optimizer._in_backward
+    if handle is None or handle.accumulation_steps == 1:
+        return
+    whole = [row for row in handle.report() if row.method == "whole" and row.state_bytes]
+    kept = sum(row.state_bytes for row in whole)
+    if facts.matters(kept):
+        largest = max(whole, key=lambda row: row.state_bytes)
+        yield (
+            f"Between micro-batches {human(kept)} of gradients accumulate whole, the most of {largest.name} "
+            f"({largest.reason}). accumulation_steps=1 keeps none; accumulate='projected' with GaLore, QGaLore or "
+            "GoLore keeps r x n numbers of each projected matrix"
+        )
+
+
+def _whole_keys(optimizer: LowRankOptimizer, one: Entry) -> list[str]:
+    """Kinds of state that the residual keeps, as large as the matrix."""
+    spec = optimizer._recipe_of(one.plan, one.group).residual.spec(one.plan.matrix)
+    return [key for key, tensor in spec.items() if math.prod(tensor.shape) >= math.prod(one.plan.matrix)]
+
+
+def _with(optimizer: LowRankOptimizer, entries: Iterable[Entry], **changes: Any) -> int:
+    """Bytes of their state, if their groups said something else."""
+    return sum(expected_state(optimizer, one.p, {**one.group, **changes}).total() for one in entries)
+
+
+# -- of any training ---------------------------------------------------------------------------------------------------
+
+
+def float32_weights(facts: Facts) -> Iterator[str]:
+    wide = sum(p.nbytes for p in facts.trained if p.dtype == torch.float32 and not hasattr(p, "pack_"))
+    if facts.matters(wide / 2):
+        rounding = " (bf16_update='stochastic' keeps small updates)" if _ours(facts) else ""
+        yield f"Weights are float32: {human(wide)}. In bfloat16 they and their gradients take half{rounding}"
+
+
+def frozen_base(facts: Facts) -> Iterator[str]:
+    frozen = facts.measured("frozen weights")
+    if frozen > facts.measured("weights"):
+        yield (
+            f"Most weights are frozen: {human(frozen)}. Keep them in fewer bits: model.to(torch.bfloat16), "
+            + (
+                "or base='int8' or 'nf4', where the method has it"
+                if isinstance(facts.optimizer, WeightSpaceOptimizer)
+                else "or lowrank_optim.quantize_weights for linear layers"
+            )
+        )
+
+
+def activations(facts: Facts) -> Iterator[str]:
+    if facts.peak is None:
+        return
+    rest = facts.peak.whole - facts.peak.gradients
+    if rest > facts.measured("kept"):
+        yield (
+            f"Activations and temporaries outweigh everything else: at least {human(rest)} of a step's "
+            f"{human(facts.peak.whole)}, beside {human(facts.measured('kept'))} kept. Activation checkpointing, or "
+            "smaller micro-batches with accumulation, lower them; the optimizer cannot"
+        )
+
+
+def _ours(facts: Facts) -> bool:
+    return isinstance(facts.optimizer, LowRankOptimizer)
+
+
+LOW_RANK: tuple[Callable[[Facts, LowRankOptimizer, list[Entry]], Iterator[str]], ...] = (
+    rank_not_below,
+    rank_too_large,
+    wrong_side,
+    thick_factors,
+    embeddings,
+    other_plain,
+    wide_state,
+    error_feedback,
+    stacked,
+    whole_gradients,
+    accumulated_whole,
+)
+GENERAL: tuple[Callable[[Facts], Iterator[str]], ...] = (float32_weights, frozen_base, activations)

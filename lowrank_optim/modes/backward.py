@@ -1,0 +1,327 @@
+"""Step during backward: each parameter is updated, and its gradient freed, as soon as that gradient is complete."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+from .. import checks
+from ..engine.autograd import full_precision, on_gradient
+from ..engine.chunk import CHUNK_BYTES, Chunk
+from ..engine.grouping import Asked, Member, gradient_norms, one_by_one
+from ..engine.update import project, refresh_, refresh_due
+from ..optimizer import LowRankOptimizer
+from ..reports.report import Report
+from . import backward_checks
+from .clipping import Clipping
+from .gradient_memory import ever_thin, gradient_report
+
+GRAD_NORM = "grad_norm"  # key of the first group: what delayed clipping remembers, so that checkpoints have it
+
+
+def step_in_backward(
+    model: nn.Module,
+    optimizer: LowRankOptimizer,
+    accumulation_steps: int = 1,
+    *,
+    accumulate: Literal["projected", "whole"] = "projected",
+    basis_from: Literal["window", "micro-batch"] = "window",
+    clip: Literal["tensor", "delayed"] = "tensor",
+    clip_norm: float | None = None,
+    scaler: GradScaler | None = None,
+) -> StepInBackward:
+    r"""Updates each parameter during `loss.backward()` and frees its gradient: no two layers' gradients live at once.
+
+    The training loop does not change. `optimizer.step()` is from then on the boundary of a step: it finishes what
+    backward has not done (a window of fewer micro-batches, gradients that were set by hand), and must still be called
+    after each window of `accumulation_steps` backward passes. It is the same optimizer, with the same groups,
+    schedulers and checkpoints, and the weights are those of the normal mode bit for bit, but for what is said below.
+
+    With accumulation and a method that reads only `R = P^T G` of a gradient (GaLore, GaLoreAdafactor, QGaLore, GoLore),
+    micro-batches are projected as they come:
+
+        each backward():                C <- C + P^T G;  p.grad <- None          4 r n bytes instead of a gradient
+        backward() number k of them:    the step, with R = C;  C is freed
+
+    In a window in which the basis of a matrix is due for a refresh, its gradient is accumulated whole, in `p.grad`; so
+    is that of every matrix in the first window of all. Methods that use the rest of G as well (Fira, APOLLO, Flora,
+    ...) and parameters that are not projected always accumulate whole. `report()` of the handle says which.
+
+    To drop a window that was begun, call `optimizer.zero_grad()`. `model.zero_grad()` only knows of `p.grad`: projected
+    sums stay, and so does the count of passes, so that the next window raises an error, at the pass too many. A first
+    pass whose gradients are all zero is a step, unlike in the normal mode: that is known when most have been used.
+
+    Memory: of gradients, the largest one (on accelerators, and with `foreach=True`, up to 64 MiB more), and
+    with accumulation what the handle's `report()` adds up.
+
+    Args:
+        model: whose parameters the optimizer has; also compiled, or with activation checkpointing. A model that is
+            compiled as one graph hands out all its gradients at once: compile its layers instead.
+        optimizer: of this package.
+        accumulation_steps: k, backward passes per step.
+        accumulate: "whole" accumulates all gradients in `p.grad`, as without this function.
+        basis_from: "micro-batch" takes a basis that is due from the first gradient of its window, which is then
+            projected like the others: no whole gradient ever accumulates, and bases follow smaller batches. With one
+            micro-batch per step there is no difference.
+        clip: "tensor" clips each gradient by its own norm. "delayed" clips all by the global norm of the step before
+            (and each by its own, which bounds what a sudden spike can do before it is known). The global norm of this
+            step is only known when most weights have been updated, so no step during backward can clip by it.
+        clip_norm: the largest norm; None: no clipping.
+        scaler: the GradScaler that scales the losses; then call `scaler.step(optimizer)` and `scaler.update()` as ever.
+            Gradients are divided by its scale before they are used. After an overflow, a normal step updates nothing;
+            here parameters whose gradients were finite have been updated.
+
+    Returns:
+        A handle, with the gradient norm of the last step and `remove()`. It can be a context manager.
+
+    Errors:
+        TypeError: an optimizer of another package.
+        ValueError: options that cannot work together, a model that does not have the optimizer's parameters.
+        RuntimeError: more backward passes than `accumulation_steps` since the last `optimizer.step()`.
+
+    Example::
+
+        optimizer = lowrank_optim.GaLoreAdamW(model.named_parameters(), lr=1e-3)
+        handle = lowrank_optim.step_in_backward(model, optimizer)
+        loss = model(inputs).square().mean()
+        loss.backward()   # weights are updated here, one by one
+        optimizer.step()  # counts the step
+    """
+    return StepInBackward(model, optimizer, accumulation_steps, accumulate, basis_from, clip, clip_norm, scaler)
+
+
+@dataclass
+class _Window:
+    """What one parameter has gathered since the last step."""
+
+    count: int = 0  # backward passes that reached it
+    thin: bool = False  # it gathers coordinates
+    sum: Tensor | None = None  # of the coordinates; a whole gradient accumulates in p.grad
+
+
+@dataclass
+class StepInBackward:
+    """What `step_in_backward` returns; made by it alone."""
+
+    model: nn.Module
+    optimizer: LowRankOptimizer
+    accumulation_steps: int
+    accumulate: str
+    basis_from: str
+    clip: str
+    clip_norm: float | None
+    scaler: GradScaler | None
+    grad_norm: float | None = field(default=None, init=False)
+    """Norm of all gradients of the last step, before clipping; non-finite ones left out. None before the first step,
+    and where some were accumulated projected, because projections do not tell it."""
+
+    def __post_init__(self) -> None:
+        if self.scaler is not None and not self.scaler.is_enabled():
+            self.scaler = None  # it does nothing, as in torch
+        backward_checks.everything(self)
+        self._windows: dict[Tensor, _Window] = {}
+        self._groups: dict[Tensor, dict[str, Any]] = {}
+        self._handles: list[Any] = []
+        self._pending: list[Member] = []  # complete, but updated together with others
+        self._lock = threading.RLock()  # backward has one thread per device
+        self._open = False
+        self._clipping = Clipping()
+        self.optimizer._in_backward = self
+        for group in self.optimizer.param_groups:
+            self._attach(group)
+
+    def __enter__(self) -> StepInBackward:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if exception[0] is not None:
+            self.optimizer.zero_grad()
+        self.remove()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("step_in_backward hangs on its parameters by hooks, which copy and pickle do not follow")
+
+    def remove(self) -> None:
+        """Back to the normal mode: gradients stay in `p.grad` until `optimizer.step()` uses them."""
+        if any(window.count for window in self._windows.values()):
+            raise RuntimeError(
+                "remove() in the middle of a step: call optimizer.step() to finish it, or optimizer.zero_grad() to "
+                "drop what was accumulated, before"
+            )
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._windows = [], {}
+        if self.optimizer._in_backward is self:
+            self.optimizer._in_backward = None
+
+    # -- during backward -----------------------------------------------------------------------------------------------
+
+    def _attach(self, group: dict[str, Any]) -> None:
+        for p in group["params"]:
+            self._windows[p] = _Window()
+            self._groups[p] = group
+            self._handles.append(on_gradient(p, self._ready))
+
+    @torch.no_grad()
+    def _ready(self, p: Tensor) -> None:
+        """One backward pass has completed `p.grad`."""
+        with self._lock:
+            self._begin()
+            window, member = self._windows[p], self._member(p)
+            if window.count == self.accumulation_steps:
+                raise RuntimeError(
+                    f"{self.optimizer._plans[p].name} got gradient number {window.count + 1} since the last "
+                    f"optimizer.step(), and accumulation_steps is {self.accumulation_steps}. Call optimizer.step() "
+                    "after each window, or optimizer.zero_grad() (not the model's) to drop one, or raise "
+                    "accumulation_steps; reentrant activation checkpointing (use use_reentrant=False) also hands out "
+                    "gradients of shared weights in parts"
+                )
+            self.optimizer._prepare([member])
+            with full_precision([p]):
+                window.thin = window.thin if window.count else self._is_thin(member)
+                window.count += 1
+                if window.thin:
+                    self._project(window, member)
+            if window.count == self.accumulation_steps:
+                self._complete(p)
+
+    def _begin(self) -> None:
+        """The first gradient since the last step: what holds for all of this one."""
+        if self._open:
+            return
+        self.optimizer._recheck()
+        backward_checks.skips_nonfinite(self.optimizer.param_groups)
+        self._open = True
+        self._groups = dict(self.optimizer._members())
+        before = self.optimizer.param_groups[0].get(GRAD_NORM) if self.clip == "delayed" else None
+        scale = self.scaler.get_scale() if self.scaler is not None else 1.0
+        self._clipping = Clipping(self.clip_norm, before, 1 / scale)
+
+    def _member(self, p: Tensor) -> Member:
+        if p.grad is None:
+            name = self.optimizer._plans[p].name
+            raise RuntimeError(f"the gradient of {name} is gone; is another hook at work (CompressedAccumulation)?")
+        return self.optimizer._member(p, self._groups[p], p.grad)
+
+    def _is_thin(self, member: Member) -> bool:
+        """Can the gradients of this window be accumulated in the basis that there is, or that this one gives?"""
+        if not self._ever_thin(member.p, member.group):
+            return False
+        chunk = self._chunk(member)
+        if self.basis_from == "micro-batch" and refresh_due(chunk):
+            chunk.grads = [chunk.grads[0] * self._clipping.inverse_scale]
+            if math.isfinite(gradient_norms(chunk.grads)[0]):
+                for piece in chunk.pieces():
+                    refresh_(piece)
+        return not refresh_due(chunk)
+
+    def _project(self, window: _Window, member: Member) -> None:
+        """Adds the coordinates of this micro-batch, and frees its gradient."""
+        sums = [project(piece) for piece in self._chunk(member).pieces()]
+        r = (sums[0] if len(sums) == 1 else torch.cat(sums)).mul_(self._clipping.inverse_scale)
+        # 0, or NaN if the gradient has one or an infinity, which its projection may hide: no look at it is needed
+        r.add_(torch.linalg.vector_norm(member.grad, dtype=r.dtype) * 0)
+        window.sum = r if window.sum is None else window.sum.add_(r)
+        member.p.grad = None
+        self._clipping.partial = True
+
+    def _chunk(self, member: Member) -> Chunk:
+        return next(self.optimizer._chunks([member], Asked()))
+
+    def _complete(self, p: Tensor) -> None:
+        """The gradient of p is complete: it is used now, or with others where equal matrices are stacked."""
+        self._pending.append(self._gathered(p))
+        if one_by_one(self._pending) or sum(one.grad.nbytes for one in self._pending) >= CHUNK_BYTES:
+            self._flush()
+
+    def _gathered(self, p: Tensor) -> Member:
+        window = self._windows[p]
+        if window.thin:
+            return self.optimizer._member(p, self._groups[p], cast(Tensor, window.sum), projected=True)
+        return self._member(p)
+
+    def _flush(self) -> None:
+        members, self._pending = self._pending, []
+        self.optimizer._update(members, self._clipping.factor)
+        for one in members:
+            one.p.grad, self._windows[one.p].sum = None, None
+
+    # -- what a user sees ----------------------------------------------------------------------------------------------
+
+    def report(self) -> Report:
+        """One row per parameter: what is kept of its gradient between micro-batches, or why that is all of it.
+
+        For windows without a refresh.
+        """
+        return gradient_report(self.optimizer, self.accumulation_steps, self.accumulate)
+
+    def _ever_thin(self, p: Tensor, group: dict[str, Any]) -> bool:
+        return ever_thin(self.optimizer, p, group, self.accumulation_steps, self.accumulate)
+
+    def _sums(self) -> Iterator[Tensor]:
+        """What has been gathered of gradients beside p.grad."""
+        return (window.sum for window in self._windows.values() if window.sum is not None)
+
+    # -- optimizer.step() ----------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """What is left of this step, and its end."""
+        with self._lock:
+            self._refuse_unknown_scaler()
+            self._begin()
+            if getattr(self.optimizer, "grad_scale", self) is None:  # after unscale_(), which has divided what was left
+                self._clipping.inverse_scale = 1.0
+            done = [p for p, window in self._windows.items() if window.count == self.accumulation_steps]
+            self._refuse_late_gradients(done)
+            rest = [p for p, window in self._windows.items() if window.count < self.accumulation_steps]
+            # Some of them have a gradient that was set by hand, some a window in which nobody left them one.
+            left = [self._gathered(p) for p in rest if self._windows[p].thin or p.grad is not None]
+            self.optimizer._prepare([one for one in left if not one.projected])
+            if done or not self.optimizer._dry_run(left):
+                self._pending += left
+                self._flush()
+                self.grad_norm = self._clipping.norm
+                if (done or left) and not self._clipping.overflow:  # which says nothing about the next step
+                    self._remember_norm()
+            self._tell_scaler()
+            self._forget()
+
+    def _remember_norm(self) -> None:
+        if self.clip_norm is not None and self.clip == "delayed":
+            self.optimizer.param_groups[0][GRAD_NORM] = self.grad_norm
+
+    def _refuse_late_gradients(self, done: list[Tensor]) -> None:
+        waiting = {one.p for one in self._pending}
+        late = [self.optimizer._plans[p].name for p in done if p.grad is not None and p not in waiting]
+        if late:
+            raise RuntimeError(
+                f"{checks.few(late)} got a gradient after backward had updated it, which this step cannot use any "
+                "more. Drop it with optimizer.zero_grad()"
+            )
+
+    def _refuse_unknown_scaler(self) -> None:
+        if hasattr(self.optimizer, "grad_scale") and self.scaler is None:
+            del self.optimizer.grad_scale  # what a GradScaler leaves for the step it calls
+            raise RuntimeError(
+                "scaler.step(optimizer), but step_in_backward was given no scaler, so backward has used gradients that "
+                "still had its scale. Pass scaler= to it"
+            )
+
+    def _tell_scaler(self) -> None:
+        """Tells it whether there was an overflow, for which it finds no gradients to look at."""
+        if (scaler := self.scaler) is not None:
+            found = torch.full((), float(self._clipping.overflow), device=scaler._device)
+            scaler._per_optimizer_states[id(self.optimizer)]["found_inf_per_device"] = {found.device: found}
+
+    def _forget(self) -> None:
+        """Drops what was gathered since the last step."""
+        self._pending, self._open = [], False
+        for p in self._windows:
+            self._windows[p] = _Window()

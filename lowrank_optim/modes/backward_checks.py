@@ -1,0 +1,104 @@
+"""What `step_in_backward` refuses, and its messages; everything before a hook hangs anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import checks
+from ..distributed import checks as shard_checks
+from ..distributed.lockstep import ranks
+from ..optimizer import LowRankOptimizer
+from ..recipe.plan import Plan
+from .gradient_memory import ever_thin
+
+if TYPE_CHECKING:
+    from .backward import StepInBackward
+
+_OPTIONS = ("accumulation_steps", "accumulate", "basis_from", "clip", "clip_norm")
+
+
+def everything(handle: StepInBackward) -> None:
+    optimizer, model, options = handle.optimizer, handle.model, {key: vars(handle)[key] for key in _OPTIONS}
+    _objects(model, optimizer)
+    checks.hyperparameters(options, {})
+    _options_with_effect(options)
+    if optimizer._in_backward is not None:
+        raise ValueError("this optimizer steps during backward already; remove() the earlier handle first")
+    _own_parameters(model, optimizer)
+    for p, layout in optimizer._layouts.items():
+        if layout.sharded:
+            shard_checks.unsharded(optimizer._plans[p].name, "step_in_backward")
+    _one_process(any(isinstance(module, DistributedDataParallel) for module in model.modules()))
+    skips_nonfinite(optimizer.param_groups)
+    if handle.scaler is not None:
+        _scalable(optimizer._plans)
+    if handle.clip_norm is not None:
+        _norms_are_known(optimizer, handle.accumulation_steps, handle.accumulate)
+
+
+def skips_nonfinite(groups: Iterable[Mapping[str, Any]]) -> None:
+    if any(group["nonfinite"] == "raise" for group in groups):
+        raise ValueError(
+            'nonfinite="raise" promises that nothing was updated, and a step during backward has updated what came '
+            'before. Use nonfinite="skip", and read the counts of report()'
+        )
+
+
+def _objects(model: object, optimizer: object) -> None:
+    if not isinstance(optimizer, LowRankOptimizer):
+        raise TypeError(
+            f"step_in_backward needs an optimizer of lowrank_optim, got {type(optimizer).__name__}. For one of "
+            "torch.optim, see PyTorch's tutorial on fusing the optimizer step into backward"
+        )
+    checks.module(model)
+
+
+def _options_with_effect(options: Mapping[str, Any]) -> None:
+    """Refuses an option that another one leaves nothing to do."""
+    if options["clip"] != "tensor" and options["clip_norm"] is None:
+        raise ValueError(f"clip={options['clip']!r} without clip_norm clips nothing. Pass clip_norm, or leave clip out")
+    if options["basis_from"] == "micro-batch" and options["accumulate"] == "whole":
+        raise ValueError(
+            "basis_from='micro-batch' with accumulate='whole': gradients are not projected before the window is "
+            "complete, so bases are fitted to all of it anyway. Leave out one of the two"
+        )
+
+
+def _own_parameters(model: nn.Module, optimizer: LowRankOptimizer) -> None:
+    inside = set(model.parameters())
+    outside = [plan.name for p, plan in optimizer._plans.items() if p not in inside]
+    if outside:
+        raise ValueError(f"{checks.few(outside)} of the optimizer is no parameter of this model. Was the model copied?")
+
+
+def _one_process(ddp: bool) -> None:
+    """Gradients are used before any other rank has added its own."""
+    _, world = ranks()
+    if ddp or world > 1:
+        what = "under DistributedDataParallel" if ddp else f"in a group of {world} processes"
+        raise NotImplementedError(
+            f"step_in_backward {what} would use gradients before they are averaged over ranks, which then would part. "
+            "Call optimizer.step() after backward, as ever"
+        )
+
+
+def _scalable(plans: Mapping[Tensor, Plan]) -> None:
+    for p, plan in plans.items():
+        if p.dtype == torch.float16:
+            raise ValueError(
+                f"{plan.name} is float16, whose gradients lose bits when they are divided by the scale; a GradScaler "
+                "needs float32 weights with autocast, as in torch"
+            )
+
+
+def _norms_are_known(optimizer: LowRankOptimizer, accumulation_steps: int, accumulate: str) -> None:
+    if any(ever_thin(optimizer, p, group, accumulation_steps, accumulate) for p, group in optimizer._members()):
+        raise ValueError(
+            "clip_norm needs the norm of the sum of all micro-batches, which their projections do not tell. Pass "
+            'accumulate="whole", which keeps a gradient per matrix, or accumulation_steps=1'
+        )

@@ -1,0 +1,237 @@
+"""DistributedDataParallel that averages coordinates: between refreshes a gradient G travels as its R."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from ..distributed.common import agree
+from ..distributed.lockstep import Peers
+from ..distributed.shards import Meter
+from ..engine.autograd import full_precision
+from ..engine.chunk import Chunk
+from ..engine.grouping import Asked, Member, gradient_norms
+from ..engine.update import project, refresh_due
+from ..optimizer import LowRankOptimizer
+from . import ddp_checks
+from .clipping import Clipping
+
+_Flat = tuple[Tensor, list[Tensor]]  # what is sent, and the tensors that it is a copy of; none where it is the bucket
+
+
+def ddp_project(
+    model: DistributedDataParallel,
+    optimizer: LowRankOptimizer,
+    *,
+    clip_norm: float | None = None,
+    clip: Literal["global", "tensor"] = "global",
+) -> DDPProject:
+    r"""Lets DistributedDataParallel send r x n numbers of a matrix instead of its m x n gradient.
+
+    For methods that read only `R = P^T G` of a gradient (GaLore, GaLoreAdafactor, QGaLore, GoLore), in each bucket:
+
+        matrices that are not due:    R_k = P^T G_k;  R = mean of R_k over ranks       r n numbers
+        matrices due for a refresh, and all that is not projected:  mean of G_k        as ever
+
+    R is linear in G, so this is the same step to rounding, unlike compression with an error. It is sent together with
+    what else the bucket holds, and goes to the optimizer; the training loop does not change. With staggered refreshes
+    only the matrices whose turn it is travel whole.
+
+    `p.grad` of a matrix whose R was sent is None after backward: nobody has its averaged gradient. So whatever reads
+    `p.grad` does not see these matrices. `torch.nn.utils.clip_grad_norm_` would clip the others alone: pass
+    `clip_norm` here instead. To drop gradients, call `optimizer.zero_grad()`; `model.zero_grad()` only knows of p.grad.
+
+    Accumulation: within `no_sync()`, or by several backward passes, as ever. R is kept, and sent, in float32 (float64
+    for float64 weights), also where weights are bfloat16.
+
+    Args:
+        model: what DistributedDataParallel returned, with any bucket size, with or without `gradient_as_bucket_view`.
+        optimizer: built from its parameters, or from those of the model inside.
+        clip_norm: the largest norm; None: no clipping.
+        clip: "global" clips all gradients by the norm of them together, "tensor" each by its own. Of a matrix it is the
+            norm of R, which with orthonormal P is at most that of G, and of G at refreshes: a threshold that was chosen
+            for whole gradients clips less here.
+
+    Returns:
+        A handle, with the gradient norm of the last step. DDP cannot be told to forget a hook, so it has no remove().
+
+    Errors:
+        TypeError: a model or an optimizer of another kind.
+        ValueError: a method that needs whole gradients (Fira, APOLLO, Flora, error feedback, ...), with the reason.
+        NotImplementedError: find_unused_parameters, static_graph, another hook, capturable.
+        RuntimeError: ranks that do not have the same parameters; a GradScaler.
+
+    Example::
+
+        model = DistributedDataParallel(model)
+        optimizer = lowrank_optim.GaLoreAdamW(model.named_parameters(), lr=1e-3, rank=128)
+        lowrank_optim.ddp_project(model, optimizer, clip_norm=1.0)
+        loss = model(inputs).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        print(optimizer.report())  # what each parameter has sent per step, and in steps with a refresh
+    """
+    return DDPProject(model, optimizer, clip_norm, clip)
+
+
+class DDPProject:
+    """What `ddp_project` returns; made by it alone.
+
+    Attributes:
+        grad_norm: of all finite gradients of the last step, before clipping, as far as they are known: of R where R was
+            sent. None before the first step.
+        meters: what each parameter has handed to collectives, in bytes.
+    """
+
+    def __init__(
+        self, model: DistributedDataParallel, optimizer: LowRankOptimizer, clip_norm: float | None, clip: str
+    ) -> None:
+        ddp_checks.everything(model, optimizer, {"clip_norm": clip_norm, "clip": clip})
+        self.model, self.optimizer, self.clip_norm, self.clip = model, optimizer, clip_norm, clip
+        self.grad_norm: float | None = None
+        self.group: Any = model.process_group
+        self.meters: dict[Tensor, Meter] = {p: Meter() for p in model.parameters()}
+        self._sums: dict[Tensor, Tensor] = {}  # R since the last step, averaged over ranks
+        agree(optimizer._plans.values(), Peers(self.group, str(next(iter(optimizer._plans)).device)))
+        model.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))  # DDP does not read quoted annotations
+        optimizer._projecting = self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("ddp_project hangs on a model by a communication hook, which copy and pickle do not follow")
+
+    # -- during backward -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
+        """The hook: one bucket of complete gradients."""
+        ddp_checks.not_joined(self.model)
+        grads = dict(zip(bucket.parameters(), bucket.gradients(), strict=True))
+        thin, due = self._projected(grads)
+        self._note(grads, thin, due)
+        if thin:
+            sent = _flattened([thin.get(p, g) for p, g in grads.items()])
+            # until then `_take` may work on what was sent, on a stream for which no allocator waits
+            _at_the_end_of_backward(functools.partial(_forget_gradients, list(thin), (sent, thin)))
+        else:
+            sent = [(bucket.buffer(), [])]
+        work = [dist.all_reduce(flat.div_(self.group.size()), group=self.group, async_op=True) for flat, _ in sent]
+        futures: list[Future[Any]] = [one.get_future() for one in work]
+        *others, last = futures
+        return last.then(functools.partial(self._take, bucket, sent, thin, others))
+
+    def _projected(self, grads: dict[Tensor, Tensor]) -> tuple[dict[Tensor, Tensor], set[Tensor]]:
+        """R of the matrices that are served by it at this step, and those that would be, were they not due."""
+        thin, due, optimizer = dict[Tensor, Tensor](), set[Tensor](), self.optimizer
+        asked = Asked()
+        with full_precision(grads):
+            for p, group in optimizer._members():
+                plan = optimizer._plans[p]
+                if p in grads and optimizer.state.get(p) and optimizer._recipe_of(plan, group).thin:
+                    chunk = next(optimizer._chunks([optimizer._member(p, group, grads[p])], asked))
+                    if refresh_due(chunk):
+                        due.add(p)
+                    else:
+                        thin[p] = _coordinates(chunk, grads[p])
+        return thin, due
+
+    def _note(self, grads: dict[Tensor, Tensor], thin: dict[Tensor, Tensor], due: set[Tensor]) -> None:
+        for p, g in grads.items():
+            meter = self.meters[p]
+            if p in due:
+                meter.refreshes, meter.refreshing = meter.refreshes + 1, meter.refreshing + g.nbytes
+            else:
+                meter.steps, meter.between = meter.steps + 1, meter.between + thin.get(p, g).nbytes
+
+    @torch.no_grad()
+    def _take(
+        self,
+        bucket: dist.GradBucket,
+        sent: list[_Flat],
+        thin: dict[Tensor, Tensor],
+        others: list[Future[Any]],
+        last: Future[Any],
+    ) -> Tensor:
+        """Everything has arrived: back into the bucket, or to the sums.
+
+        On GPUs a future is complete when its sum is under way. A callback has a stream of its own, which `wait` makes
+        wait for the sum, and neither the host nor the rest of backward; that of `collect_all` would wait for nothing.
+        """
+        for one in (*others, last):
+            one.wait()  # raises what went wrong
+        for flat, places in sent:
+            sizes = [place.numel() for place in places]
+            for place, x in zip(places, torch.split(flat, sizes) if places else (), strict=True):
+                place.copy_(x.view_as(place))
+        for p, r in thin.items():
+            self._sums[p] = self._sums[p].add_(r) if p in self._sums else r
+        return bucket.buffer()
+
+    # -- optimizer.step() ----------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """The step, with whatever backward has left."""
+        optimizer = self.optimizer
+        ddp_checks.no_grad_scaler(optimizer)
+        ddp_checks.no_second_gradient([optimizer._plans[p].name for p in self._sums if p.grad is not None])
+        optimizer._recheck()
+        members = list(self._gathered())
+        optimizer._prepare([one for one in members if not one.projected])
+        if not optimizer._dry_run(members):
+            clipping = self._clipping(members)
+            optimizer._update(members, clipping.factor)
+            self.grad_norm = clipping.norm
+        self._forget()
+
+    def _gathered(self) -> Iterator[Member]:
+        for p, group in self.optimizer._members():
+            if p in self._sums:
+                yield self.optimizer._member(p, group, self._sums[p], projected=True)
+            elif p.grad is not None:
+                yield self.optimizer._member(p, group, p.grad)
+
+    def _clipping(self, members: Sequence[Member]) -> Clipping:
+        if self.clip_norm is None or self.clip == "tensor":
+            return Clipping(self.clip_norm)
+        before = Clipping()
+        for one, norm in zip(members, gradient_norms([one.grad for one in members]), strict=True):
+            before.factor(one, norm)
+        return Clipping(self.clip_norm, before.norm)
+
+    def _forget(self) -> None:
+        """Drops what was gathered since the last step."""
+        self._sums = {}
+
+
+def _coordinates(chunk: Chunk, grad: Tensor) -> Tensor:
+    """R of one parameter; NaN if its gradient has one or an infinity, which its projection may hide."""
+    pieces = [project(piece) for piece in chunk.pieces()]
+    r = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return r.add_(torch.linalg.vector_norm(grad, dtype=r.dtype) * 0)
+
+
+def _flattened(tensors: list[Tensor]) -> list[_Flat]:
+    """One flat copy per dtype, each with the tensors that it holds in order."""
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for x in tensors:
+        kinds.setdefault(x.dtype, []).append(x)
+    return [(torch.cat([x.reshape(-1) for x in same]), same) for same in kinds.values()]
+
+
+def _at_the_end_of_backward(call: Any) -> None:
+    """After DDP's own end, which is queued by then, or will be before this pass is over."""
+    engine = torch.autograd.Variable._execution_engine
+    engine.queue_callback(lambda: engine.queue_callback(call))
+
+
+def _forget_gradients(params: list[Tensor], _: object) -> None:
+    """What DDP leaves there is this rank's own. All streams have been waited for by now."""
+    for p in params:
+        p.grad = None

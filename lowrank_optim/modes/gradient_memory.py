@@ -1,0 +1,90 @@
+"""What of the gradients is alive while they are used during backward: in bytes, and as a table."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from ..engine.chunk import CHUNK_BYTES, working_dtype
+from ..optimizer import LowRankOptimizer
+from ..reports.report import Report, Row, human
+
+
+def most_gradients(optimizer: LowRankOptimizer, accumulation_steps: int, accumulate: str = "projected") -> int:
+    """Bytes of gradients alive at once, at most: what micro-batches have left, and what waits for its update."""
+    members = optimizer._members()
+    kept = sum(_kept(optimizer, p, group, accumulation_steps, accumulate) for p, group in members)
+    return kept + _waiting(optimizer)
+
+
+def ever_thin(
+    optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], accumulation_steps: int, accumulate: str
+) -> bool:
+    """Are gradients of p accumulated projected, in windows without a refresh?"""
+    plan = optimizer._plans[p]
+    wanted = accumulation_steps > 1 and accumulate == "projected" and plan.projected
+    return wanted and optimizer._recipe_of(plan, group).thin
+
+
+def gradient_report(optimizer: LowRankOptimizer, accumulation_steps: int, accumulate: str) -> Report:
+    """One row per parameter: what is kept of its gradient between micro-batches, or why that is all of it."""
+    members = optimizer._members()
+    table = _GradientReport(_row(optimizer, p, group, accumulation_steps, accumulate) for p, group in members)
+    table.waiting = _waiting(optimizer)
+    return table
+
+
+class _GradientReport(Report):
+    waiting: int = 0  # bytes of gradients that wait for their update, at most
+
+    @property
+    def summary(self) -> str:
+        kept, full = sum(row.state_bytes for row in self), sum(row.full_bytes for row in self)
+        line = f"of gradients, {human(kept)} are kept between micro-batches, and {human(self.waiting)} live at once"
+        return line + f" beside, instead of {human(full)}"
+
+
+def _row(
+    optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], accumulation_steps: int, accumulate: str
+) -> Row:
+    plan, thin = optimizer._plans[p], ever_thin(optimizer, p, group, accumulation_steps, accumulate)
+    method, reason = "projected" if thin else "whole", ""
+    if accumulation_steps == 1:
+        method = "freed at once"
+    elif not thin:
+        used = plan.projected and not optimizer._recipe_of(plan, group).thin
+        reason = plan.reason or ("the rest of its gradient is used as well" if used else 'accumulate="whole"')
+    return Row(
+        name=plan.name,
+        shape=plan.shape,
+        method=method,
+        rank=plan.rank if thin else None,
+        side=plan.side,
+        state_bytes=_kept(optimizer, p, group, accumulation_steps, accumulate),
+        full_bytes=p.numel() * p.element_size() if p.requires_grad else 0,
+        skipped=0,
+        reason=reason if p.requires_grad else "frozen",
+    )
+
+
+def _kept(
+    optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], accumulation_steps: int, accumulate: str
+) -> int:
+    """Bytes kept of the gradient of p between micro-batches, in windows without a refresh."""
+    if accumulation_steps == 1 or not p.requires_grad:
+        return 0
+    if not ever_thin(optimizer, p, group, accumulation_steps, accumulate):
+        return p.numel() * p.element_size()
+    plan = optimizer._plans[p]
+    coordinates = optimizer._recipe_of(plan, group).basis.coordinates(plan.matrix, plan.rank or 0)
+    return plan.count * math.prod(coordinates) * working_dtype(p).itemsize
+
+
+def _waiting(optimizer: LowRankOptimizer) -> int:
+    """Bytes of gradients that are complete and not used yet, at most: the newest, and what is to be stacked with it."""
+    trained = [(p, group) for p, group in optimizer._members() if p.requires_grad]
+    sizes = [p.numel() * p.element_size() for p, _ in trained]
+    stacked = any(group["foreach"] or p.device.type not in ("cpu", "meta") for p, group in trained)
+    return min(max(sizes, default=0) + (CHUNK_BYTES if stacked else 0), sum(sizes))

@@ -1,0 +1,139 @@
+"""What an optimizer does to each parameter, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .storages import stored
+
+if TYPE_CHECKING:
+    from ..optimizer import LowRankOptimizer
+
+
+_NORM_BYTES = 16  # a square and on how many ranks there is a gradient, in float64
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter.
+
+    Attributes:
+        state_bytes, full_bytes: in this process.
+        layout: what of a DTensor is in this process; "" for ordinary tensors.
+        sent_per_step, sent_per_refresh: bytes that this process handed to collectives for it, on average, beside the
+            norms of gradients; None where nothing was measured yet. Of shards a refresh sends its bytes in addition,
+            with `ddp_project` instead.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    method: str
+    rank: int | None
+    side: str
+    state_bytes: int
+    full_bytes: int
+    skipped: int
+    reason: str
+    layout: str = ""
+    sent_per_step: float | None = None
+    sent_per_refresh: float | None = None
+
+
+class Report(list[Row]):
+    """A list of rows whose `str` is a table with a summary below it, and a note, if there is one."""
+
+    note: str = ""
+    verb: str = "projected"
+
+    def __str__(self) -> str:
+        head: tuple[str, ...] = ("parameter", "shape", "method", "rank", "side", "state", "remarks")
+        right, sharded = {3, 5}, any(row.layout or row.sent_per_step or row.sent_per_refresh for row in self)
+        if sharded:
+            right, head = {3, 5, 7, 8}, (*head[:-1], "here", "sent/step", "per refresh", head[-1])
+        cells = [head, *(_cells(row, sharded) for row in self)]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+        lines = []
+        for row in cells:
+            padded = [cell.rjust(widths[i]) if i in right else cell.ljust(widths[i]) for i, cell in enumerate(row)]
+            lines.append("  ".join(padded).rstrip())
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join([*lines, self.summary])
+
+    @property
+    def summary(self) -> str:
+        """One line: how much is projected, and the state beside full-rank moments."""
+        state, full = sum(row.state_bytes for row in self), sum(row.full_bytes for row in self)
+        projected = sum(row.rank is not None for row in self)
+        skipped = sum(row.skipped for row in self)
+        what = "parameters" if self.verb == "projected" else "layers and parameters"
+        line = f"{projected} of {len(self)} {what} {self.verb}; state {human(state)}"
+        line += f", {state / max(full, 1):.2f} of the {human(full)} of two float32 moments"
+        line += f"; {skipped} non-finite gradients skipped" if skipped else ""
+        return line + (f"; {self.note}" if self.note else "")
+
+
+def report(optimizer: LowRankOptimizer) -> Report:
+    table = Report(_rows(optimizer))
+    if optimizer._in_backward is not None:
+        table.note = f"steps during backward, after {optimizer._in_backward.accumulation_steps} of them"
+    if optimizer._projecting is not None:
+        table.note = "gradients travel projected between refreshes"
+    sharded = sum(layout.sharded for layout in optimizer._layouts.values())
+    if sharded:
+        table.note = f"of this process; norms of gradients: {human(_NORM_BYTES * sharded)} sent per step"
+    return table
+
+
+def _rows(optimizer: LowRankOptimizer) -> Iterator[Row]:
+    return (parameter_row(optimizer, p) for p, _ in optimizer._members())
+
+
+def parameter_row(optimizer: LowRankOptimizer, p: Tensor) -> Row:
+    plan, state = optimizer._plans[p], optimizer._state(p)
+    layout = optimizer._layouts[p]
+    projecting = optimizer._projecting
+    per_step, per_refresh = projecting.meters[p].sent if projecting and p in projecting.meters else layout.sent
+    frozen = "" if state or p.requires_grad else "frozen: no state yet"
+    return Row(
+        name=plan.name,
+        shape=plan.shape,
+        method=type(optimizer).__name__ if plan.projected else optimizer.rule,
+        rank=plan.rank,
+        side=plan.side,
+        state_bytes=sum(layout.here(tensor).nbytes for tensor in state.values()),
+        full_bytes=0 if frozen else 2 * 4 * layout.here(p).numel(),
+        skipped=int(state["skipped"]) if state else 0,
+        reason=frozen or plan.reason + (" (fallback)" if plan.fallback else ""),
+        layout=layout.place,
+        sent_per_step=per_step,
+        sent_per_refresh=per_refresh,
+    )
+
+
+def _cells(row: Row, sharded: bool) -> tuple[str, ...]:
+    shape = "x".join(map(str, row.shape)) or "scalar"
+    rank = "-" if row.rank is None else str(row.rank)
+    cells = row.name, shape, row.method, rank, row.side, human(row.state_bytes)
+    if not sharded:
+        return *cells, row.reason
+    sent = ("-" if count is None else human(count) for count in (row.sent_per_step, row.sent_per_refresh))
+    return *cells, row.layout or "whole", *sent, row.reason
+
+
+def human(count: float) -> str:
+    """A byte count for people: 1.5 MiB."""
+    unit = 0
+    while count >= 1024 and unit < len(_UNITS) - 1:
+        count, unit = count / 1024, unit + 1
+    return f"{count:.2f} {_UNITS[unit]}" if unit else f"{count:.0f} B"
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Persistent bytes of any optimizer: every storage that its state keeps alive, counted once and whole."""
+    return stored(list(optimizer.state.values()))

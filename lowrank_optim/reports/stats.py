@@ -1,0 +1,94 @@
+"""Counters of a training run, for any logger. Nothing here is needed to train, and nothing of it is in checkpoints
+that is not state anyway."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..parts.limited import HITS
+from ..recipe.plan import Plan
+
+if TYPE_CHECKING:
+    from ..optimizer import LowRankOptimizer
+
+
+@dataclass
+class Watch:
+    """What the engine notes as it goes along. Tensors stay where they are until somebody asks: no synchronisation."""
+
+    refresh_seconds: float = 0.0
+    captured: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # by parameter, and by its first matrix
+    _open: int = 0
+    _start: float = 0.0
+
+    @contextmanager
+    def refreshing(self) -> Iterator[None]:
+        """Around the work of a refresh; several may overlap, and are timed as one."""
+        if not self._open:
+            self._start = time.perf_counter()
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
+            if not self._open:
+                self.refresh_seconds += time.perf_counter() - self._start
+
+    def note_captured(self, plans: list[Plan], first: int, shares: Tensor) -> None:
+        """`shares`: one number per matrix of the chunk."""
+        for plan, share in zip(plans, torch.split(shares, [plan.count for plan in plans]), strict=True):
+            self.captured.setdefault(plan.name, {})[first] = share
+
+
+def stats(optimizer: LowRankOptimizer) -> dict[str, float]:
+    watch, states = optimizer._watch, list(optimizer._states())
+    result = {
+        "refreshes": float(sum(_counts(states, "refreshes"))),
+        "refresh_seconds": watch.refresh_seconds,
+        "skipped_gradients": float(sum(_counts(states, "skipped"))),
+        "moment_resets": float(sum(max(0, count - 1) for count in _counts(_restarting(optimizer), "refreshes"))),
+        "limiter_hits": float(sum(_counts(states, HITS))),
+    }
+    shares = _shares(watch.captured)
+    if shares:
+        result["captured_energy"] = sum(shares.values()) / len(shares)
+    return {**result, **{f"captured_energy/{name}": share for name, share in shares.items()}}
+
+
+def _counts(states: list[dict[str, Tensor]], key: str) -> list[int]:
+    """Of all matrices."""
+    return [int(count) for counts in _read([state[key] for state in states if key in state]) for count in counts]
+
+
+def _restarting(optimizer: LowRankOptimizer) -> list[dict[str, Tensor]]:
+    """States of the matrices whose moments a refresh resets; the first one finds nothing to reset."""
+    restarts = {id(group) for group in optimizer.param_groups if optimizer.recipe(group).refresh.restarts}
+    return [state for p, group in optimizer._members() if id(group) in restarts and (state := optimizer._state(p))]
+
+
+def _shares(captured: dict[str, dict[int, Tensor]]) -> dict[str, float]:
+    """The mean of the matrices of each parameter."""
+    read = iter(_read([part for parts in captured.values() for part in parts.values()]))
+    numbers = {name: [share for _ in parts for share in next(read)] for name, parts in captured.items()}
+    return {name: sum(some) / len(some) for name, some in numbers.items()}
+
+
+def _read(tensors: list[Tensor]) -> list[list[float]]:
+    """The numbers of each tensor, with one synchronisation per device."""
+    devices: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        devices.setdefault(tensor.device, []).append(i)
+    found: list[list[float]] = [[] for _ in tensors]
+    for same in devices.values():
+        flat = iter(torch.cat([tensors[i].reshape(-1) for i in same]).tolist())
+        for i in same:
+            found[i] = list(islice(flat, tensors[i].numel()))
+    return found
