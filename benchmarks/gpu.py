@@ -21,7 +21,7 @@ import lowrank_optim
 from benchmarks import llama, peers
 from benchmarks.memory import SIZES
 from lowrank_optim import ops
-from lowrank_optim.engine.chunk import CHUNK_BYTES
+from lowrank_optim.engine.limits import CHUNK_BYTES
 from lowrank_optim.memory.peak import measure
 from lowrank_optim.ops import native, quantize
 from lowrank_optim.parts import SVD, SubspaceIteration

@@ -52,7 +52,7 @@ def noting(model: str, grads: Grads, rounds: int, step_ms: float) -> dict[str, A
     for number in range(rounds):
         took = {}
         for noted in (True, False) if number % 2 else (False, True):
-            with nullcontext() if noted else mock.patch("lowrank_optim.engine.update._note_captured"):
+            with nullcontext() if noted else mock.patch("lowrank_optim.engine.update.note_captured"):
                 took[noted] = contestant.refresh()[0]
         extra.append(took[True] / took[False] - 1)
         refreshes.append(took[False])

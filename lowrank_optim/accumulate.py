@@ -14,9 +14,9 @@ from torch import Tensor
 
 from . import checks
 from .engine.autograd import full_precision, on_gradient
-from .engine.chunk import working_dtype
 from .ops import normal, orthonormalize, stream_of
 from .recipe.plan import Plan, bare_name, decide
+from .recipe.weights import working_dtype
 from .reports.report import Report, Row, human
 
 

@@ -22,16 +22,20 @@ from .distributed.lockstep import together
 from .engine import captured, loading
 from .engine.autograd import full_precision
 from .engine.chunk import Chunk
-from .engine.grouping import Asked, Member, form_chunks, gradient_norms, in_cache, one_by_one, waves
+from .engine.gradients import gradient_norms, in_cache, one_by_one
+from .engine.grouping import Asked, form_chunks, waves
 from .engine.in_place import update_listed_
+from .engine.member import Member
+from .engine.refresh import refresh_due
 from .engine.state import follow, fresh
-from .engine.update import Move, refresh_due, update_
+from .engine.update import Move, update_
+from .engine.watch import Watch
 from .ops import native
 from .parts import Drop, Identity, Never
 from .recipe.plan import Plan, decide, shape_of
 from .recipe.recipe import Recipe
 from .reports.report import Report, report
-from .reports.stats import Watch, stats
+from .reports.stats import stats
 from .wrappers.adoption import GROUP, StandIns
 
 if TYPE_CHECKING:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from . import checks
 from .distributed.dtensors import local
 from .distributed.layout import Cut
-from .engine.chunk import COMPENSATION, working_dtype
 from .engine.restart import PARTIAL, reset_
 from .layers import checks as layer_checks
 from .layers.convert import Conversion, adopt, converted, make_conversion
@@ -31,6 +30,7 @@ from .optimizer import LowRankOptimizer
 from .parts import Outside
 from .recipe.plan import Plan
 from .recipe.recipe import Recipe
+from .recipe.weights import COMPENSATION, working_dtype
 from .reports.report import Report, Row, parameter_row
 from .wrappers.masters import largest, masters
 

@@ -12,8 +12,9 @@ from torch import nn
 
 import lowrank_optim
 from lowrank_optim import GaLoreAdamW, estimate_memory, ops
-from lowrank_optim.engine.chunk import CHUNK_BYTES
-from lowrank_optim.engine.grouping import Asked, gradient_norms
+from lowrank_optim.engine.gradients import gradient_norms
+from lowrank_optim.engine.grouping import Asked
+from lowrank_optim.engine.limits import CHUNK_BYTES
 from lowrank_optim.memory.peak import Peak
 from lowrank_optim.ops import blocks
 from lowrank_optim.ops.apply import add_rounded_
@@ -183,7 +184,7 @@ def test_only_methods_that_read_all_of_a_gradient_copy_it():
 
 
 def test_plain_parameters_in_16_bits_are_cut_on_accelerators_too(monkeypatch):
-    monkeypatch.setattr("lowrank_optim.engine.chunk.CHUNK_BYTES", 16 * 300)
+    monkeypatch.setattr("lowrank_optim.engine.limits.CHUNK_BYTES", 16 * 300)
     for dtype, count in ((torch.bfloat16, 4), (torch.float32, 1)):
         p = nn.Parameter(torch.randn(1000, dtype=dtype))
         p.grad = torch.randn_like(p)
@@ -194,7 +195,7 @@ def test_plain_parameters_in_16_bits_are_cut_on_accelerators_too(monkeypatch):
 
 
 def test_norms_of_gradients_in_16_bits_are_taken_in_slices(monkeypatch):
-    monkeypatch.setattr("lowrank_optim.engine.chunk.SLICE", 100)
+    monkeypatch.setattr("lowrank_optim.engine.limits.SLICE", 100)
     grads = [torch.randn(30, 17).bfloat16(), torch.randn(8).bfloat16(), torch.randn(90, 4), torch.zeros(0).bfloat16()]
     grads.append(torch.randn(40, 20).bfloat16()[:, ::2])
     for norm, grad in zip(gradient_norms(grads), grads, strict=True):

@@ -102,7 +102,7 @@ def test_stacked_matrices_are_updated_together(case, k, monkeypatch):
     results = []
     for limit in (None, 5000):  # all at optimizer.step(); or as soon as there is enough to stack, and the rest then
         if limit:
-            monkeypatch.setattr("lowrank_optim.modes.backward.CHUNK_BYTES", limit)
+            monkeypatch.setattr("lowrank_optim.engine.limits.CHUNK_BYTES", limit)
         plain, mine, _ = twins(case, k, dtype=torch.float64, foreach=True)
         train(*plain, 6, k=k)
         train(*mine, 5, k=k, zero=False)
@@ -123,7 +123,7 @@ def test_experts_without_tokens(case, k, monkeypatch):
     """Their gradient is zero: no basis of it, and no step of the others is lost. Also where the stack is cut."""
     finals = []
     for limit in (1 << 26, 2 * 8 * 12 * 18):
-        monkeypatch.setattr("lowrank_optim.engine.chunk.CHUNK_BYTES", limit)
+        monkeypatch.setattr("lowrank_optim.engine.limits.CHUNK_BYTES", limit)
         runs = []
         for attach in (False, True):
             torch.manual_seed(5)
@@ -274,8 +274,7 @@ def test_the_report_without_accumulation():
 
 def test_the_report_counts_gradients_that_wait_to_be_stacked(monkeypatch):
     """The most that is alive while backward runs, beside what the report says."""
-    for name in ("backward", "gradient_memory"):
-        monkeypatch.setattr(f"lowrank_optim.{name}.CHUNK_BYTES", 5000)
+    monkeypatch.setattr("lowrank_optim.engine.limits.CHUNK_BYTES", 5000)
     model, optimizer = made(foreach=True)
     sizes = {p: p.nbytes for p in model.parameters()}
     alive = []
@@ -288,7 +287,7 @@ def test_the_report_counts_gradients_that_wait_to_be_stacked(monkeypatch):
     bound = 5000 + max(sizes.values())
     assert max(sizes.values()) < max(alive) <= bound < sum(sizes.values())
     assert f"{lowrank_optim.reports.report.human(bound)} live at once beside" in str(handle.report())
-    monkeypatch.setattr("lowrank_optim.modes.gradient_memory.CHUNK_BYTES", 1 << 26)
+    monkeypatch.setattr("lowrank_optim.engine.limits.CHUNK_BYTES", 1 << 26)
     assert f"{lowrank_optim.reports.report.human(sum(sizes.values()))} live at once beside" in str(handle.report())
 
 

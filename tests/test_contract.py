@@ -80,7 +80,7 @@ def test_stacked_matrices_equal_a_loop(case, stagger):
 
 @every_case
 def test_stacks_are_cut_to_the_limit(case, monkeypatch):
-    monkeypatch.setattr("lowrank_optim.engine.chunk.CHUNK_BYTES", 3 * 4 * 14 * 14)
+    monkeypatch.setattr("lowrank_optim.engine.limits.CHUNK_BYTES", 3 * 4 * 14 * 14)
     test_stacked_matrices_equal_a_loop(case, True)
 
 
@@ -106,7 +106,7 @@ def test_one_parameter_at_a_time_equals_one_step(case):
 def test_large_plain_parameters_are_cut_into_slices(case, monkeypatch):
     finals = []
     for size in (1 << 18, 16):  # whole vector registers: what a kernel does with the elements left over differs
-        monkeypatch.setattr("lowrank_optim.engine.chunk.SLICE", size)
+        monkeypatch.setattr("lowrank_optim.engine.limits.SLICE", size)
         torch.manual_seed(2)
         for dtype in (torch.float32, torch.bfloat16):
             model = Net().to(dtype)
@@ -581,7 +581,7 @@ def test_the_kept_basis_is_compact():
 def test_a_large_stack_is_cut_into_some_experts_at_a_time(case, monkeypatch):
     finals = []
     for limit in (1 << 26, 2 * 4 * 10 * 20):
-        monkeypatch.setattr("lowrank_optim.engine.chunk.CHUNK_BYTES", limit)
+        monkeypatch.setattr("lowrank_optim.engine.limits.CHUNK_BYTES", limit)
         torch.manual_seed(6)
         for dtype in (torch.float32, torch.bfloat16):
             stack = nn.Parameter(0.2 * torch.randn(5, 10, 20).to(dtype))

@@ -190,7 +190,7 @@ def test_a_stack_of_experts_is_its_experts(foreach, monkeypatch):
             )
         )
     for limit in (64 << 20, 8 * 12 * 18):
-        monkeypatch.setattr("lowrank_optim.engine.chunk.CHUNK_BYTES", limit)
+        monkeypatch.setattr("lowrank_optim.engine.limits.CHUNK_BYTES", limit)
         p = nn.Parameter(weight.clone())
         options = dict(rank=rank, heads=heads, proj_type=side, basis="svd", stagger=False, foreach=foreach)
         optimizer = GaLorePlusAdamW([("w", p)], **OPTIONS, **options)

@@ -129,7 +129,7 @@ def test_a_step_needs_little_memory(make, dtype, monkeypatch):
     """Between refreshes: some chunks of float32, however many and however large the weights are."""
     from lowrank_optim.memory.peak import measure
 
-    monkeypatch.setattr("lowrank_optim.engine.chunk.CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr("lowrank_optim.engine.limits.CHUNK_BYTES", 1 << 20)
     params = [nn.Parameter(torch.randn(512, 512, device=DEVICE).to(dtype)) for _ in range(24)]
     optimizer = make(params, rank=64, stagger=False)
     for _ in range(2):

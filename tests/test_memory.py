@@ -137,7 +137,7 @@ def test_gradients_alive_at_once_are_what_was_estimated(case, micro_batches, dur
 def test_stacked_matrices_wait_for_each_other_during_backward(monkeypatch):
     shapes = [(64, 48)] * 10
     for limit, waiting in ((64 << 20, 10), (3 * 64 * 48 * 4, 4)):
-        monkeypatch.setattr("lowrank_optim.modes.gradient_memory.CHUNK_BYTES", limit)
+        monkeypatch.setattr("lowrank_optim.engine.limits.CHUNK_BYTES", limit)
         planned = estimate_memory(shapes, lowrank_optim.GaLoreAdamW, rank=4, foreach=True, step_in_backward=True)
         assert planned.gradients == waiting * 64 * 48 * 4
 
@@ -232,7 +232,7 @@ def test_estimates_hold_with_every_option(case, shape, rank, options):
 @every_case
 def test_a_step_of_a_large_stack_stays_within_chunks(case, monkeypatch):
     experts = nn.Parameter(torch.randn(40, 32, 64, dtype=torch.bfloat16))
-    monkeypatch.setattr("lowrank_optim.engine.chunk.CHUNK_BYTES", 4 * 4 * 32 * 64)
+    monkeypatch.setattr("lowrank_optim.engine.limits.CHUNK_BYTES", 4 * 4 * 32 * 64)
     most = step_peak(case, [experts], refresh=False, rank=4, bf16_update="none")
     assert most < 10 * 4 * 4 * 32 * 64, "gradients, weights and their like of four experts, not of forty"
     options = {**case.kwargs, **case.fitting({"rank": 4, "bf16_update": "none", "orthonormal": True})}
@@ -241,7 +241,7 @@ def test_a_step_of_a_large_stack_stays_within_chunks(case, monkeypatch):
 
 @every_case
 def test_stacks_stay_within_the_chunk(case, monkeypatch):
-    monkeypatch.setattr("lowrank_optim.engine.chunk.CHUNK_BYTES", 2 * 64 * 48 * 4)
+    monkeypatch.setattr("lowrank_optim.engine.limits.CHUNK_BYTES", 2 * 64 * 48 * 4)
     params = [nn.Parameter(torch.randn(64, 48)) for _ in range(20)]
     most = step_peak(case, params, refresh=False, rank=4, foreach=True)
     assert most < 9 * 2 * 64 * 48 * 4, "gradients, weights and squares of two matrices, not of twenty"

@@ -528,7 +528,7 @@ def test_kahan_owes_nothing_after_a_cast():
 
 @pytest.mark.parametrize("state_dtype", ["int8", "int4"])
 def test_blocks_of_a_plain_stack_are_not_cut(state_dtype, monkeypatch):
-    monkeypatch.setattr("lowrank_optim.engine.chunk.SLICE", 1024)
+    monkeypatch.setattr("lowrank_optim.engine.limits.SLICE", 1024)
     ends = []
     for turned in (False, True):  # a gradient with strides of its own is never cut
         torch.manual_seed(2)

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from weight_cases import CONVERTED, WEIGHT_CASES, batch, every_case, every_variant, loss_of, net, train
 
 import lowrank_optim
-from lowrank_optim.engine.chunk import COMPENSATION
 from lowrank_optim.layers.convert import converted
+from lowrank_optim.recipe.weights import COMPENSATION
 
 OVERWRITING = [case for case in WEIGHT_CASES if case.name in ("relora", "low_rank", "sltrain")]
 PLAIN_LINEARS = {name for name, module in net().named_modules() if isinstance(module, nn.Linear)}

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
-from ..recipe.algebra import WHOLE, Algebra, Drawn, beside
+from ..recipe.algebra import WHOLE, Algebra, Drawn, beside, subspace_iteration
 from ..recipe.store import Side
 from . import lockstep
 from .lockstep import Peers
@@ -212,10 +212,10 @@ class Shards(Algebra):
         def drawn(some: slice) -> Tensor:
             return ops.normal(shape, 0, ops.stream_of("leading", 0), g.device, start, some).to(g.dtype)
 
-        basis = ops.subspace_iteration(self, g, self.random_sketch(g, width, drawn), width, 2)
+        basis = subspace_iteration(self, g, self.random_sketch(g, width, drawn), width, 2)
         enough = 8 * math.sqrt(rank) * torch.finfo(g.dtype).eps
         for _ in range(_MOST_ROUNDS):
-            old, basis = basis, ops.subspace_iteration(self, g, basis, width, 2)
+            old, basis = basis, subspace_iteration(self, g, basis, width, 2)
             if float(self._angle(old[:, :rank], basis[:, :rank])) <= enough:
                 break
         return basis[:, :rank].contiguous()

@@ -14,8 +14,11 @@ import torch
 from .autograd import full_precision
 from .chunk import Chunk
 from .device_numbers import Numbers
-from .grouping import Asked, Member, gradient_norms
-from .update import refresh_, refresh_due, update_
+from .gradients import gradient_norms
+from .grouping import Asked
+from .member import Member
+from .refresh import refresh_, refresh_due
+from .update import update_
 
 if TYPE_CHECKING:
     from ..optimizer import LowRankOptimizer

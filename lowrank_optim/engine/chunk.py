@@ -17,14 +17,11 @@ from ..recipe.algebra import WHOLE, Algebra
 from ..recipe.plan import Plan
 from ..recipe.recipe import AGE, Clock, Recipe, Refresh, State
 from ..recipe.store import Kept, Noise, Shape, Spec, Store
-from ..reports.stats import Watch
+from ..recipe.weights import COMPENSATION, WEIGHT, is_packed, unpacked
+from . import limits
 from .device_numbers import Numbers
 from .open_state import Opened, Stored
-
-CHUNK_BYTES = 64 << 20  # of gradients stacked at once: what a step may hold beyond one matrix
-SLICE = 1 << 20  # elements of a plain parameter updated at once on CPU, where copies and noise then stay in cache
-WEIGHT = "weight"
-COMPENSATION = "compensation"  # what bf16_update="kahan" could not write into the weight
+from .watch import Watch
 
 
 @dataclass
@@ -231,7 +228,7 @@ class Chunk:
             whole_blocks = not self.plans[0].batch or math.prod(self.plans[0].matrix) % self._block == 0
             if sliced and whole_blocks and not self.plans[0].projected and p.numel() > self._slice:
                 return self._slices(p, g)
-            if self.plans[0].batch and self.bytes > CHUNK_BYTES and not is_packed(p):
+            if self.plans[0].batch and self.bytes > limits.CHUNK_BYTES and not is_packed(p):
                 return self._experts(p, g)
         return iter([self])
 
@@ -253,7 +250,9 @@ class Chunk:
     @property
     def _slice(self) -> int:
         """Elements of a plain parameter updated at once: G, D and W of them are a chunk where launches cost time."""
-        return SLICE if self.params[0].device.type == "cpu" else CHUNK_BYTES // (4 * self.working.itemsize)
+        return (
+            limits.SLICE if self.params[0].device.type == "cpu" else limits.CHUNK_BYTES // (4 * self.working.itemsize)
+        )
 
     def _slices(self, p: Tensor, g: Tensor) -> Iterator[Chunk]:
         """Along the row-major order, nowhere within a block of elements that are coded together."""
@@ -277,7 +276,7 @@ class Chunk:
 
     def _experts(self, p: Tensor, g: Tensor) -> Iterator[Chunk]:
         plan, count = self.plans[0], self.plans[0].count
-        size = max(1, CHUNK_BYTES * count // self.bytes)
+        size = max(1, limits.CHUNK_BYTES * count // self.bytes)
         rows = {key: t.view(count, *t.shape[len(plan.batch) :]) for key, t in self.states[0].items() if t.dim()}
         matrices, gradients = p.view(count, *p.shape[-2:]), g.view(count, *g.shape[-2:])
         for first in range(0, count, size):
@@ -321,19 +320,3 @@ def ages_(st: State, refresh: Refresh, working: torch.dtype) -> Tensor:
     """Steps that coordinates or entries have seen, this one included; it is counted here."""
     age = st[AGE].add_(1).to(working)
     return age if refresh.entrywise else age.unsqueeze(-1)
-
-
-def working_dtype(p: Tensor) -> torch.dtype:
-    """float32, or float64 for float64 parameters."""
-    return torch.promote_types(p.dtype, torch.float32)
-
-
-def is_packed(p: Tensor) -> bool:
-    """A weight that keeps itself in fewer bits (`layers/quantized.py`) and does its own rounding."""
-    return hasattr(p, "pack_")
-
-
-def unpacked(p: Tensor, working: torch.dtype) -> Tensor:
-    if is_packed(p):
-        return cast(Tensor, cast(Any, p).unpack(working))
-    return p if p.dtype == working else p.to(working)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..recipe.algebra import Algebra
 from ..recipe.recipe import Clock, Recipe, State, Update
-from .update import Note, move_
+from .refresh import Note
+from .update import move_
 
 Graph = Callable[..., "Update | None"]
 

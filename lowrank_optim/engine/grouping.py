@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, islice
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ..distributed.layout import Layout
-from ..recipe.plan import Plan
 from ..recipe.recipe import Recipe
 from ..recipe.store import Shape, Spec, Store
-from ..reports.stats import Watch
-from . import chunk as limits
-from . import fused
-from .chunk import WEIGHT, Chunk, working_dtype
-
-CACHE = 1 << 18  # bytes of gradients looked at together on CPU: what stays in cache until they are used
-
-
-RecipeOf = Callable[[Plan, dict[str, Any]], Recipe]
-
-
-class Member(NamedTuple):
-    """A parameter in one step, with all that is known of it.
-
-    Attributes:
-        grad: whole and shaped like the parameter, or where it is `projected` only the coordinates R of it.
-    """
-
-    p: Tensor
-    group: dict[str, Any]
-    grad: Tensor
-    projected: bool
-    plan: Plan
-    layout: Layout
-    state: dict[str, Tensor]
+from ..recipe.weights import WEIGHT, working_dtype
+from . import fused, limits
+from .chunk import Chunk
+from .member import Member, RecipeOf
+from .watch import Watch
 
 
 class Kind(NamedTuple):
@@ -162,50 +138,3 @@ def waves(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
         some.append(chunk)
     if some:
         yield some
-
-
-def one_by_one(members: list[Member]) -> bool:
-    """On CPU a gradient is still in cache from its norm when it is projected at once. Where gradients are stacked, on
-    accelerators (one synchronisation), and where a bad one must stop all, the norms of all come first."""
-    return all(one.p.is_cpu and not one.group["foreach"] and one.group["nonfinite"] == "skip" for one in members)
-
-
-def in_cache(members: list[Member]) -> Iterator[list[Member]]:
-    """Members whose gradients stay in cache together: large ones alone, and many small ones."""
-    some: list[Member] = []
-    size = 0
-    for one in members:
-        if one.grad.nbytes > CACHE:
-            yield [one]
-            continue
-        if size + one.grad.nbytes > CACHE:
-            yield some
-            some, size = [], 0
-        some.append(one)
-        size += one.grad.nbytes
-    if some:
-        yield some
-
-
-def gradient_norms(grads: list[Tensor]) -> list[float]:
-    """One synchronisation per device; infinite also where only their squares would be."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, grad in enumerate(grads):
-        kinds.setdefault((grad.device, grad.dtype), []).append(i)
-    norms = [0.0] * len(grads)
-    for same in kinds.values():
-        working = working_dtype(grads[same[0]])
-        limit = torch.finfo(working).max ** 0.5
-        parts = [_norm_parts(grads[i]) for i in same]
-        values = iter(torch.stack(torch._foreach_norm(list(chain(*parts)), 2, dtype=working)).tolist())
-        for i, own in zip(same, parts, strict=True):
-            norm = math.hypot(*islice(values, len(own)))
-            norms[i] = norm if norm < limit else math.inf
-    return norms
-
-
-def _norm_parts(grad: Tensor) -> Sequence[Tensor]:
-    """On CPU a norm widens all that it is given, so what is kept in 16 bits is given in slices."""
-    large = grad.numel() > limits.SLICE and grad.is_contiguous()
-    copied = large and grad.device.type == "cpu" and grad.dtype.itemsize < torch.float32.itemsize
-    return torch.split(grad.view(-1), limits.SLICE) if copied else (grad,)

@@ -16,10 +16,14 @@ from torch import Tensor
 from ..distributed.layout import HERE
 from ..recipe.algebra import WHOLE
 from ..recipe.recipe import Clock, Recipe, State
-from . import fused
-from .chunk import SLICE, ages_, is_packed
-from .grouping import Asked, Kind, Member, RecipeOf, in_cache, stacked
-from .update import derived, move_
+from ..recipe.weights import is_packed
+from . import fused, limits
+from .chunk import ages_
+from .gradients import in_cache
+from .grouping import Asked, Kind, stacked
+from .member import Member, RecipeOf
+from .refresh import derived
+from .update import move_
 
 Work = Callable[[Recipe, list[Member], float], None]
 
@@ -50,7 +54,7 @@ def _work(one: Member, kind: Kind) -> Work | None:
         return None
     if kind.listed and not projected and grad.is_contiguous():
         return _whole_
-    if stacked(one) or (_due(one, kind.recipe) if projected else kind.recipe.elementwise and p.numel() > SLICE):
+    if stacked(one) or (_due(one, kind.recipe) if projected else kind.recipe.elementwise and p.numel() > limits.SLICE):
         return None
     return _together_ if kind.listed and projected else _alone_
 

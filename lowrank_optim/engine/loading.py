@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from .. import checks
 from ..distributed import checks as shard_checks
 from ..recipe.plan import bare_name
-from ..reports.stats import Watch
 from ..wrappers.adoption import GROUP, StandIns
 from . import captured
 from .state import loaded
+from .watch import Watch
 
 if TYPE_CHECKING:
     from ..optimizer import LowRankOptimizer

@@ -13,7 +13,7 @@ from ..distributed.layout import Layout
 from ..recipe.plan import Plan
 from ..recipe.recipe import Recipe
 from ..recipe.store import Kept, Store
-from .chunk import COMPENSATION, is_packed, working_dtype
+from ..recipe.weights import COMPENSATION, is_packed, working_dtype
 
 COUNTERS = {
     "step",

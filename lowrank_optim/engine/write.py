@@ -17,7 +17,8 @@ from .. import ops
 from ..ops.blocks import Columns, blocks
 from ..ops.philox import Places
 from ..recipe.recipe import Clock, Recipe, State, Update
-from .chunk import COMPENSATION, WEIGHT, Chunk
+from ..recipe.weights import COMPENSATION, WEIGHT
+from .chunk import Chunk
 
 
 def apply_(recipe: Recipe, w: Tensor, st: State, change: Update, keep: Clock, columns: Columns | None = None) -> None:

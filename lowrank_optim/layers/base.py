@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..engine.chunk import is_packed, unpacked
 from ..ops.philox import Stream
+from ..recipe.weights import is_packed, unpacked
 
 
 def add_to_base_(

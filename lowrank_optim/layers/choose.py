@@ -7,8 +7,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from ..engine.chunk import is_packed
 from ..groups import _any_match, _must_match, _rules
+from ..recipe.weights import is_packed
 
 
 def linears(

@@ -14,9 +14,9 @@ from torch.nn.functional import linear
 from .. import checks, ops
 from ..distributed.dtensors import local, part, whole
 from ..distributed.spans import span
-from ..engine.chunk import unpacked, working_dtype
 from ..ops.factor import balance, split
 from ..recipe.plan import bare_name, resolve_rank
+from ..recipe.weights import unpacked, working_dtype
 from . import checks as layer_checks
 from .base import add_to_base_
 from .quantized import Int8Weight, NF4Weight

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from .. import checks, ops
 from ..distributed import heads as processes
 from ..distributed.dtensors import first_row, local, whole
-from ..engine.chunk import unpacked, working_dtype
+from ..recipe.weights import unpacked, working_dtype
 from . import checks as layer_checks
 from .base import add_to_base_
 from .linear import BASES, ReparameterizedLinear

@@ -11,8 +11,8 @@ from torch.nn.functional import linear
 
 from .. import checks
 from ..distributed.dtensors import laid_out, local, part, whole
-from ..engine.chunk import is_packed, unpacked, working_dtype
 from ..recipe.algebra import WHOLE, Algebra
+from ..recipe.weights import is_packed, unpacked, working_dtype
 from . import checks as layer_checks
 from .linear import BASES, ReparameterizedLinear
 

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from .. import checks, ops
 from ..engine.autograd import full_precision
-from ..engine.chunk import working_dtype
+from ..recipe.weights import working_dtype
 from . import checks as layer_checks
 from .linear import ProductLinear
 

@@ -16,8 +16,8 @@ from torch.nn.functional import linear
 
 from .. import ops
 from ..distributed.dtensors import joined, local, part, picked, place_, whole
-from ..engine.chunk import working_dtype
 from ..ops.factor import singular
+from ..recipe.weights import working_dtype
 from . import checks as layer_checks
 from .linear import ReparameterizedLinear
 

@@ -16,9 +16,7 @@ from torch.optim import Optimizer
 from .. import checks
 from ..distributed.dtensors import local, meta
 from ..distributed.layout import HERE
-from ..engine import fused
-from ..engine.chunk import CHUNK_BYTES, SLICE, is_packed, working_dtype
-from ..engine.grouping import CACHE
+from ..engine import fused, limits
 from ..engine.state import COUNTERS as COUNTER_KEYS
 from ..engine.state import fresh
 from ..groups import param_groups
@@ -31,6 +29,7 @@ from ..optimizer import LowRankOptimizer
 from ..recipe.plan import Plan
 from ..recipe.recipe import Recipe
 from ..recipe.store import Spec, Store
+from ..recipe.weights import is_packed, working_dtype
 from ..reports.report import human, state_bytes
 from ..weight_space import WeightSpaceOptimizer
 from . import strategies as shares
@@ -272,7 +271,7 @@ def expected(optimizer: LowRankOptimizer, weights: int, gradients: int) -> Memor
         shared |= one.shared
         step, refresh, listed = max(step, one.step), max(refresh, one.refresh), listed + one.listed
         share = max(share, one.listed / max(1, p.nbytes))
-    step += min(listed, math.ceil(share * CACHE))
+    step += min(listed, math.ceil(share * limits.CACHE))
     bases = kept.pop(BASES, 0)
     return MemoryEstimate(weights, gradients, kept.total(), bases, sum(shared.values()), step, refresh)
 
@@ -297,7 +296,7 @@ def _needs(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any]) -> _Ne
         size = working_dtype(p).itemsize
         shared = {key: count * size for key, count in recipe.basis.shared(plan.matrix).items()}
         refresh = _refresh_bytes(layout.here(p), plan, recipe)
-        if layout is HERE and p.nbytes <= CACHE and p.dtype == working_dtype(p) and fused.listed(recipe):
+        if layout is HERE and p.nbytes <= limits.CACHE and p.dtype == working_dtype(p) and fused.listed(recipe):
             rank = plan.rank or 0
             r = math.prod(recipe.basis.coordinates(plan.matrix, rank))
             listed = (
@@ -357,9 +356,9 @@ def _step_bytes(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) ->
 def _share(p: Tensor, plan: Plan, recipe: Recipe) -> float:
     """What of a parameter is worked on at once."""
     if recipe.elementwise:
-        return min(1.0, SLICE / max(1, p.numel()))
+        return min(1.0, limits.SLICE / max(1, p.numel()))
     if plan.batch:
-        return min(1.0, max(1 / plan.count, CHUNK_BYTES / max(1, p.numel() * working_dtype(p).itemsize)))
+        return min(1.0, max(1 / plan.count, limits.CHUNK_BYTES / max(1, p.numel() * working_dtype(p).itemsize)))
     return 1.0
 
 

@@ -15,8 +15,8 @@ from ..distributed.layout import HERE, Cut, Layout, dimension
 from ..distributed.lockstep import Peers
 from ..distributed.pieces import Piece
 from ..distributed.shards import Meter, Shards, Traffic
-from ..engine.chunk import working_dtype
-from ..engine.grouping import Asked, Member, form_chunks
+from ..engine.grouping import Asked, form_chunks
+from ..engine.member import Member
 from ..engine.update import update_
 from ..optimizer import LowRankOptimizer
 from ..recipe.algebra import WHOLE, Algebra
@@ -24,6 +24,7 @@ from ..recipe.plan import Plan
 from ..recipe.recipe import Clock, Recipe, Refresh, State
 from ..recipe.store import Shape
 from ..recipe.turn import Turn
+from ..recipe.weights import working_dtype
 
 
 class Sent(NamedTuple):

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..checks import few
-from ..engine.chunk import CHUNK_BYTES, working_dtype
+from ..engine import limits
 from ..optimizer import LowRankOptimizer
 from ..recipe.plan import Plan, names_say, resolve_rank
+from ..recipe.weights import working_dtype
 from ..reports.report import human
 from ..weight_space import WeightSpaceOptimizer
 from .estimate import BASES, expected_state
@@ -235,7 +236,7 @@ def stacked(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> 
         largest = max(largest, size)
         if stack and one.plan.projected:
             sizes[id(one.group), one.plan.matrix, one.plan.batch, one.plan.side, one.p.dtype] += size
-    most = min(CHUNK_BYTES, max(sizes.values(), default=0))
+    most = min(limits.CHUNK_BYTES, max(sizes.values(), default=0))
     if facts.matters(most - largest):
         yield (
             f"Equal matrices are stacked, which takes up to {human(most)} for each operand of a step, instead of "

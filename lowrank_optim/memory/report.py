@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import checks
-from ..engine.chunk import working_dtype
 from ..modes.backward import StepInBackward
 from ..modes.gradient_memory import most_gradients
 from ..optimizer import LowRankOptimizer
+from ..recipe.weights import working_dtype
 from ..reports.report import human, state_bytes
 from ..reports.storages import stored
 from ..weight_space import WeightSpaceOptimizer

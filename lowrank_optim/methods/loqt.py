@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..distributed.layout import algebra_of_rows
 from ..distributed.lockstep import ranks
-from ..engine.chunk import is_packed, working_dtype
-from ..engine.grouping import Member
+from ..engine.member import Member
 from ..layers.convert import Conversion, leave_to_ranks
 from ..layers.linear import ReparameterizedLinear
 from ..layers.quantized_linear import QuantizedLinear
@@ -23,6 +22,7 @@ from ..optimizer import Rescale
 from ..parts import NoMomentum, NoScaling
 from ..parts.refresh import ahead
 from ..recipe.recipe import Recipe, Time
+from ..recipe.weights import is_packed, working_dtype
 from ..weight_space import WeightSpaceOptimizer
 from .options import BASES, WEIGHT_OPTIONS, adamw, given
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..distributed import heads as processes
-from ..engine.grouping import Member
+from ..engine.member import Member
 from ..layers import checks as layer_checks
 from ..layers.convert import leave_to_ranks
 from ..layers.linear import ReparameterizedLinear

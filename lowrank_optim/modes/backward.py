@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from .. import checks
+from ..engine import limits
 from ..engine.autograd import full_precision, on_gradient
-from ..engine.chunk import CHUNK_BYTES, Chunk
-from ..engine.grouping import Asked, Member, gradient_norms, one_by_one
-from ..engine.update import project, refresh_, refresh_due
+from ..engine.chunk import Chunk
+from ..engine.gradients import gradient_norms, one_by_one
+from ..engine.grouping import Asked
+from ..engine.member import Member
+from ..engine.refresh import refresh_, refresh_due
+from ..engine.update import project
 from ..optimizer import LowRankOptimizer
 from ..reports.report import Report
 from . import backward_checks
@@ -238,7 +242,7 @@ class StepInBackward:
     def _complete(self, p: Tensor) -> None:
         """The gradient of p is complete: it is used now, or with others where equal matrices are stacked."""
         self._pending.append(self._gathered(p))
-        if one_by_one(self._pending) or sum(one.grad.nbytes for one in self._pending) >= CHUNK_BYTES:
+        if one_by_one(self._pending) or sum(one.grad.nbytes for one in self._pending) >= limits.CHUNK_BYTES:
             self._flush()
 
     def _gathered(self, p: Tensor) -> Member:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..engine.grouping import Member
+from ..engine.member import Member
 
 _TINY = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 

@@ -17,8 +17,11 @@ from ..distributed.lockstep import Peers
 from ..distributed.shards import Meter
 from ..engine.autograd import full_precision
 from ..engine.chunk import Chunk
-from ..engine.grouping import Asked, Member, gradient_norms
-from ..engine.update import project, refresh_due
+from ..engine.gradients import gradient_norms
+from ..engine.grouping import Asked
+from ..engine.member import Member
+from ..engine.refresh import refresh_due
+from ..engine.update import project
 from ..optimizer import LowRankOptimizer
 from . import ddp_checks
 from .clipping import Clipping

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..engine.chunk import CHUNK_BYTES, working_dtype
+from ..engine import limits
 from ..optimizer import LowRankOptimizer
+from ..recipe.weights import working_dtype
 from ..reports.report import Report, Row, human
 
 
@@ -87,4 +88,4 @@ def _waiting(optimizer: LowRankOptimizer) -> int:
     trained = [(p, group) for p, group in optimizer._members() if p.requires_grad]
     sizes = [p.numel() * p.element_size() for p, _ in trained]
     stacked = any(group["foreach"] or p.device.type not in ("cpu", "meta") for p, group in trained)
-    return min(max(sizes, default=0) + (CHUNK_BYTES if stacked else 0), sum(sizes))
+    return min(max(sizes, default=0) + (limits.CHUNK_BYTES if stacked else 0), sum(sizes))

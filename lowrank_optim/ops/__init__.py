@@ -3,7 +3,7 @@
 from . import reference, schema
 from .apply import add_rounded_
 from .factored import Factors, factored_energy, scale_factored
-from .linalg import fix_signs, leading_left_vectors, orthonormalize, principal, subspace_iteration, whiten_
+from .linalg import fix_signs, leading_left_vectors, orthonormalize, principal, whiten_
 from .philox import key_of, normal, random_bits16, sample, stream_of, uniform
 from .products import add_product_, product
 from .reductions import largest, mean_squares, norm, squares
@@ -37,7 +37,6 @@ __all__ = [
     "schema",
     "squares",
     "stream_of",
-    "subspace_iteration",
     "take_scaled_",
     "uniform",
     "whiten_",

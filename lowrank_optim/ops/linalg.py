@@ -7,7 +7,6 @@ depends on the values of a tensor is a `torch.where`. On a CPU, where looking co
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,9 +15,6 @@ from .blocks import blocks
 from .philox import normal, stream_of
 from .products import product
 from .schema import kernel
-
-if TYPE_CHECKING:
-    from ..recipe.algebra import Algebra
 
 Total = Callable[..., Tensor]  # (sum, *thin): of thin matrices, of whose rows this process may have some only
 
@@ -196,26 +192,3 @@ def leading_left_vectors(g: Tensor, rank: int) -> Tensor:
     except torch.linalg.LinAlgError:
         vectors = torch.linalg.eigh(gram(g.mT))[1].flip(-1).to(g.dtype)
     return fix_signs(vectors[..., :rank])
-
-
-def subspace_iteration(
-    algebra: Algebra, g: Tensor, y: Tensor, rank: int, rounds: int, otherwise: Tensor | None = None
-) -> Tensor:
-    """Approximate leading left singular vectors `(m, rank)` of `g (m, n)`, ordered, signs fixed.
-
-    Args:
-        y: `(m, k)`, k >= rank columns that span a first guess, of lengths around 1. Not written to.
-        rounds: each is one product with `g^T` and one with `g`, whitened in between.
-        otherwise: the result where g is zero or its products are not finite; random vectors, if that is None.
-
-    The last product `Y = G Z` with orthonormal Z already holds the singular vectors of `G Z Z^T` (Rayleigh-Ritz), so
-    ordering and truncating costs the eigenvectors of one k x k matrix and no further pass over g.
-
-    Reference: Halko, Martinsson and Tropp, "Finding structure with randomness", SIAM Review 2011, algorithm 4.4.
-    """
-    for i in range(rounds):
-        y = algebra.project(algebra.whiten_(y, -2) if i else y, g).mT  # one name: what went before is not kept
-        y = algebra.sketch(g, algebra.whiten_(y, -1))
-    y, found = algebra.principal(y, rank)
-    y = algebra.signed(y)
-    return y if otherwise is None else torch.where(found, y, otherwise)

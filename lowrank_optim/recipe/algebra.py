@@ -165,6 +165,29 @@ class Algebra:
         return ops.mean_squares(x)
 
 
+def subspace_iteration(
+    algebra: Algebra, g: Tensor, y: Tensor, rank: int, rounds: int, otherwise: Tensor | None = None
+) -> Tensor:
+    """Approximate leading left singular vectors `(m, rank)` of `g (m, n)`, ordered, signs fixed.
+
+    Args:
+        y: `(m, k)`, k >= rank columns that span a first guess, of lengths around 1. Not written to.
+        rounds: each is one product with `g^T` and one with `g`, whitened in between.
+        otherwise: the result where g is zero or its products are not finite; random vectors, if that is None.
+
+    The last product `Y = G Z` with orthonormal Z already holds the singular vectors of `G Z Z^T` (Rayleigh-Ritz), so
+    ordering and truncating costs the eigenvectors of one k x k matrix and no further pass over g.
+
+    Reference: Halko, Martinsson and Tropp, "Finding structure with randomness", SIAM Review 2011, algorithm 4.4.
+    """
+    for i in range(rounds):
+        y = algebra.project(algebra.whiten_(y, -2) if i else y, g).mT  # one name: what went before is not kept
+        y = algebra.sketch(g, algebra.whiten_(y, -1))
+    y, found = algebra.principal(y, rank)
+    y = algebra.signed(y)
+    return y if otherwise is None else torch.where(found, y, otherwise)
+
+
 def _parts(x: Tensor) -> list[Tensor]:
     """x, in blocks of columns where it has to be widened."""
     whole = x.dtype.itemsize >= torch.float32.itemsize or not x.numel()

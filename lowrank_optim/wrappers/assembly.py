@@ -18,9 +18,9 @@ from ..distributed import checks as shard_checks
 from ..distributed.fragments import Fragment, cut_dimensions
 from ..distributed.layout import HERE
 from ..distributed.lockstep import total
-from ..engine.chunk import working_dtype
 from ..engine.state import fresh, kept, loaded
 from ..recipe.store import Shape
+from ..recipe.weights import working_dtype
 
 if TYPE_CHECKING:
     from ..optimizer import LowRankOptimizer
