@@ -54,7 +54,7 @@ test-deepspeed:
 		hypothesis numpy pytest setuptools torch wheel
 	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(OTHER)/bin/python -m pip install -qq --disable-pip-version-check \
 		--no-build-isolation deepspeed==$(DEEPSPEED)
-	PYTHONPATH=. OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest tests/test_zero.py tests/test_matrix.py
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest tests/distributed/test_zero.py tests/distributed/test_matrix.py
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -69,7 +69,7 @@ sanitize: $(STAMP)
 	LOWRANK_OPTIM_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -DLRO_NO_CLONES -g" \
 	LOWRANK_OPTIM_NATIVE=require ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	$(BIN)/python -m pytest -s tests/test_native.py -k "native_is or emulated or known or zeros or errors or selections or positions or entries"
+	$(BIN)/python -m pytest -s tests/kernels/test_native.py -k "native_is or emulated or known or zeros or errors or selections or positions or entries"
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.step_time --model 60m

@@ -1,14 +1,13 @@
 """The tables of docs/distributed.md: `python -m benchmarks.distributed_table` writes them into the page.
 
 Numbers are estimates on the meta device (tests hold them against measured bytes), the matrix is filled by training in
-two processes (tests/matrix.py): nothing here is written by hand.
+two processes (tests/support/matrix.py): nothing here is written by hand.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,16 +65,14 @@ def _sizes(one: MemoryEstimate) -> Iterator[str]:
 
 def matrix() -> str:
     """{method} x {wrapper} as trained: yes, or why not. Takes minutes, and needs DeepSpeed."""
-    sys.path[:0] = [str(ROOT / "tests")]
-    import matrix
+    from tests.support import matrix
 
     return matrix.table(matrix.run())
 
 
 def traffic() -> str:
     """What one matrix sends, in percent of its float32 gradient, and the number of collectives."""
-    sys.path[:0] = [str(ROOT / "tests")]
-    from cases import CASES
+    from tests.cases import CASES
 
     head = ("method", *(f"{name}, {what}" for name in LAYOUTS for what in ("per step", "per refresh")))
     rows = [(f"`{case.make.__name__}`", *(cell for where in LAYOUTS for cell in _sent(case, where))) for case in CASES]

@@ -42,7 +42,7 @@ def tests(arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
     few = ["-k", "galore_adamw or projected"] if arguments.quick else []
     # where the time is over before the tests are, the last lines still say what failed, and what hung
     options = ["-v", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=60"]
-    said = _python(["-m", "pytest", *options, "tests/test_gpu.py", *few], arguments, seconds)
+    said = _python(["-m", "pytest", *options, "tests/kernels/test_gpu.py", *few], arguments, seconds)
     counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", said.stdout)}
     return {"ok": said.returncode == 0, **counts, "said": _tail(said, 6000 if said.returncode else 500)}
 

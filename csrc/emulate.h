@@ -45,7 +45,7 @@ void emulate(unsigned grid, unsigned threads, const Kernel& kernel) {
 #define blockIdx ::lro::block_index
 #define blockDim ::lro::block_shape
 #define gridDim ::lro::grid_shape
-#ifdef LRO_DROP_BARRIERS  // tests/races.cpp leaves one out, to see it reported, and names every kernel
+#ifdef LRO_DROP_BARRIERS  // tests/kernels/races.cpp leaves one out, to see it reported, and names every kernel
 namespace lro {
 bool dropped(const char* file, int line);
 void launched(const char* kernel);

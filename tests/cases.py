@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from reference import (
+from torch import Tensor, nn
+
+import lowrank_optim
+from lowrank_optim import LowRankOptimizer
+from tests.reference import (
     apollo,
     dct,
     fira,
@@ -22,10 +26,6 @@ from reference import (
     q_galore,
     subset_norm,
 )  # fmt: skip
-from torch import Tensor, nn
-
-import lowrank_optim
-from lowrank_optim import LowRankOptimizer
 
 # tall, wide, square, one row, rank 1, rank >= min: (shape, rank)
 SHAPES = [((24, 10), 4), ((9, 22), 3), ((12, 12), 5), ((1, 16), 1), ((14, 6), 1), ((6, 8), 6), ((5, 7), 9)]
