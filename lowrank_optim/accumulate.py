@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, hyperparameters
 from .engine.autograd import full_precision, on_gradient
 from .ops import normal, orthonormalize, stream_of
 from .recipe.plan import Plan, bare_name, decide
@@ -106,7 +106,7 @@ class CompressedAccumulation:
     ) -> None:
         if rank is None:
             raise ValueError("rank must be an int or a fraction; accumulate without this class to compress nothing")
-        checks.hyperparameters({"rank": rank, "seed": seed, "orthonormal": orthonormal}, {})
+        hyperparameters.check({"rank": rank, "seed": seed, "orthonormal": orthonormal}, {})
         self.seed, self.orthonormal, self.window = seed, orthonormal, 0
         self._sums: list[_Sum] = _planned(params, {"rank": rank, "seed": seed})
         self._paused = False

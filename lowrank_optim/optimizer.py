@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import checks
+from . import checks, hyperparameters
 from .distributed import checks as shard_checks
 from .distributed.common import Common
 from .distributed.fragments import complete_edges
@@ -73,7 +73,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             named = any(isinstance(group, dict) and group.get("rank") is not None for group in params)
             defaults["rank"] = None if named else self.default_rank
         defaults = {**_GROUP_ONLY, "proj_type": "std", "capturable": False, **defaults, "strict": strict}
-        checks.hyperparameters(defaults, self.choices)
+        hyperparameters.check(defaults, self.choices)
         native.load()
         self._plans: dict[Tensor, Plan] = {}
         self._layouts: dict[Tensor, Layout] = {}
@@ -109,7 +109,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch.optim; checks every option and creates the group's state, or leaves the optimizer as it was."""
-        checks.group(param_group, self.defaults)
+        hyperparameters.known_keys(param_group, self.defaults)
         if param_group.get("rank") is not None:
             param_group.setdefault("skip_embeddings", False)  # who names a rank for a group means all of it
         super().add_param_group(param_group)
@@ -135,13 +135,13 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         self._plans.update(plans)
         self._layouts.update(layouts)
         self._commons = {}
-        self._seen[number] = checks.snapshot(group)
+        self._seen[number] = hyperparameters.snapshot(group)
         self.state.update(states)
         if self._in_backward is not None:
             self._in_backward._attach(group)
 
     def _admit(self, group: dict[str, Any]) -> None:
-        checks.hyperparameters(group, self.choices)
+        hyperparameters.check(group, self.choices)
         recipe = self.recipe(group)
         if group["capturable"]:
             checks.capturable(type(self).__name__, recipe.residual.feeds_back)
@@ -293,13 +293,13 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     def _recheck(self) -> None:
         """Edits of a group are checked like what it was made with, once."""
         for group in self.param_groups:
-            now, before = checks.snapshot(group), self._seen[group[GROUP]]
+            now, before = hyperparameters.snapshot(group), self._seen[group[GROUP]]
             if self._stand_ins.pieces:
                 now["params"] = before["params"]  # which come and go
             if now == before:
                 continue
-            checks.group(group, self.defaults)
-            checks.unchanged(now, before, self.fixed)
+            hyperparameters.known_keys(group, self.defaults)
+            hyperparameters.unchanged(now, before, self.fixed)
             self._admit(group)
             for p in self._stand_ins.of(group):
                 if self._plans[p].projected:

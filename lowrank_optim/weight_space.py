@@ -18,16 +18,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, hyperparameters
 from .distributed.dtensors import local
 from .distributed.layout import Cut
 from .engine.restart import PARTIAL, reset_
 from .layers import checks as layer_checks
 from .layers.convert import Conversion, adopt, converted, make_conversion
 from .layers.linear import ReparameterizedLinear
-from .methods.options import adamw
 from .optimizer import LowRankOptimizer
 from .parts import Outside
+from .parts.recipes import adamw
 from .recipe.plan import Plan
 from .recipe.recipe import Recipe
 from .recipe.weights import COMPENSATION, working_dtype
@@ -51,7 +51,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
         how = {key: options.pop(key) for key in (*_HOW_TO_CONVERT, *self.layer_options)}
         rest_lr, seed = options.pop("rest_lr"), options["seed"]
         defaults = {**options, "rank": None, "factors": False}
-        checks.hyperparameters({**defaults, **how, "rest_lr": rest_lr}, self.choices)
+        hyperparameters.check({**defaults, **how, "rest_lr": rest_lr}, self.choices)
         self.check(defaults)
         if any(hasattr(layer.leader, "device_mesh") for _, layer in converted(model)):
             layer_checks.chosen_by_convert([*how.pop("include"), *how.pop("exclude")])

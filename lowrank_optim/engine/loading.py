@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import checks
+from .. import checks, hyperparameters
 from ..distributed import checks as shard_checks
 from ..recipe.plan import bare_name
 from ..wrappers.adoption import GROUP, StandIns
@@ -66,11 +66,11 @@ def restore(optimizer: LowRankOptimizer, state: dict[str, Any]) -> None:
         group[GROUP] = number
         if numbers is None:
             optimizer._stand_ins.note(group)
-        checks.hyperparameters(group, optimizer.choices)
+        hyperparameters.check(group, optimizer.choices)
         plans = optimizer._decide(group)
         optimizer._layouts.update(optimizer._lay_out(plans, group))
         optimizer._plans.update(plans)
-        optimizer._seen[number] = checks.snapshot(group)
+        optimizer._seen[number] = hyperparameters.snapshot(group)
     optimizer._stand_ins.adopt()
     if incoming is not None:
         _take_state(optimizer, incoming)

@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import checks
+from .. import checks, hyperparameters
 from ..recipe.plan import resolve_rank
 from . import checks as layer_checks
 from .choose import linears
@@ -93,7 +93,7 @@ def make_conversion(
     """`convert`, and what it did."""
     layer_checks.convertible(model)
     layer_checks.given("rank", rank)
-    checks.hyperparameters({"rank": rank}, {})
+    hyperparameters.check({"rank": rank}, {})
     chosen, left = _eligible(model, include, exclude, rank, min_dim)
     layers, replaced = {}, {}
     for name, twins in chosen.items():

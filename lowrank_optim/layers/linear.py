@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .. import checks, ops
+from .. import hyperparameters, ops
 from ..distributed.dtensors import local, part, whole
 from ..distributed.spans import span
 from ..ops.factor import balance, split
@@ -51,7 +51,7 @@ class ReparameterizedLinear(nn.Module, abc.ABC):
 
     def __init__(self, plain: nn.Linear, rank: int | float, *, name: str = "", seed: int = 0) -> None:
         super().__init__()
-        checks.hyperparameters({"rank": rank, "seed": seed}, {})
+        hyperparameters.check({"rank": rank, "seed": seed}, {})
         self.out_features, self.in_features = plain.weight.shape
         self.rank = resolve_rank(rank, self.out_features, self.in_features)
         layer_checks.thin(name, self.rank, tuple(plain.weight.shape))
@@ -178,9 +178,9 @@ class LowRankLinear(ProductLinear):
         seed: int = 0,
     ) -> None:
         super().__init__(plain, rank, name=name, seed=seed)
-        checks.hyperparameters({"alpha": alpha, "base": base, "init": init, "exact_base": exact_base}, {})
+        hyperparameters.check({"alpha": alpha, "base": base, "init": init, "exact_base": exact_base}, {})
         layer_checks.for_quantized(base, base in KINDS, {"exact_base": exact_base, "by_rows": by_rows})
-        self.scale = float(checks.single("alpha", alpha)) / self.rank
+        self.scale = float(hyperparameters.single("alpha", alpha)) / self.rank
         w, (m, n, r) = plain.weight.detach(), (self.out_features, self.in_features, self.rank)
         self.kind, self.rows = base, ByteRows(KINDS[base], n) if by_rows else None
         exact = w.to("meta" if w.is_meta else "cpu", working_dtype(w), copy=True) if exact_base else None

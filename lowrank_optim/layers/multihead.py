@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .. import checks, ops
+from .. import hyperparameters, ops
 from ..distributed import heads as processes
 from ..distributed.dtensors import first_row, local, whole
 from ..recipe.weights import unpacked, working_dtype
@@ -63,7 +63,7 @@ class MultiHeadLinear(ReparameterizedLinear):
     ) -> None:
         super().__init__(plain, rank, name=name, seed=seed)
         given = {"heads": heads, "alpha": alpha, "base": base, "init": init}
-        checks.hyperparameters(given, {"base": tuple(BASES), "init": INITS})
+        hyperparameters.check(given, {"base": tuple(BASES), "init": INITS})
         layer_checks.for_quantized(base, base in KINDS, {"by_rows": by_rows})
         first, world = processes.place() if ranks else (0, 1)
         self.heads, self.world, self.label = 1 if ranks else heads, world, name

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .. import checks
+from .. import hyperparameters
 from ..distributed.dtensors import laid_out, local, part, whole
 from ..recipe.algebra import WHOLE, Algebra
 from ..recipe.weights import is_packed, unpacked, working_dtype
@@ -42,7 +42,7 @@ class QuantizedLinear(ReparameterizedLinear):
         seed: int = 0,
     ) -> None:
         super().__init__(plain, rank, name=name, seed=seed)
-        checks.hyperparameters({"scale": scale, "base": base}, {"base": ("nf4", "int8", "dense")})
+        hyperparameters.check({"scale": scale, "base": base}, {"base": ("nf4", "int8", "dense")})
         w, (m, n, r) = plain.weight.detach(), (self.out_features, self.in_features, self.rank)
         self.scale, self.right_singular, self.kind, self.quantize = scale, n <= m, base, BASES[base]
         self.base = nn.Parameter(self.quantize(w), requires_grad=False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from .. import checks, ops
+from .. import hyperparameters, ops
 from ..engine.autograd import full_precision
 from ..recipe.weights import working_dtype
 from . import checks as layer_checks
@@ -57,7 +57,7 @@ class SparseLowRankLinear(ProductLinear):
         seed: int = 0,
     ) -> None:
         super().__init__(plain, rank, name=name, seed=seed)
-        checks.hyperparameters({"density": density, "alpha": alpha, "init": init}, {})
+        hyperparameters.check({"density": density, "alpha": alpha, "init": init}, {})
         w, (m, n, r) = plain.weight.detach(), (self.out_features, self.in_features, self.rank)
         count = int(density * m * n)
         layer_checks.sparse(name, count, density, (m, n))

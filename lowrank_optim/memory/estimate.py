@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import checks
+from .. import checks, hyperparameters
 from ..distributed.dtensors import local, meta
 from ..distributed.layout import HERE
 from ..engine import fused, limits
@@ -139,7 +139,7 @@ def estimate_memory(
     """
     if not isinstance(optimizer, type):
         raise TypeError(f"optimizer must be a class, and its options keywords, got {optimizer!r:.60}")
-    checks.hyperparameters({"accumulation_steps": accumulation_steps}, {})
+    hyperparameters.check({"accumulation_steps": accumulation_steps}, {})
     low_rank = issubclass(optimizer, LowRankOptimizer)
     if step_in_backward and not low_rank:
         raise ValueError(

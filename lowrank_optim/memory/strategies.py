@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from .. import checks
+from .. import checks, hyperparameters
 from ..modes import ddp_checks
 from ..optimizer import LowRankOptimizer
 from . import planned, planned_zero
@@ -21,7 +21,7 @@ Changes = dict[str, float | None]  # of fields of a MemoryEstimate
 
 def check(strategy: str | None, world_size: int, whole_only: str, step_in_backward: bool) -> None:
     """`whole_only` names what every process must have whole, if anything."""
-    checks.hyperparameters({"world_size": world_size}, {})
+    hyperparameters.check({"world_size": world_size}, {})
     if strategy is None:
         if world_size > 1:
             raise ValueError(f"world_size={world_size} needs a strategy: one of {', '.join(STRATEGIES)}")

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..optimizer import LowRankOptimizer
 from ..parts import Random, Rescaled
+from ..parts.recipes import adam, schedule, stores
 from ..recipe.recipe import Recipe
-from .options import ONE_SIDED, OPTIONS, adam, given, schedule, stores
+from .options import ONE_SIDED, OPTIONS, given
 
 
 class APOLLO(LowRankOptimizer):

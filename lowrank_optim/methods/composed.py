@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import checks
+from .. import hyperparameters
 from ..optimizer import LowRankOptimizer
 from ..parts import (
     EMA,
@@ -34,8 +34,9 @@ from ..parts import (
     SubsetNorm,
     TwoSided,
 )
+from ..parts.recipes import BASES, adamw, stores
 from ..recipe.recipe import Basis, Momentum, Recipe, Refresh, Residual, Scaling
-from .options import BASES, OPTIONS, adamw, given, stores
+from .options import OPTIONS, given
 
 _DICTIONARIES = ("dct2", "dct3", "hadamard", "dictionary")
 _BASES = (*BASES, "gaussian", "power", "identity", *_DICTIONARIES)
@@ -138,7 +139,7 @@ class Composed(LowRankOptimizer):
         super().__init__(params, given(locals()), strict=strict)
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
-        checks.compatible(group, CLASHES)
+        hyperparameters.compatible(group, CLASHES)
         return Recipe(
             basis=_basis(group),
             refresh=_refresh(group),
@@ -186,7 +187,7 @@ def _momentum(group: dict[str, Any]) -> Momentum:
 
 
 def _scaling(group: dict[str, Any]) -> Scaling:
-    beta, eps = group["betas"][1], checks.single("eps", group["eps"])
+    beta, eps = group["betas"][1], hyperparameters.single("eps", group["eps"])
     scalings: dict[str, Scaling] = {
         "rms": RMS(beta, eps),
         "factored": Factored(-0.8, None, 1.0),
@@ -197,7 +198,7 @@ def _scaling(group: dict[str, Any]) -> Scaling:
 
 
 def _residual(group: dict[str, Any]) -> Residual:
-    (beta1, beta2), eps = group["betas"], checks.single("eps", group["eps"])
+    (beta1, beta2), eps = group["betas"], hyperparameters.single("eps", group["eps"])
     turned = group["moments"] == "rotate" and group["momentum"] == "low" and group["scaling"] != "factored"
     carried = beta1 / (1 - beta1) if turned else 0.0  # of gradients; averages of updates are owed nothing
     residuals: dict[str, Residual] = {

@@ -10,8 +10,9 @@ from torch import Tensor
 from .. import checks
 from ..optimizer import LowRankOptimizer
 from ..parts import Dictionary, Drop, ErrorFeedback, Rows
+from ..parts.recipes import ERRORS, adam, schedule, stores
 from ..recipe.recipe import Basis, Recipe
-from .options import ERRORS, ONE_SIDED, OPTIONS, adam, given, schedule, stores
+from .options import ONE_SIDED, OPTIONS, given
 
 
 class DCTAdamW(LowRankOptimizer):

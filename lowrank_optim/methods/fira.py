@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..optimizer import LowRankOptimizer
 from ..parts import NormScaled
+from ..parts.recipes import adam, subspace
 from ..recipe.recipe import Recipe
-from .options import ONE_SIDED, OPTIONS, adam, given, subspace
+from .options import ONE_SIDED, OPTIONS, given
 
 
 class FiraAdamW(LowRankOptimizer):

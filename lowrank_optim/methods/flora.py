@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import checks
+from .. import checks, hyperparameters
 from ..optimizer import LowRankOptimizer
 from ..parts import EMA, Drop, Factored, Identity, Never, Random, Raw, Relative
+from ..parts.recipes import adam, adamw, schedule, stores
 from ..recipe.plan import Plan
 from ..recipe.recipe import Recipe
-from .options import ONE_SIDED, OPTIONS, adam, adamw, given, schedule, stores
+from .options import ONE_SIDED, OPTIONS, given
 
 
 class Flora(LowRankOptimizer):
@@ -115,7 +116,7 @@ def _with_eps(group: dict[str, Any]) -> dict[str, Any]:
 
 def _adafactor(group: dict[str, Any], clip: float | None) -> dict[str, Any]:
     restarts = group["moments"] == "reset"  # an emptied average must be read with its own clock
-    floor, least = checks.pair("eps", (None, 1e-3) if group["eps"] is None else group["eps"])
+    floor, least = hyperparameters.pair("eps", (None, 1e-3) if group["eps"] is None else group["eps"])
     return {
         "momentum": EMA(group["betas"][0], debias=restarts),
         "momentum_of": "update",

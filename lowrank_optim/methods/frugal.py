@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..optimizer import LowRankOptimizer
 from ..parts import Sign
+from ..parts.recipes import BASES, adam, subspace
 from ..recipe.recipe import Recipe
-from .options import BASES, ONE_SIDED, OPTIONS, adam, given, subspace
+from .options import ONE_SIDED, OPTIONS, given
 
 
 class FRUGAL(LowRankOptimizer):

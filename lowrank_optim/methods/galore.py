@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from ..optimizer import LowRankOptimizer
+from ..parts.recipes import adam, subspace
 from ..recipe.recipe import Recipe
-from .options import OPTIONS, adam, given, subspace
+from .options import OPTIONS, given
 
 
 class GaLoreAdamW(LowRankOptimizer):

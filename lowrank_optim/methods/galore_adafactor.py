@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import checks
+from .. import hyperparameters
 from ..optimizer import LowRankOptimizer
 from ..parts import EMA, Factored, NoMomentum, Relative
+from ..parts.recipes import subspace
 from ..recipe.recipe import Recipe
-from .options import OPTIONS, given, subspace
+from .options import OPTIONS, given
 
 
 class GaLoreAdafactor(LowRankOptimizer):
@@ -86,7 +87,7 @@ class GaLoreAdafactor(LowRankOptimizer):
         super().__init__(params, given(locals()), strict=strict)
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
-        (floor, least), beta1 = checks.pair("eps", group["eps"]), group["beta1"]
+        (floor, least), beta1 = hyperparameters.pair("eps", group["eps"]), group["beta1"]
         # An average that a refresh empties must be read with its own clock, or most of the lr would be lost.
         restarts = group["moments"] == "reset"
         return Recipe(

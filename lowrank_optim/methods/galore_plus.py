@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import checks
+from .. import checks, hyperparameters
 from ..optimizer import LowRankOptimizer
 from ..parts import EMA, RMS, SharedHead, Sparse
+from ..parts.recipes import BASES, adam, subspace
 from ..recipe.plan import Plan
 from ..recipe.recipe import Recipe
-from .options import BASES, ONE_SIDED, OPTIONS, adam, given, subspace
+from .options import ONE_SIDED, OPTIONS, given
 
 
 class GaLorePlusAdamW(LowRankOptimizer):
@@ -84,7 +85,7 @@ class GaLorePlusAdamW(LowRankOptimizer):
         super().__init__(params, given(locals()), strict=strict)
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
-        (beta1, beta2), eps = group["betas"], checks.single("eps", group["eps"])
+        (beta1, beta2), eps = group["betas"], hyperparameters.single("eps", group["eps"])
         residual = Sparse(group["density"], group["residual_scale"], EMA(beta1), RMS(beta2, eps))
         basis = SharedHead(BASES[group["basis"]], group["heads"])
         return Recipe(**{**adam(group), **subspace(group), "basis": basis, "residual": residual})

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..optimizer import LowRankOptimizer
 from ..parts import Drop, ErrorFeedback, PowerIteration
+from ..parts.recipes import ERRORS, adam, schedule, stores
 from ..recipe.recipe import Recipe
-from .options import ERRORS, ONE_SIDED, OPTIONS, adam, given, schedule, stores
+from .options import ONE_SIDED, OPTIONS, given
 
 
 class LDAdamW(LowRankOptimizer):

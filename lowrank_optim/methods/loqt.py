@@ -20,11 +20,12 @@ from ..layers.linear import ReparameterizedLinear
 from ..layers.quantized_linear import QuantizedLinear
 from ..optimizer import Rescale
 from ..parts import NoMomentum, NoScaling
+from ..parts.recipes import BASES, adamw
 from ..parts.refresh import ahead
 from ..recipe.recipe import Recipe, Time
 from ..recipe.weights import is_packed, working_dtype
 from ..weight_space import WeightSpaceOptimizer
-from .options import BASES, WEIGHT_OPTIONS, adamw, given
+from .options import WEIGHT_OPTIONS, given
 
 
 class LoQT(WeightSpaceOptimizer):

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, hyperparameters
 from ..distributed import heads as processes
 from ..engine.member import Member
 from ..layers import checks as layer_checks
@@ -110,7 +110,7 @@ class LTE(WeightSpaceOptimizer):
         seed: int = 0,
     ) -> None:
         options = given(locals())
-        options["heads"], options["ranks"] = checks.heads(heads)
+        options["heads"], options["ranks"] = hyperparameters.heads(heads)
         super().__init__(model, options, strict=strict)
         if self._apart:
             self.irreplaceable = "heads that differ between processes would be averaged"

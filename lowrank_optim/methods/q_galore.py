@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..optimizer import LowRankOptimizer
 from ..parts import STORES, Affine, Lazy
+from ..parts.recipes import adam, stores, subspace
 from ..recipe.recipe import Recipe
-from .options import ONE_SIDED, OPTIONS, adam, given, stores, subspace
+from .options import ONE_SIDED, OPTIONS, given
 
 _BASIS_STORES = {**STORES, "int8": Affine(8), "int4": Affine(4)}
 

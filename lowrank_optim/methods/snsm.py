@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..optimizer import LowRankOptimizer
 from ..parts import Raw, SubsetNorm
+from ..parts.recipes import BASES, adam, adamw, subspace
 from ..recipe.recipe import Recipe
-from .options import BASES, ONE_SIDED, OPTIONS, adam, adamw, given, subspace
+from .options import ONE_SIDED, OPTIONS, given
 
 
 class SNSMAdamW(LowRankOptimizer):

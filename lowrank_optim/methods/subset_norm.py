@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..optimizer import LowRankOptimizer
 from ..parts import Drop, Identity, Never, SubsetNorm
+from ..parts.recipes import adam, adamw, stores
 from ..recipe.recipe import Recipe
-from .options import OPTIONS, adam, adamw, given, stores
+from .options import OPTIONS, given
 
 
 class SubsetNormAdamW(LowRankOptimizer):

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..optimizer import LowRankOptimizer
 from ..parts import EMA, Constant, NoScaling, Raw
+from ..parts.recipes import BASES, subspace
 from ..recipe.recipe import Recipe
-from .options import BASES, ONE_SIDED, OPTIONS, given, subspace
+from .options import ONE_SIDED, OPTIONS, given
 
 
 class SubspaceMomentum(LowRankOptimizer):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import checks
+from .. import checks, hyperparameters
 from ..distributed import checks as shard_checks
 from ..distributed.lockstep import ranks
 from ..optimizer import LowRankOptimizer
@@ -25,7 +25,7 @@ _OPTIONS = ("accumulation_steps", "accumulate", "basis_from", "clip", "clip_norm
 def everything(handle: StepInBackward) -> None:
     optimizer, model, options = handle.optimizer, handle.model, {key: vars(handle)[key] for key in _OPTIONS}
     _objects(model, optimizer)
-    checks.hyperparameters(options, {})
+    hyperparameters.check(options, {})
     _options_with_effect(options)
     if optimizer._in_backward is not None:
         raise ValueError("this optimizer steps during backward already; remove() the earlier handle first")

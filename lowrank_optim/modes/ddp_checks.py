@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import checks
+from .. import checks, hyperparameters
 from ..optimizer import LowRankOptimizer
 from ..recipe.recipe import Recipe
 
@@ -20,7 +20,7 @@ def everything(model: object, optimizer: object, options: dict[str, object]) -> 
             f"ddp_project needs the model that DistributedDataParallel returned, got {type(model).__name__}. Sharded "
             "models (fully_shard) send only thin numbers for low-rank methods by themselves"
         )
-    checks.hyperparameters(options, {"clip": ("global", "tensor")})
+    hyperparameters.check(options, {"clip": ("global", "tensor")})
     if options["clip"] != "global" and options["clip_norm"] is None:
         raise ValueError(f"clip={options['clip']!r} without clip_norm clips nothing. Pass clip_norm, or leave clip out")
     _one_way(optimizer)
