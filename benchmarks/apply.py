@@ -23,7 +23,6 @@ from torch import Tensor
 from benchmarks import record
 from benchmarks.native import Run, compared
 from lowrank_optim import GaLoreAdamW, ops
-from lowrank_optim.engine.grouping import Asked
 from lowrank_optim.engine.write import apply_narrow_
 from lowrank_optim.recipe.recipe import Update
 
@@ -41,7 +40,7 @@ def blocks(m: int, n: int, rank: int, side: str, d: Tensor, how: str) -> tuple[R
     p = torch.nn.Parameter(torch.randn((n, m) if side == "right" else (m, n)).bfloat16())
     p.grad = torch.zeros_like(p)
     optimizer = GaLoreAdamW([p], rank=rank, proj_type=side, bf16_update=how)
-    chunk = next(optimizer._chunks([optimizer._member(p, optimizer.param_groups[0], p.grad)], Asked()))
+    chunk = next(optimizer.stepper.chunks([optimizer.table.member(p, optimizer.param_groups[0], p.grad)]))
     state = chunk.open()
     state["basis"].copy_(torch.linalg.qr(torch.randn(m, rank))[0])
     like, change = chunk.blank(), Update(d, LR)

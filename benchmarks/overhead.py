@@ -68,7 +68,7 @@ def compiling(name: str, model: str, grads: Grads, rounds: int) -> dict[str, Any
     steps = [(eager.step()[0], compiled.step()[0]) for _ in range(rounds)]
     return {
         "optimizer": name,
-        "graphs": len(compiled.optimizer._move.graphs),
+        "graphs": len(compiled.optimizer.stepper.move.graphs),
         "compile_seconds": first[1] - first[0],
         "eager_ms": _median_ms(one for one, _ in steps),
         "compiled_of_eager": statistics.median(two / one for one, two in steps),

@@ -104,7 +104,7 @@ def tensors(setting: Setting) -> dict[str, Any]:
 
     def sums() -> list[Tensor]:
         handle = getattr(optimizer, "_in_backward", None)
-        return [] if handle is None else list(handle._sums())
+        return [] if handle is None else list(handle.sums())
 
     weights = sum(p.nbytes for p in model.parameters())
     found: dict[str, Any] = {"weights": weights}

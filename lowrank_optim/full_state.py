@@ -16,10 +16,10 @@ from . import checks
 from .checks import few
 from .distributed.layout import Layout, others
 from .distributed.lockstep import ranks
+from .engine.table import GROUP
 from .optimizer import LowRankOptimizer
 from .recipe.plan import bare_name, decide, shape_of
-from .wrappers import assembly
-from .wrappers.adoption import GROUP
+from .wrappers import adoption, assembly
 
 FORMAT = 1
 _KEYS = ("format", "method", "groups", "state")
@@ -58,13 +58,13 @@ def full_state(optimizer: LowRankOptimizer) -> dict[str, Any] | None:
         whole = {key: layout.gather(x) for key, x in tensors.items()}
         state[name] = {key: x for key, x in whole.items() if x is not None}
     borders: dict[str, assembly.Borders] = {}
-    for p, assembled, rows in assembly.whole_states(optimizer):
+    for p, assembled, rows in assembly.whole_states(optimizer.table):
         if not others():
             state[_name(optimizer, p)] = _copies(assembled.items())
         if rows:
             borders[_name(optimizer, p)] = rows
     borders = _of_all_ranks(optimizer, borders)
-    masters = _copies((_name(optimizer, p), x) for p, x in assembly.masters(optimizer))
+    masters = _copies((_name(optimizer, p), x) for p, x in assembly.masters(optimizer.table))
     if others():
         return None
     full = {"format": FORMAT, "method": type(optimizer).__name__, "groups": list(_groups(optimizer)), "state": state}
@@ -93,7 +93,7 @@ def load_full_state(optimizer: LowRankOptimizer, state: Mapping[str, Any] | None
     _agreed(lambda: _check(optimizer, state))
     numbers = _numbers(optimizer, state)
     saved: dict[str, Any] = {"state": {}, "param_groups": [], "full": {"borders": {}, "masters": {}, **state}}
-    index, flats = 0, optimizer._stand_ins.pieces
+    index, flats = 0, optimizer.table.pieces
     for group in optimizer.param_groups:
         here = dict(enumerate(group["params"], index))
         index += len(here)
@@ -121,25 +121,25 @@ def _find(optimizer: LowRankOptimizer) -> None:
         if name in names:
             raise ValueError(f"two parameters are called {name}; give each a name of its own")
         names.add(name)
-    optimizer._stand_ins.adopt(early=True)
-    assembly.check(optimizer)
+    adoption.adopt(optimizer.table, early=True)
+    assembly.check(optimizer.table)
 
 
 def _by_name(optimizer: LowRankOptimizer) -> Iterator[tuple[str, Layout, dict[str, Tensor]]]:
     """What is here of the state of each parameter that has any and is in no flat tensor."""
     for group in optimizer.param_groups:
         for p in group["params"]:
-            if optimizer.state.get(p) and p not in optimizer._stand_ins.pieces:
-                yield _name(optimizer, p), optimizer._layouts[p], optimizer.state[p]
+            if optimizer.state.get(p) and p not in optimizer.table.pieces:
+                yield _name(optimizer, p), optimizer.table.layouts[p], optimizer.state[p]
 
 
 def _name(optimizer: LowRankOptimizer, p: Tensor) -> str:
-    return bare_name(optimizer._plans[p].name)
+    return bare_name(optimizer.table.plans[p].name)
 
 
 def _names(optimizer: LowRankOptimizer, group: dict[str, Any]) -> list[str]:
     """Of the parameters that a group was made of, whatever is in their place now."""
-    return [_name(optimizer, p) for _, p in optimizer._stand_ins.given[group[GROUP]]]
+    return [_name(optimizer, p) for _, p in optimizer.table.given[group[GROUP]]]
 
 
 def _numbers(optimizer: LowRankOptimizer, state: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
@@ -189,12 +189,14 @@ def _check_names(optimizer: LowRankOptimizer, groups: list[Mapping[str, Any]]) -
 def _check_tensors(optimizer: LowRankOptimizer, state: Mapping[str, Any]) -> None:
     """Of what is in flat tensors: also of parameters of which this rank has nothing, so that all say the same."""
     numbers = _numbers(optimizer, state)
-    for p, one in optimizer._stand_ins.spread.items():
+    for p, one in optimizer.table.spread.items():
         group, name = {**one.group, **numbers[one.group[GROUP]]}, _name(optimizer, p)
         plan = decide(name, 0, 0, shape_of(p), group, optimizer.ranked)
         if name in state["state"]:
-            checks.loaded_state(name, state["state"][name], assembly.expected(optimizer, plan, one.flat.dtype, group))
-    for p in [p for pairs in optimizer._stand_ins.given.values() for _, p in pairs]:
+            checks.loaded_state(
+                name, state["state"][name], assembly.expected(optimizer.table, plan, one.flat.dtype, group)
+            )
+    for p in [p for pairs in optimizer.table.given.values() for _, p in pairs]:
         saved = state.get("masters", {}).get(_name(optimizer, p))
         if saved is not None and saved.shape != shape_of(p):
             raise _misfit(f"{_name(optimizer, p)} is {tuple(shape_of(p))}, and its master {tuple(saved.shape)}")
@@ -252,7 +254,7 @@ def _sum(x: Tensor) -> int:
 
 def _of_all_ranks(optimizer: LowRankOptimizer, found: dict[str, assembly.Borders]) -> dict[str, assembly.Borders]:
     """What each of them has found in flat tensors, by name."""
-    if not optimizer._stand_ins.spread:
+    if not optimizer.table.spread:
         return found
     everyone = _of_each(found)
     names = dict.fromkeys(name for one in everyone for name in one)
@@ -269,7 +271,7 @@ def _same_on_all_ranks(optimizer: LowRankOptimizer) -> None:
         for key, x in tensors.items()
         if not hasattr(x, "device_mesh") and x.numel()
     }
-    sums |= {what: _sum(x) for what, x in assembly.replicated(optimizer) if x.numel()}
+    sums |= {what: _sum(x) for what, x in assembly.replicated(optimizer.table) if x.numel()}
     everyone = _of_each(sums)
     odd = [what for what in everyone[0] if any(other.get(what) != everyone[0][what] for other in everyone)]
     if odd or any(other.keys() != sums.keys() for other in everyone):

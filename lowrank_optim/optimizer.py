@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import abc
-import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,34 +14,20 @@ from torch.optim import Optimizer
 
 from . import checks, hyperparameters
 from .distributed import checks as shard_checks
-from .distributed.common import Common
-from .distributed.fragments import complete_edges
-from .distributed.layout import HERE, Cut, Layout, layout_of
-from .distributed.lockstep import together
-from .engine import captured, loading
-from .engine.autograd import full_precision
-from .engine.chunk import Chunk
-from .engine.gradients import gradient_norms, in_cache, one_by_one
-from .engine.grouping import Asked, form_chunks, waves
-from .engine.in_place import update_listed_
-from .engine.member import Member
-from .engine.refresh import refresh_due
-from .engine.state import follow, fresh
-from .engine.update import Move, update_
+from .engine import loading
+from .engine.captured import Captured
+from .engine.mode import StepMode
+from .engine.stepper import Stepper
+from .engine.table import GROUP, ParameterTable
 from .engine.watch import Watch
 from .ops import native
 from .parts import Drop, Identity, Never
-from .recipe.plan import Plan, decide, shape_of
+from .recipe.plan import Plan
 from .recipe.recipe import Recipe
 from .reports.report import Report, report
 from .reports.stats import stats
-from .wrappers.adoption import GROUP, StandIns
+from .wrappers import adoption
 
-if TYPE_CHECKING:
-    from .modes.backward import StepInBackward
-    from .modes.ddp_project import DDPProject
-
-Rescale = Callable[[Member, float], float]
 _GROUP_ONLY = {"skip_embeddings": True, "as_matrix": "auto"}  # hyper-parameters that only groups set
 
 
@@ -60,10 +45,6 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     fixed: ClassVar[tuple[str, ...]] = ()  # numbers that cannot be edited later, because state was made with them
     irreplaceable = ""  # why nothing may be updated in the place of its parameters
     unpartitionable = ""  # why, where that may be, every process must have the parameters whole
-    # How a step is run; copies and pickles of an optimizer do not inherit it.
-    _in_backward: StepInBackward | None = None
-    _projecting: DDPProject | None = None
-    _move: Move | None = None
     _incoming: dict[str, Any] | None = None  # the state dict that is being loaded
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], *, strict: bool = False) -> None:
@@ -75,19 +56,21 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         defaults = {**_GROUP_ONLY, "proj_type": "std", "capturable": False, **defaults, "strict": strict}
         hyperparameters.check(defaults, self.choices)
         native.load()
-        self._plans: dict[Tensor, Plan] = {}
-        self._layouts: dict[Tensor, Layout] = {}
-        self._commons: dict[tuple[Tensor, ...], Common] = {}  # made anew when parameters came
-        self._seen: dict[int, dict[str, Any]] = {}  # what each group said when it was last checked
-        self._stand_ins = StandIns(self)
-        self._watch, self._captured = Watch(), captured.Captured(self)
+        self._serve(ParameterTable(weakref.proxy(self)), Watch())
         super().__init__(params, defaults)
-        self._check_served([(plan.name, plan.reason) for plan in self._plans.values()])
+        self.refuse_nothing([(plan.name, plan.reason) for plan in self._table.plans.values()])
 
-    def _check_served(self, reasons: list[tuple[str, str]]) -> None:
-        """Refuses a model of which nothing is projected. `reasons`: name, and why not, or ""."""
-        if all(reason for _, reason in reasons):
-            checks.something_projected(type(self).__name__, self.ranked, reasons)
+    def _serve(self, table: ParameterTable, watch: Watch) -> None:
+        """Begin to step the parameters of a table. Whatever was derived from another table is dropped."""
+        self._table = table
+        self._stepper = self._make_stepper(table, watch)
+        self._captured = Captured(self._stepper)
+
+    def _make_stepper(self, table: ParameterTable, watch: Watch) -> Stepper:
+        """Return what runs the steps; a method whose step is more than its recipe has a stepper of its own."""
+        return Stepper(table, watch)
+
+    # -- what a method says (`recipe/method.py`) -----------------------------------------------------------------------
 
     @abc.abstractmethod
     def recipe(self, group: dict[str, Any]) -> Recipe:
@@ -100,9 +83,53 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     def refuse(self, plan: Plan, group: dict[str, Any]) -> None:
         """Raises a ValueError for a projected matrix that the method cannot serve; called before anything is kept."""
 
+    def refuse_group(self, group: dict[str, Any]) -> None:
+        """Raises an error for options of a group that are out of range or mean nothing together."""
+        hyperparameters.check(group, self.choices)
+        recipe = self.recipe(group)
+        if group["capturable"]:
+            checks.capturable(type(self).__name__, recipe.residual.feeds_back)
+
+    def refuse_shard(self, plan: Plan, group: dict[str, Any]) -> None:
+        """Raises a NotImplementedError for a sharded parameter that the method cannot serve."""
+
+    def refuse_nothing(self, reasons: list[tuple[str, str]]) -> None:
+        """Refuses a model in which nothing is projected. `reasons`: name, and why the parameter is not, or ""."""
+        if all(reason for _, reason in reasons):
+            checks.something_projected(type(self).__name__, self.ranked, reasons)
+
+    def ways(self, group: dict[str, Any]) -> dict[str, bool]:
+        """Returns the ways of running a step that need whole parameters, and whether each is in use."""
+        stepper = self._stepper
+        mode = {} if stepper.mode is None else {stepper.mode.name: True}
+        return {"capturable=True": group["capturable"], **mode, "compile()": stepper.move is not None}
+
     def restart_workspace(self) -> int:
-        """Bytes that work between steps takes for a moment; for `estimate_memory`."""
+        """Returns the bytes that work between steps takes for a moment; for `estimate_memory`."""
         return 0
+
+    # -- what the package asks -----------------------------------------------------------------------------------------
+
+    @property
+    def table(self) -> ParameterTable:
+        """The parameters, with the plan, layout, state and recipe of each."""
+        # Others assign `param_groups` and `state`, so the table is bound to the present ones whenever it is asked for.
+        self._table.groups, self._table.states = self.param_groups, self.state
+        return self._table
+
+    @property
+    def stepper(self) -> Stepper:
+        """The loop of one step."""
+        return self._stepper
+
+    @property
+    def mode(self) -> StepMode | None:
+        """Another way to take a step (step in backward, `ddp_project`), or None."""
+        return self._stepper.mode
+
+    @mode.setter
+    def mode(self, mode: StepMode | None) -> None:
+        self._stepper.mode = mode
 
     # -- groups and state ----------------------------------------------------------------------------------------------
 
@@ -114,103 +141,18 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             param_group.setdefault("skip_embeddings", False)  # who names a rank for a group means all of it
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        number = group[GROUP] = max(self._seen, default=-1) + 1
-        self._stand_ins.note(group)
         try:
-            self._admit(group)
-            plans = self._decide(group)
-            layouts = self._lay_out(plans, group)
-            if group["strict"]:
-                lost = ((plan.name, plan.reason) for plan in plans.values() if plan.fallback)
-                checks.nothing_lost(type(self).__name__, lost)
-            # Parameters without memory (meta, ZeRO-3) or without gradients (frozen) get theirs with the first gradient.
-            now = {
-                p: plan for p, plan in plans.items() if p.requires_grad and not (p.is_meta or hasattr(p, "ds_shape"))
-            }
-            states = {p: fresh(p, plan, self._recipe_of(plan, group), group, layouts[p]) for p, plan in now.items()}
+            self.table.admit(group)
         except Exception:
             self.param_groups.pop()
-            del self._stand_ins.given[number]
             raise
-        self._plans.update(plans)
-        self._layouts.update(layouts)
-        self._commons = {}
-        self._seen[number] = hyperparameters.snapshot(group)
-        self.state.update(states)
-        if self._in_backward is not None:
-            self._in_backward._attach(group)
-
-    def _admit(self, group: dict[str, Any]) -> None:
-        hyperparameters.check(group, self.choices)
-        recipe = self.recipe(group)
-        if group["capturable"]:
-            checks.capturable(type(self).__name__, recipe.residual.feeds_back)
-
-    def _decide(self, group: dict[str, Any]) -> dict[Tensor, Plan]:
-        plans: dict[Tensor, Plan] = {}
-        before = [self._plans[p] for given in self._stand_ins.given.values() for _, p in given if p in self._plans]
-        taken = sum(plan.count for plan in before if plan.projected)
-        for name, p in self._stand_ins.given[group[GROUP]]:
-            plan = decide(name, len(before) + len(plans), taken, shape_of(p), group, self.ranked)
-            checks.parameter(plan.name, p)
-            if plan.projected:
-                self.refuse(plan, group)
-            plans[p] = plan
-            taken += plan.count if plan.projected else 0
-        return plans
-
-    def _lay_out(self, plans: dict[Tensor, Plan], group: dict[str, Any]) -> dict[Tensor, Layout]:
-        layouts = {p: layout_of(p, plan) for p, plan in plans.items()}
-        for p, layout in layouts.items():
-            if layout.sharded:
-                self._admit_shard(plans[p], cast(Cut, layout), group)
-        return layouts
-
-    def _admit_shard(self, plan: Plan, layout: Cut, group: dict[str, Any]) -> None:
-        """Refuses what this method, or the way in which its step is run, cannot do on a shard."""
-        ways = {
-            "capturable=True": group["capturable"],
-            "compile()": self._move is not None,
-            "step_in_backward": self._in_backward is not None,
-        }
-        for what in (way for way, taken in ways.items() if taken):
-            shard_checks.unsharded(plan.name, what)
-        recipe = self._recipe_of(plan, group)
-        spec = recipe.spec(layout.matrix(plan), plan.rank or 0, plan.small)
-        shard_checks.cut(type(self).__name__, plan, layout.pieces, recipe.uncut(), layout.cut_blocks(spec))
-
-    def _fresh_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        plan = self._plans[p]
-        return fresh(p, plan, self._recipe_of(plan, group), group, self._layouts[p])
-
-    def _state(self, p: Tensor) -> dict[str, Tensor]:
-        """Of a parameter, or of a fragment of one; empty if there is none yet."""
-        return self._stand_ins.state(p)
-
-    def _states(self) -> Iterator[dict[str, Tensor]]:
-        return (state for p, _ in self._members() if (state := self._state(p)))
-
-    def _recipe_of(self, plan: Plan, group: dict[str, Any]) -> Recipe:
-        return self.recipe(group) if plan.projected else self.plain(group)
+        if self.mode is not None:
+            self.mode.attach(group)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """A GradScaler then calls `step` at once, without looking for gradients that backward has used already."""
-        return self._in_backward is not None or self._projecting is not None
-
-    def _members(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        return self._stand_ins.all()
-
-    def _with_gradients(self) -> list[Member]:
-        return [self._member(p, group, grad) for p, group, grad in self._stand_ins.with_gradients()]
-
-    def _member(self, p: Tensor, group: dict[str, Any], grad: Tensor, projected: bool = False) -> Member:
-        """With its state, which is made here where the parameter was frozen, or without memory, until now."""
-        state = self._state(p)
-        if not state:
-            state = self._fresh_state(p, group)
-            self._stand_ins.keep(p, state)
-        return Member(p, group, grad, projected, self._plans[p], self._layouts[p], state)
+        """Whether a GradScaler calls `step` at once, without looking for gradients that backward has used already."""
+        return self.mode is not None and self.mode.amp_by_itself
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -226,23 +168,14 @@ class LowRankOptimizer(Optimizer, abc.ABC):
 
     @torch._disable_dynamo  # a compiled step falls back to this one
     def _step(self) -> None:
-        if self._in_backward is not None:
-            self._in_backward._finish()
+        if self.mode is not None:
+            self.mode.finish()
             return
-        if self._projecting is not None:
-            self._projecting._finish()
-            return
-        self._stand_ins.adopt()
-        if not captured.capturing():
-            self._recheck()
-        members = self._with_gradients()
+        adoption.adopt(self.table)
         if any(group["capturable"] for group in self.param_groups):
-            if captured.capturing() or self._captured.prepare(members):
-                self._captured.update(members)
-            return
-        self._prepare(members)
-        if not self._dry_run(members):
-            self._update(members)
+            self._captured.step()
+        else:
+            self._stepper.step()
 
     def prepare(self) -> bool:
         """The host's part of a captured step, to be called before each replay, when gradients are complete.
@@ -265,8 +198,8 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             if optimizer.prepare():
                 graph.replay()
         """
-        self._recheck()
-        return self._captured.prepare(self._with_gradients(), replay=True)
+        self.table.recheck()
+        return self._captured.prepare(self.table.with_gradients(), replay=True)
 
     def compile(self, **options: Any) -> None:
         """Compiles the update in place, as `nn.Module.compile` does; refreshes stay as they are.
@@ -278,136 +211,23 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         """
         from .engine.compiled import CompiledMove  # torch._dynamo takes a second to import
 
-        for p, layout in self._layouts.items():
+        table = self.table
+        for p, layout in table.layouts.items():
             if layout.sharded:
-                shard_checks.unsharded(self._plans[p].name, "compile()")
-        self._move = CompiledMove(options)
+                shard_checks.unsharded(table.plans[p].name, "compile()")
+        self._stepper.move = CompiledMove(options)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch.optim; step_in_backward and ddp_project also forget what they gathered since the last step."""
         super().zero_grad(set_to_none)
-        for way in (self._in_backward, self._projecting):
-            if way is not None:
-                way._forget()
-
-    def _recheck(self) -> None:
-        """Edits of a group are checked like what it was made with, once."""
-        for group in self.param_groups:
-            now, before = hyperparameters.snapshot(group), self._seen[group[GROUP]]
-            if self._stand_ins.pieces:
-                now["params"] = before["params"]  # which come and go
-            if now == before:
-                continue
-            hyperparameters.known_keys(group, self.defaults)
-            hyperparameters.unchanged(now, before, self.fixed)
-            self._admit(group)
-            for p in self._stand_ins.of(group):
-                if self._plans[p].projected:
-                    self.refuse(self._plans[p], group)
-                if self._layouts[p].sharded:
-                    self._admit_shard(self._plans[p], cast(Cut, self._layouts[p]), group)
-            self._seen[group[GROUP]] = now
-
-    def _prepare(self, members: list[Member]) -> None:
-        """Refuses gradients that no rule can use, and sees to it that state is where the parameter is."""
-        self._stand_ins.verify()
-        for p, group, grad, _, plan, layout, state in members:
-            checks.gradient(plan.name, grad)
-            if layout is not HERE and hasattr(p, "device_mesh"):
-                shard_checks.same_layout(plan.name, grad, cast(Any, p).placements)
-            follow(state, p, group)
-
-    def _dry_run(self, members: list[Member]) -> bool:
-        """A first step on zero gradients, as checkpoint helpers and DeepSpeed make: the state exists, no more.
-
-        Nobody makes one with flat tensors, of which a step sees some at a time and could not tell.
-        """
-        if self._stand_ins.pieces or any(state["step"] or state["skipped"] for state in self._states()):
-            return False
-        return not self._together().anywhere(any(bool(one.layout.here(one.grad).any()) for one in members))
-
-    def _together(self) -> Common:
-        """What all ranks decide together, of all parameters or of those in the flat tensors of this step."""
-        pieces = self._stand_ins.pieces
-        flats = tuple(p for group in self.param_groups for p in group["params"] if p in pieces) if pieces else ()
-        if flats not in self._commons:
-            some = [piece for flat in flats for piece in pieces[flat]] if flats else self._layouts
-            self._commons[flats] = Common(self._plans, {p: self._layouts[p] for p in some})
-            self._commons[flats].agree()
-        return self._commons[flats]
-
-    @torch._disable_dynamo
-    def _update(self, members: list[Member], rescale: Rescale | None = None) -> None:
-        """One step for some parameters: all of a step's work, so it can also be done for one parameter at a time.
-
-        `rescale` is told each member and the norm of its gradient, which is multiplied by the answer, in place.
-        """
-        asked = Asked()
-        with full_precision(one.p for one in members):
-            alone = one_by_one(members) and not self._together().groups
-            for batch in in_cache(members) if alone else [members]:
-                finite = self._finite(batch, rescale)
-                complete_edges((one.layout, one.grad) for one in finite)
-                finite = update_listed_(finite, self._recipe_of, asked) if self._move is None else finite
-                told = self._counted_elsewhere(finite, asked)
-                for some in waves(self._pieces(finite, asked)):
-                    together([partial(update_, piece, piece.algebra, self._move) for piece in some])
-                together([partial(one.layout.tell_all_, one.state) for one in told])
-
-    def _pieces(self, members: list[Member], asked: Asked) -> Iterator[Chunk]:
-        """What is updated at once. A parameter counts its step once it is updated."""
-        for chunk in self._chunks(members, asked):
-            yield from chunk.pieces()
-            for state in chunk.states:
-                state["step"] += 1
-
-    def _chunks(self, members: list[Member], asked: Asked) -> Iterator[Chunk]:
-        return form_chunks(members, self._recipe_of, asked, self._watch)
-
-    def _counted_elsewhere(self, members: list[Member], asked: Asked) -> list[Member]:
-        """Stacks of which this step may refit some matrices, and others have some."""
-        apart = [one for one in members if one.layout.counts_apart]
-        chunks = (chunk for one in apart for chunk in self._chunks([one], asked))
-        wholes = (
-            replace(chunk, plans=[one.plan], states=[one.state], first=0)
-            for one, chunk in zip(apart, chunks, strict=True)
-        )
-        return [one for one, whole in zip(apart, wholes, strict=True) if refresh_due(whole)]
-
-    def _finite(self, members: list[Member], rescale: Rescale | None) -> list[Member]:
-        """The members whose gradients are finite; the others are counted, or refused before anything is updated."""
-        norms = gradient_norms([one.layout.here(one.grad) for one in members])
-        if self._together().groups:
-            whole = self._together().norms((one.p, norm) for one, norm in zip(members, norms, strict=True))
-            norms = [whole.get(one.p, norm) for one, norm in zip(members, norms, strict=True)]
-        if rescale is not None:
-            for one, factor in zip(members, map(rescale, members, norms), strict=True):
-                if factor != 1:
-                    one.grad.mul_(factor)
-        if all(map(math.isfinite, norms)):
-            return members
-        self._skip([one for one, norm in zip(members, norms, strict=True) if not math.isfinite(norm)])
-        return [one for one, norm in zip(members, norms, strict=True) if math.isfinite(norm)]
-
-    def _skip(self, members: list[Member]) -> None:
-        """Parameters with a non-finite gradient: counted, and warned about the first time, or an error."""
-        names = [one.plan.name for one in members]
-        if any(one.group["nonfinite"] == "raise" for one in members):
-            checks.nonfinite(names)
-        expected = self._in_backward is not None and self._in_backward.scaler is not None  # it searches for its scale
-        if not expected and not any(int(state["skipped"]) for state in self._states()):
-            checks.warn(
-                f"non-finite gradient in {checks.few(names)}: left out of this step, as will be any later one without "
-                "a further warning. report() counts them"
-            )
-        for one in members:
-            one.state["skipped"] += 1
+        if self.mode is not None:
+            self.mode.forget()
 
     # -- what a user sees ----------------------------------------------------------------------------------------------
 
     def report(self) -> Report:
         """One row per parameter: shape, method, rank, side, state bytes, or why it is not projected. `print` it."""
-        return report(self)
+        return report(self.table, self.mode)
 
     def stats(self) -> dict[str, float]:
         """Counters for any logger, as a flat dict of numbers; asking costs one read per kind of counter.
@@ -423,13 +243,13 @@ class LowRankOptimizer(Optimizer, abc.ABC):
                 and only after a refresh in this process.
             captured_energy/NAME: the same of one parameter.
         """
-        return stats(self)
+        return stats(self.table, self._stepper.watch)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        self._stand_ins.adopt()
+        adoption.adopt(self.table)
         return super().state_dict()
 
     @torch._disable_dynamo
@@ -438,12 +258,50 @@ class LowRankOptimizer(Optimizer, abc.ABC):
 
         torch would cast all state to the parameter's dtype, which loses bits for bfloat16 parameters.
         """
-        loading.load(self, state_dict)
+        adoption.adopt(self.table)
+        state_dict, hooks = state_dict.copy(), self._optimizer_load_state_dict_pre_hooks
+        for hook in hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        loading.check(self.table, state_dict)
+        groups, state, served = self.param_groups, dict(self.state), (self._table, self._stepper, self._captured)
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run
+        self._incoming = state_dict
+        try:
+            # torch checks and copies the groups, and calls __setstate__, which takes the state of `_incoming`.
+            super().load_state_dict({**state_dict, "state": {}})
+        except Exception:
+            self.param_groups, (self._table, self._stepper, self._captured) = groups, served
+            self.state.clear()
+            self.state.update(state)
+            raise
+        finally:
+            self._incoming = None
+            self._optimizer_load_state_dict_pre_hooks = hooks
+        if self.mode is not None:
+            self.zero_grad()  # what was accumulated belongs to the weights before
 
     def __getstate__(self) -> dict[str, Any]:
-        shard_checks.can_be_copied(type(self).__name__, bool(self._stand_ins.pieces))
+        shard_checks.can_be_copied(type(self).__name__, bool(self._table.pieces))
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores what is derived; called by pickle, by deepcopy, and by torch's loader in the middle of its work."""
-        loading.restore(self, state)
+        incoming = self._incoming
+        numbers = None if incoming is None else [group[GROUP] for group in self.param_groups]
+        super().__setstate__(state if incoming is None else {**state, "state": self.state})
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                if key != "differentiable":  # which torch adds to defaults here
+                    group.setdefault(key, value)
+        old = None if incoming is None else self._stepper
+        if old is None:
+            self._serve(ParameterTable(weakref.proxy(self)), Watch())
+        self._serve(self._table.rebuilt(self.param_groups, self.state, numbers), self._stepper.watch)
+        if old is not None:  # a loaded optimizer steps as before, and a copy in the normal way
+            self._stepper.mode, self._stepper.move = old.mode, old.move
+        adoption.adopt(self.table)
+        if incoming is not None:
+            loading.take_state(self.table, incoming)
+            if "full" in incoming:
+                adoption.take_apart(self.table, incoming["full"])

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from . import checks, hyperparameters
 from .distributed.dtensors import local
-from .distributed.layout import Cut
 from .engine.restart import PARTIAL, reset_
 from .layers import checks as layer_checks
 from .layers.convert import Conversion, adopt, converted, make_conversion
@@ -61,7 +60,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
         try:
             if strict:
                 checks.nothing_lost(type(self).__name__, conversion.left.items())
-            self._conversion, self._counted = conversion, dict.fromkeys(conversion.layers, 0)
+            self.conversion, self._counted = conversion, dict.fromkeys(conversion.layers, 0)
             self._last_reset = 0.0
             groups = _groups(model, conversion, rest_lr) + self.extra_groups(conversion)
             super().__init__(groups, defaults, strict=strict)
@@ -79,8 +78,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
         """Groups beside those of the factors and of what is not converted."""
         return []
 
-    def _admit_shard(self, plan: Plan, layout: Cut, group: dict[str, Any]) -> None:
-        super()._admit_shard(plan, layout, group)
+    def refuse_shard(self, plan: Plan, group: dict[str, Any]) -> None:
         if group["factors"] and group.get("reset") in PARTIAL:
             layer_checks.whole_restart(type(self).__name__, group["reset"])
 
@@ -107,7 +105,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
     @torch._disable_dynamo
     def _step(self) -> None:
         super()._step()
-        group, layers, restarted = self.param_groups[0], self._conversion.layers, 0
+        group, layers, restarted = self.param_groups[0], self.conversion.layers, 0
         if not (group["factors"] and group["params"]):
             return  # under ZeRO groups are stepped one after the other, and the others are away
         changed = {name: n for name, n in zip(layers, self._counts(), strict=True) if n != self._counted[name]}
@@ -127,17 +125,17 @@ class WeightSpaceOptimizer(LowRankOptimizer):
 
     def _counts(self) -> list[int]:
         """The same of each layer. Under ZeRO all ranks call it: not all of them have something of each factor."""
-        layers = self._conversion.layers.values()
-        if not self._stand_ins.spread:
+        layers = self.conversion.layers.values()
+        if not self.table.spread:
             return [self._count(layer) for layer in layers]
         # Factors may be in different flat tensors, which are stepped one after the other: the last completes a layer.
         sizes = [len(layer.factors) for layer in layers]
         offered = [self._offered(getattr(layer, key)) for layer in layers for key in layer.factors]
-        everywhere = largest(self._stand_ins.spread, torch.tensor(offered))
+        everywhere = largest(self.table.spread, torch.tensor(offered))
         return [int(some.min()) for some in torch.split(everywhere, sizes)]
 
     def _offered(self, factor: Tensor) -> int:
-        states = [self._state(p) for p in self._stand_ins.of_parameter(factor)]
+        states = [self.table.state(p) for p in self.table.of_parameter(factor)]
         return max((int(state["step"]) + int(state["skipped"]) for state in states if state), default=0)
 
     def _restarts(self, name: str, layer: ReparameterizedLinear) -> int:
@@ -145,7 +143,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
 
     def trained(self, layer: ReparameterizedLinear, *keys: str) -> AbstractContextManager[None]:
         """Within, these factors of a layer are what is trained, where a wrapper (DeepSpeed) trains other tensors."""
-        return masters(self._stand_ins, layer, keys)
+        return masters(self.table, layer, keys)
 
     def reset(
         self, layer: ReparameterizedLinear, how: str = "drop", ratio: float = 1.0, only: Collection[str] | None = None
@@ -153,40 +151,40 @@ class WeightSpaceOptimizer(LowRankOptimizer):
         """Empties the moments of a layer's factors, or of some of them; the share of entries that were reset."""
         group, lost, total = self.param_groups[0], 0, 0
         for key in layer.factors:
-            for p in self._stand_ins.of_parameter(getattr(layer, key)):
-                state, plan = self._state(p), self._plans[p]
+            for p in self.table.of_parameter(getattr(layer, key)):
+                state, plan = self.table.state(p), self.table.plans[p]
                 if state:
                     total += math.prod(plan.shape)
                     if only is None or key in only:
-                        lost += reset_(state, plan, self._recipe_of(plan, group), working_dtype(p), how, ratio)
+                        lost += reset_(state, plan, self.table.recipe(plan, group), working_dtype(p), how, ratio)
         self._last_reset = lost / max(1, total)
         return self._last_reset
 
     def settle(self, layer: ReparameterizedLinear, only: Collection[str]) -> None:
         """Factors that were overwritten owe nothing to what they were (`bf16_update="kahan"`)."""
         for key in only:
-            for p in self._stand_ins.of_parameter(getattr(layer, key)):
-                if COMPENSATION in (state := self._state(p)):
+            for p in self.table.of_parameter(getattr(layer, key)):
+                if COMPENSATION in (state := self.table.state(p)):
                     state[COMPENSATION].zero_()
 
-    def _admit(self, group: dict[str, Any]) -> None:
-        super()._admit(group)
+    def refuse_group(self, group: dict[str, Any]) -> None:
+        super().refuse_group(group)
         checks.not_captured(type(self).__name__, group)
         checks.no_rank(type(self).__name__, group)
         self.check(group)
 
-    def _check_served(self, reasons: list[tuple[str, str]]) -> None:
-        """Nothing converted was refused before."""
+    def refuse_nothing(self, reasons: list[tuple[str, str]]) -> None:
+        """Accepts any: a model in which nothing could be converted was refused before."""
 
     def restart_workspace(self) -> int:
         """Bytes that the restart of one layer takes for a moment, at most; for `estimate_memory`."""
-        layers = self._conversion.layers.values()
+        layers = self.conversion.layers.values()
         return max(layer.restart_workspace() * working_dtype(layer.leader).itemsize for layer in layers)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_conversion": self._conversion, "_last_reset": self._last_reset}
+        return {**super().__getstate__(), "conversion": self.conversion, "_last_reset": self._last_reset}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -194,7 +192,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
 
     def _continue(self) -> None:
         """What follows from the state, after it was loaded."""
-        self._counted = dict(zip(self._conversion.layers, self._counts(), strict=True))
+        self._counted = dict(zip(self.conversion.layers, self._counts(), strict=True))
 
     # -- what a user sees ----------------------------------------------------------------------------------------------
 
@@ -207,11 +205,11 @@ class WeightSpaceOptimizer(LowRankOptimizer):
 
     def _rows(self) -> Iterator[Row]:
         inside: set[Tensor] = set()
-        for name, layer in self._conversion.layers.items():
+        for name, layer in self.conversion.layers.items():
             params = [p for key, p in layer.named_parameters() if key != "bias"]
-            parts = [part for p in params for part in self._stand_ins.of_parameter(p)]
+            parts = [part for p in params for part in self.table.of_parameter(p)]
             inside.update(parts)
-            states = [self._state(p) for p in parts]
+            states = [self.table.state(p) for p in parts]
             count = self._restarts(name, layer)
             yield Row(
                 name=name,
@@ -224,10 +222,10 @@ class WeightSpaceOptimizer(LowRankOptimizer):
                 skipped=max((int(state["skipped"]) for state in states if state), default=0),
                 reason=", ".join(filter(None, [layer.describe(), f"{count} restarts" if count else ""])),
             )
-        for p, _ in self._members():
+        for p, _ in self.table.members():
             if p not in inside:
-                row = parameter_row(self, p)
-                left = self._conversion.left.get(row.name)
+                row = parameter_row(self.table, self.mode, p)
+                left = self.conversion.left.get(row.name)
                 yield replace(row, reason=f"not converted: {left}" if left else _why_not(row))
 
     def stats(self) -> dict[str, float]:
@@ -238,7 +236,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
             state_reset: the share of a layer's state that the last restart reset.
             skipped_gradients: parameters left out of a step because their gradient was not finite.
         """
-        layers = self._conversion.layers.items()
+        layers = self.conversion.layers.items()
         return {
             "restarts": float(sum(self._restarts(name, layer) for name, layer in layers)),
             "state_reset": self._last_reset,

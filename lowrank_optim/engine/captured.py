@@ -7,7 +7,6 @@ reads on the device whatever changes from step to step (`step_numbers.py`). A no
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,13 +14,10 @@ from .autograd import full_precision
 from .chunk import Chunk
 from .device_numbers import Numbers
 from .gradients import gradient_norms
-from .grouping import Asked
 from .member import Member
 from .refresh import refresh_, refresh_due
+from .stepper import Stepper
 from .update import update_
-
-if TYPE_CHECKING:
-    from ..optimizer import LowRankOptimizer
 
 Key = tuple[int, ...]  # where the parameters of a chunk are
 
@@ -32,49 +28,67 @@ def capturing() -> bool:
 
 
 class Captured:
-    """The two parts of a step of one optimizer."""
+    """The two halves of a step that can be a CUDA graph.
 
-    def __init__(self, optimizer: LowRankOptimizer) -> None:
-        self.optimizer = optimizer
+    Attributes:
+        numbers: of each chunk, in device memory that stays the same.
+        recorded: the chunks that the last captured graph reads.
+    """
+
+    def __init__(self, stepper: Stepper) -> None:
+        self.stepper = stepper
         self.numbers: dict[Key, Numbers] = {}
-        self.recorded: set[Key] = set()  # what the last captured graph reads
+        self.recorded: set[Key] = set()
+
+    def step(self) -> None:
+        """Take a normal step, which runs both halves; while a graph is captured, only that of the device."""
+        table = self.stepper.table
+        if not capturing():
+            table.recheck()
+        members = table.with_gradients()
+        if capturing() or self.prepare(members):
+            self.update(members)
 
     @torch.no_grad()
     def prepare(self, members: list[Member], replay: bool = False) -> bool:
-        """False where nothing may be updated. `replay`: a graph will do the device's part."""
-        optimizer = self.optimizer
-        optimizer._prepare(members)
-        norms = gradient_norms([one.grad for one in members])
-        bad = [one for one, norm in zip(members, norms, strict=True) if not math.isfinite(norm)]
+        """Run the host's half of a step; return False where nothing may be updated.
+
+        Args:
+            replay: whether a graph will run the half of the device.
+        """
+        stepper = self.stepper
+        stepper.prepare(members)
+        norms = gradient_norms([member.grad for member in members])
+        bad = [member for member, norm in zip(members, norms, strict=True) if not math.isfinite(norm)]
         if bad:
-            optimizer._skip(bad)
-        if bad or optimizer._dry_run(members):
+            stepper.skip(bad)
+        if bad or stepper.dry_run(members):
             return False
         chunks = self._chunks(members)
         if replay and self.recorded != chunks.keys():
             raise RuntimeError(_NOT_CAPTURED)
-        with full_precision(one.p for one in members):
+        with full_precision(member.p for member in members):
             for chunk in chunks.values():
                 for piece in chunk.pieces() if refresh_due(chunk) else ():
                     refresh_(piece)
                 chunk.tell_()
-        for one in members:
-            one.state["step"] += 1
+        for member in members:
+            member.state["step"] += 1
         return True
 
     def update(self, members: list[Member]) -> None:
-        """Only work for the device."""
-        with full_precision(one.p for one in members):
+        """Run the half of the device, which a graph can hold."""
+        with full_precision(member.p for member in members):
             chunks = self._chunks(members)
             for chunk in chunks.values():
                 for piece in chunk.pieces():
-                    update_(piece, move=self.optimizer._move)
+                    update_(piece, move=self.stepper.move)
         if capturing():
             self.recorded = set(chunks)
 
     def _chunks(self, members: list[Member]) -> dict[Key, Chunk]:
         chunks = {}
-        for chunk in self.optimizer._chunks(members, Asked()):
+        for chunk in self.stepper.chunks(members):
             key = tuple(p.data_ptr() for p in chunk.params)
             if key not in self.numbers:
                 count = sum(plan.count for plan in chunk.plans)

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..recipe.algebra import Algebra
 from ..recipe.recipe import Clock, Recipe, State, Update
-from .refresh import Note
-from .update import move_
+from .update import MoveArgs, move_
 
 Graph = Callable[..., "Update | None"]
 
@@ -23,24 +22,10 @@ class CompiledMove:
         self.options = options
         self.graphs: dict[Any, Graph] = {}
 
-    def __call__(
-        self,
-        recipe: Recipe,
-        algebra: Algebra,
-        w: Tensor,
-        g: Tensor | None,
-        r: Tensor | None,
-        st: State,
-        lr: Clock,
-        decay: float,
-        ascend: bool,
-        t: Clock,
-        step: Clock,
-        note: Note | None,
-        narrow: bool,
-    ) -> Update | None:
+    def __call__(self, args: MoveArgs) -> Update | None:
+        recipe, algebra, w, g, r, st, lr, decay, ascend, t, step, note, narrow, _ = args
         if note is not None and g is not None:
-            note(g, recipe.basis.down(algebra, g, st))  # not in the graph, which a refresh must not change
+            note(g, recipe.basis.down(algebra, g, st))  # outside of the graph, which a refresh must not change
         lr, t, step = _tensors(w, lr, t, step)
         tensors = [w, g, r, t, *(st[key] for key in sorted(st))]
         key = recipe, decay, ascend, narrow, tuple(sorted(st)), tuple(_layout(x) for x in tensors)
@@ -49,12 +34,14 @@ class CompiledMove:
         return self.graphs[key](w, g, r, dict(st), lr, t, step)
 
     def _compile(self, recipe: Recipe, algebra: Algebra, decay: float, ascend: bool, narrow: bool) -> Graph:
+        """Return a graph of `move_` in which everything but tensors is a constant."""
+
         def graph(
             w: Tensor, g: Tensor | None, r: Tensor | None, st: State, lr: Tensor, t: Tensor, step: Tensor
         ) -> Update | None:
-            return move_(recipe, algebra, w, g, r, st, lr, decay, ascend, t, step, None, narrow)
+            return move_(MoveArgs(recipe, algebra, w, g, r, st, lr, decay, ascend, t, step, None, narrow))
 
-        # torch counts graphs per code object, and gives up after a few; each of ours has one of its own
+        # torch counts graphs per code object and gives up after a few, so each graph gets a code object of its own.
         graph.__code__ = graph.__code__.replace(co_name=f"update_{len(self.graphs)}")
         return torch.compile(graph, **{"fullgraph": True, "dynamic": False, **self.options})
 

@@ -1,140 +1,224 @@
-"""Who is updated together: members with equal matrices are formed into chunks, in an order that caches like."""
+"""Who is updated together, and on which path. What is decided here holds until the signature of the members changes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from ..distributed.layout import HERE
+from ..recipe.plan import Plan
 from ..recipe.recipe import Recipe
 from ..recipe.store import Shape, Spec, Store
-from ..recipe.weights import WEIGHT, working_dtype
-from . import fused, limits
+from ..recipe.weights import WEIGHT, is_packed, working_dtype
+from . import fused, in_place, limits
 from .chunk import Chunk
 from .member import Member, RecipeOf
 from .watch import Watch
 
+InPlace = Callable[[Recipe, list[Member]], None]
 
-class Kind(NamedTuple):
-    """What is the same for all equal parameters of a group.
+
+class Recipes:
+    """The recipes of one step: each group is asked once for projected parameters and once for plain ones.
+
+    Args:
+        recipe_of: a function of a plan and its group, such as `ParameterTable.recipe`.
+        before: recipes of the step before. A recipe that is still equal is replaced by the old object, so that
+            signatures can be compared by identity.
+    """
+
+    def __init__(self, recipe_of: RecipeOf, before: Recipes | None = None) -> None:
+        self._ask = recipe_of
+        self._before = {} if before is None else before.found
+        self.found: dict[tuple[int, bool], Recipe] = {}
+
+    def of(self, plan: Plan, group: dict[str, Any]) -> Recipe:
+        """Return the recipe of a parameter."""
+        key = id(group), plan.rank is not None
+        recipe = self.found.get(key)
+        if recipe is None:
+            recipe, old = self._ask(plan, group), self._before.get(key)
+            recipe = self.found[key] = old if old == recipe and old is not None else recipe
+        return recipe
+
+
+class Bucket(NamedTuple):
+    """What a chunk needs to know that stays the same from step to step.
 
     Attributes:
-        spec, shapes: of their state, the latter also of the weight.
-        dtypes: of the state, where all of it and the weight are worked on as they are stored; None: some is opened.
-        listed: a kernel takes lists of them.
+        spec, shapes: of the state of one parameter, the latter also of the weight.
+        most: elements of one parameter, on the rank that has the most of it.
+    """
+
+    spec: dict[str, Spec]
+    shapes: dict[str, Shape]
+    working: torch.dtype
+    most: int
+
+
+class Work(NamedTuple):
+    """Members that step together on one path.
+
+    Attributes:
+        places: positions of the members within their batch.
+        in_place: the function that updates them where they are stored; None: they form a chunk.
+        bucket: of the chunk.
     """
 
     recipe: Recipe
-    spec: dict[str, Spec]
-    shapes: dict[str, Shape]
-    dtypes: dict[str, torch.dtype] | None
-    listed: bool
+    places: list[int]
+    in_place: InPlace | None
+    bucket: Bucket | None = None
 
-    def lies(self, state: dict[str, Tensor]) -> bool:
-        """It is as kernels want it: nothing to be opened, and no model that was cast since the state was made."""
-        for key, dtype in (self.dtypes or {}).items():
-            x = state[key]
-            if x.dtype is not dtype or not x.is_contiguous():
-                return False
-        return self.dtypes is not None
-
-
-@dataclass
-class Asked:
-    """What recipes have answered during one step: filled as it goes along.
-
-    Attributes:
-        recipes: by group, and whether the parameter is projected.
-    """
-
-    recipes: dict[tuple[int, bool], Recipe] = field(default_factory=dict)
-    kinds: dict[tuple[Any, ...], Kind] = field(default_factory=dict)
-
-    def kind(self, one: Member, recipe_of: RecipeOf) -> Kind:
-        key = id(one.group), one.layout.key, one.plan.kind, one.p.dtype, one.p.device
-        found = self.kinds.get(key)
-        if found is None:
-            found = self.kinds[key] = self._kind(one, recipe_of)
-        return found
-
-    def _kind(self, one: Member, recipe_of: RecipeOf) -> Kind:
-        p, group, plan, layout = one.p, one.group, one.plan, one.layout
-        recipe = self.recipes.get((id(group), plan.projected)) or recipe_of(plan, group)
-        self.recipes[id(group), plan.projected] = recipe
-        spec = layout.spec(recipe.spec(layout.matrix(plan), plan.rank or 0, plan.small))
-        shapes = {name: one.shape for name, one in spec.items()} | {WEIGHT: layout.weight(plan)}
-        whole = fused.whole(recipe) is not None and not (recipe.aged or group["maximize"])
-        listed = (fused.listed(recipe) if plan.projected else whole) and fused.takes(p)
-        return Kind(recipe, spec, shapes, _dtypes(spec, p), listed)
-
-
-def _dtypes(spec: dict[str, Spec], p: Tensor) -> dict[str, torch.dtype] | None:
-    stores = {key: cast(Store, one.store) for key, one in spec.items()}
-    if working_dtype(p) != p.dtype or any(store.narrow for store in stores.values()):
-        return None
-    return {key: store.layout(spec[key].shape, p.dtype)[0].dtype for key, store in stores.items()}
-
-
-def form_chunks(members: list[Member], recipe_of: RecipeOf, asked: Asked, watch: Watch) -> Iterator[Chunk]:
-    """Buckets by everything that must be equal, cut to the byte limit."""
-    buckets: dict[tuple[Any, ...], list[Member]] = {}
-    for member in members:
-        p, group, plan = member.p, member.group, member.plan
-        recipe = asked.kind(member, recipe_of).recipe
-        alone = None if stacked(member) and (plan.projected or recipe.elementwise) else id(p)
-        equal = plan.matrix, plan.batch, plan.side, plan.rank, p.dtype, member.grad.dtype, p.device, member.projected
-        buckets.setdefault((id(group), int(member.state["step"]) + 1, alone, member.layout.key, *equal), []).append(
-            member
+    def chunk(self, members: list[Member], watch: Watch) -> Chunk:
+        """Return the chunk of these members, which are those at `places` with the gradients of this step."""
+        first = members[0]
+        layout, (spec, shapes, working, most) = first.layout, cast(Bucket, self.bucket)
+        homes = [member.p.detach() for member in members]
+        return Chunk(
+            recipe=self.recipe,
+            group=first.group,
+            step=int(first.state["step"]) + 1,
+            spec=spec,
+            plans=[layout.plan(member.plan) for member in members],
+            params=[member.layout.enter(home) for member, home in zip(members, homes, strict=True)],
+            grads=[member.layout.enter_gradient(member.grad.detach()) for member in members],
+            states=[layout.here_all(member.state) for member in members],
+            working=working,
+            watch=watch,
+            projected=first.projected,
+            first=layout.first(first.plan),
+            layout=layout,
+            algebra=layout.algebra([member.layout for member in members]),
+            most=most,
+            shapes=shapes,
+            homes=homes,
         )
-    for (_, step, *_), bucket in buckets.items():
-        p, group, _, projected, plan, layout, _ = bucket[0]
-        recipe, spec, shapes, *_ = asked.kind(bucket[0], recipe_of)
-        most = layout.most(plan)
-        limit = max(1, limits.CHUNK_BYTES // (working_dtype(p).itemsize * max(1, most)))
-        for start in range(0, len(bucket), limit):
-            some = bucket[start : start + limit]
-            homes = [one.p.detach() for one in some]
-            yield Chunk(
-                recipe=recipe,
-                group=group,
-                step=step,
-                spec=spec,
-                plans=[layout.plan(one.plan) for one in some],
-                params=[one.layout.enter(home) for one, home in zip(some, homes, strict=True)],
-                grads=[one.layout.enter_gradient(one.grad.detach()) for one in some],
-                states=[layout.here_all(one.state) for one in some],
-                working=working_dtype(p),
-                watch=watch,
-                projected=projected,
-                first=layout.first(plan),
-                layout=layout,
-                algebra=layout.algebra([one.layout for one in some]),
-                most=most,
-                shapes=shapes,
-                homes=homes,
-            )
 
 
-def stacked(one: Member) -> bool:
-    """On CPU a loop beats stacking."""
-    return not one.p.is_cpu if one.group["foreach"] is None else bool(one.group["foreach"])
+def signature(members: list[Member], recipes: Recipes, may_stay: bool) -> list[Any]:
+    """Return everything that the works of these members depend on, to be compared with that of the last step.
+
+    may_stay: whether members may be updated in place.
+    """
+    found: list[Any] = [may_stay, limits.CHUNK_BYTES, limits.SLICE]
+    base = int(members[0].state["step"])
+    for p, group, grad, projected, plan, layout, state in members:
+        recipe = recipes.of(plan, group)
+        step = int(state["step"])
+        refreshed, due = 0, False
+        if not plan.batch and "refreshed_at" in state:
+            refreshed = int(state["refreshed_at"])
+            due = plan.projected and is_due(recipe, plan, state, step, refreshed)
+        found += (
+            id(plan), id(layout), recipe,
+            step - base, refreshed if recipe.refresh.restarts else 0, due, projected,
+            p.dtype, p.device, p.is_contiguous(), grad.dtype, grad.is_contiguous(), group["foreach"], group["maximize"],
+        )  # fmt: skip
+        for x in state.values():
+            found += (x.dtype, x.is_contiguous())
+    return found
+
+
+def is_due(recipe: Recipe, plan: Plan, state: dict[str, Tensor], step: int, refreshed: int) -> bool:
+    """Whether the basis of one matrix (no stack) is refitted before step `step` (0, 1, ...)."""
+    counters = {key: state[key] for key in recipe.refresh.counters()}
+    return recipe.refresh.due(step, refreshed, plan.place, counters)
+
+
+def works(members: list[Member], recipes: Recipes, may_stay: bool) -> Iterator[Work]:
+    """Yield the works of these members; those in place come first. `may_stay`: see `signature`."""
+    lists: dict[tuple[Any, ...], tuple[Recipe, list[int]]] = {}
+    others = []
+    for i, member in enumerate(members):
+        recipe = recipes.of(member.plan, member.group)
+        path = _path(member, recipe) if may_stay else None
+        if path is None:
+            others.append(i)
+        else:
+            alike = path, in_place.clock(member, recipe), id(recipe), member.p.dtype, member.p.device
+            lists.setdefault(alike, (recipe, []))[1].append(i)
+    for (path, *_), (recipe, places) in lists.items():
+        yield Work(recipe, places, path)
+    for work in buckets([members[i] for i in others], recipes):
+        yield work._replace(places=[others[i] for i in work.places])
+
+
+def _path(member: Member, recipe: Recipe) -> InPlace | None:
+    """Return what updates a member where it is stored; None if something must be opened, refitted, stacked or cut."""
+    p, group, grad, coordinates, plan, layout, state = member
+    if layout is not HERE or coordinates or plan.batch or is_packed(p):
+        return None
+    if grad.dtype is not p.dtype or not p.is_contiguous() or not _is_plain_state(member, recipe):
+        return None
+    if not plan.projected:
+        whole = fused.whole(recipe) is not None and not (recipe.aged or group["maximize"])
+        if whole and fused.takes(p) and grad.is_contiguous():
+            return in_place.whole_
+        large = recipe.elementwise and p.numel() > limits.SLICE  # slices of it stay in cache
+        return None if stacked(member) or large else in_place.alone_
+    if stacked(member) or is_due(recipe, plan, state, int(state["step"]), int(state["refreshed_at"])):
+        return None
+    return in_place.together_ if fused.listed(recipe) and fused.takes(p) else in_place.alone_
+
+
+def _is_plain_state(member: Member, recipe: Recipe) -> bool:
+    """Whether all state is contiguous and in the working dtype, as kernels want it. A model may have been cast."""
+    p, plan = member.p, member.plan
+    if working_dtype(p) != p.dtype:
+        return False
+    for key, spec in recipe.spec(plan.matrix, plan.rank or 0, plan.small).items():
+        store = cast(Store, spec.store)
+        if store.narrow:
+            return False
+        x = member.state[key]
+        if x.dtype is not store.layout(spec.shape, p.dtype)[0].dtype or not x.is_contiguous():
+            return False
+    return True
+
+
+def stacked(member: Member) -> bool:
+    """Whether equal matrices are stacked, which only helps on accelerators."""
+    foreach = member.group["foreach"]
+    return not member.p.is_cpu if foreach is None else bool(foreach)
+
+
+def buckets(members: list[Member], recipes: Recipes) -> Iterator[Work]:
+    """Yield chunks of members with everything equal that a stack needs to be equal, cut to the byte limit."""
+    equal: dict[tuple[Any, ...], list[int]] = {}
+    for i, member in enumerate(members):
+        p, group, grad, projected, plan, layout, state = member
+        recipe = recipes.of(plan, group)
+        alone = None if stacked(member) and (plan.projected or recipe.elementwise) else id(p)
+        matrix = plan.matrix, plan.batch, plan.side, plan.rank, p.dtype, grad.dtype, p.device, projected
+        equal.setdefault((id(group), int(state["step"]) + 1, alone, layout.key, *matrix), []).append(i)
+    for places in equal.values():
+        p, group, _, _, plan, layout, _ = members[places[0]]
+        recipe = recipes.of(plan, group)
+        spec = layout.spec(recipe.spec(layout.matrix(plan), plan.rank or 0, plan.small))
+        shapes = {key: kept.shape for key, kept in spec.items()} | {WEIGHT: layout.weight(plan)}
+        bucket = Bucket(spec, shapes, working_dtype(p), layout.most(plan))
+        limit = max(1, limits.CHUNK_BYTES // (bucket.working.itemsize * max(1, bucket.most)))
+        for start in range(0, len(places), limit):
+            yield Work(recipe, places[start : start + limit], None, bucket)
 
 
 def waves(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
-    """Chunks whose sums over ranks are sent together; those that send nothing alone, at once.
+    """Yield chunks whose sums over ranks are sent together; a chunk that sends nothing is yielded alone, at once.
 
-    Together they are as large as one may be, and all that a step holds of them at a time."""
-    some: list[Chunk] = []
+    The chunks of one wave are together as large as one chunk may be, and a step holds no more of them at a time.
+    """
+    wave: list[Chunk] = []
     for chunk in chunks:
         if chunk.silent:
             yield [chunk]
             continue
-        if some and sum(one.bytes for one in [*some, chunk]) > limits.CHUNK_BYTES:
-            yield some
-            some = []
-        some.append(chunk)
-    if some:
-        yield some
+        if wave and sum(part.bytes for part in [*wave, chunk]) > limits.CHUNK_BYTES:
+            yield wave
+            wave = []
+        wave.append(chunk)
+    if wave:
+        yield wave

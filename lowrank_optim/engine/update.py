@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import cast
+from typing import NamedTuple, cast
 
 from torch import Tensor
 
@@ -15,13 +15,49 @@ from .chunk import Chunk
 from .refresh import Derived, Note, derive_, due_matrices, note_captured, refit_due
 from .write import apply_, apply_narrow_
 
-Move = Callable[..., "Update | None"]  # has the arguments of `move_`
+
+class MoveArgs(NamedTuple):
+    """What `move_` reads and writes. Numbers are floats, or tensors on the device of w.
+
+    Attributes:
+        w: the weight `(m, n)` or `(b, m, n)`, turned so that the projected side comes first; updated in place, unless
+            `narrow`.
+        g: the gradient like w; None where only r is known.
+        r: the coordinates `(r, n)` where they are known already, or None.
+        st: the state of the matrices, by name.
+        decay: the weight decay, to be multiplied by lr.
+        ascend: whether to maximize. Every rule is odd in G, so the sign of the step is turned.
+        t: how many steps the moments have seen, this one included.
+        step: the number of this step: 1, 2, ...
+        note: takes G and R after a refresh, or None.
+        narrow: w is stored in 16 bits, and is not written here.
+        d: the direction `(r, n)` where a kernel for lists has found it already.
+    """
+
+    recipe: Recipe
+    algebra: Algebra
+    w: Tensor
+    g: Tensor | None
+    r: Tensor | None
+    st: State
+    lr: Clock
+    decay: float
+    ascend: bool
+    t: Clock
+    step: Clock
+    note: Note | None = None
+    narrow: bool = False
+    d: Tensor | None = None
+
+
+Move = Callable[[MoveArgs], "Update | None"]
 
 
 def update_(chunk: Chunk, algebra: Algebra = WHOLE, move: Move | None = None) -> None:
-    """Weights and state of a chunk, one step further.
+    """Take one step of a chunk: its weights and its state.
 
-    `move` stands in for `move_`. A chunk that has numbers was refreshed before.
+    Args:
+        move: replaces `move_`, or None.
     """
     recipe, group, narrow = chunk.recipe, chunk.group, chunk.narrow
     st = chunk.open()
@@ -30,16 +66,19 @@ def update_(chunk: Chunk, algebra: Algebra = WHOLE, move: Move | None = None) ->
     if chunk.projected:
         r = chunk.coordinates()
     else:
+        # A chunk with numbers on the device is part of a captured graph, and was refreshed before.
         due = list(due_matrices(chunk)) if chunk.numbers is None else []
         g = recipe.residual.before(chunk.gradient(as_kept=narrow and recipe.thin and not due), st)
         new = refit_due(chunk, algebra, due, g, st)
     refreshed = bool(new)
+    # In 16 bits, W is never whole in 32: `like` then has the shape and dtype of the arithmetic, and no memory.
     t, like = chunk.clock(st), chunk.blank() if narrow else chunk.weights()
     w = chunk.weights(as_kept=True) if narrow and recipe.step_size.reads_weights else like
     derive_(chunk, algebra, like, st, new)
     note = functools.partial(note_captured, chunk, algebra) if refreshed and recipe.basis.orthonormal else None
     lr, decay, ascend = chunk.lr, group["weight_decay"], group["maximize"]
-    change = (move or move_)(recipe, algebra, w, g, r, st, lr, decay, ascend, t, chunk.now, note, narrow)
+    args = MoveArgs(recipe, algebra, w, g, r, st, lr, decay, ascend, t, chunk.now, note, narrow)
+    change = move_(args) if move is None else move(args)
     if change is None:
         chunk.write_weights(w)
     else:
@@ -48,30 +87,13 @@ def update_(chunk: Chunk, algebra: Algebra = WHOLE, move: Move | None = None) ->
     chunk.close(st, refreshed)
 
 
-def move_(
-    recipe: Recipe,
-    algebra: Algebra,
-    w: Tensor,
-    g: Tensor | None,
-    r: Tensor | None,
-    st: State,
-    lr: Clock,
-    decay: float,
-    ascend: bool,
-    t: Clock,
-    step: Clock,
-    note: Note | None,
-    narrow: bool = False,
-    d: Tensor | None = None,
-) -> Update | None:
-    """The arithmetic of one step: nothing here depends on the values of tensors, so it compiles to one graph.
-
-    Moments have seen t steps, those in full space `step`. Numbers are floats, or tensors on the device. To ascend is to
-    turn the sign of the step: every rule is odd in G. `d`: the direction of r, where a kernel for lists has found it.
+def move_(args: MoveArgs) -> Update | None:
+    """Run the arithmetic of one step. Nothing here depends on the values of tensors, so it compiles to one graph.
 
     Returns:
-        None, w having been moved; or where it is `narrow` what remains to be taken from it.
+        None after w was updated; with `narrow` what remains to be subtracted from w.
     """
+    recipe, algebra, w, g, r, st, lr, decay, ascend, t, step, note, narrow, d = args
     if r is None and not narrow and not ascend and fused.step_(recipe, algebra, w, cast(Tensor, g), st, lr, decay, t):
         return None
     change = _change(recipe, algebra, g, r, d, st, t, step, note)

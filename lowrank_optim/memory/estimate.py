@@ -166,7 +166,7 @@ def estimate_memory(
         one = MemoryEstimate(weights, gradients, _bytes_after_step(instance, updated), 0, 0, 0, 0)
         return _of_torch(one, params, strategy, world_size)
     if step_in_backward:
-        return expected(instance, weights, most_gradients(instance, accumulation_steps))
+        return expected(instance, weights, most_gradients(instance.table, accumulation_steps))
     if strategy is None:
         return expected(instance, weights, gradients)
     return _of_rank(instance, params, strategy, world_size, weights, gradients)
@@ -233,8 +233,8 @@ def _of_converted(
     tensors: set[Tensor] = {*model.parameters(), *model.buffers()}
     weights = sum(cast(Any, x).stored_bytes() if is_packed(x) else x.nbytes for x in tensors)
     if in_backward:
-        return expected(instance, weights, most_gradients(instance, accumulation_steps))
-    trained = [p.nbytes for p, _ in instance._members() if p.requires_grad]
+        return expected(instance, weights, most_gradients(instance.table, accumulation_steps))
+    trained = [p.nbytes for p, _ in instance.table.members() if p.requires_grad]
     one = expected(instance, weights, whole_gradients(trained, accumulation_steps))
     return one if strategy is None else replace(one, sent_per_step=sum(trained))
 
@@ -260,9 +260,9 @@ def expected(optimizer: LowRankOptimizer, weights: int, gradients: int) -> Memor
     kept: Counter[str] = Counter()
     shared: dict[str, int] = {}
     seen: dict[tuple[Any, ...], _Needs] = {}
-    for p, group in optimizer._members():
-        plan, layout = optimizer._plans[p], optimizer._layouts[p]
-        has_state = p.requires_grad or bool(optimizer._state(p))
+    for p, group in optimizer.table.members():
+        plan, layout = optimizer.table.plans[p], optimizer.table.layouts[p]
+        has_state = p.requires_grad or bool(optimizer.table.state(p))
         equal = id(group), plan.shape, plan.matrix, plan.side, plan.rank, layout.key, p.dtype, is_packed(p), has_state
         if equal not in seen:  # the layers of a large model are
             seen[equal] = _needs(optimizer, p, group)
@@ -287,11 +287,11 @@ class _Needs(NamedTuple):
 
 
 def _needs(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any]) -> _Needs:
-    layout, state = optimizer._layouts[p], expected_state(optimizer, p, group)
-    plan = layout.plan(optimizer._plans[p])
+    layout, state = optimizer.table.layouts[p], expected_state(optimizer, p, group)
+    plan = layout.plan(optimizer.table.plans[p])
     if not plan.count:  # other processes have all of a stack
         return _Needs(state, {}, 0, 0)
-    recipe, shared, refresh, listed = optimizer._recipe_of(plan, group), dict[str, int](), 0, 0
+    recipe, shared, refresh, listed = optimizer.table.recipe(plan, group), dict[str, int](), 0, 0
     if plan.projected:
         size = working_dtype(p).itemsize
         shared = {key: count * size for key, count in recipe.basis.shared(plan.matrix).items()}
@@ -309,13 +309,13 @@ def expected_state(
     optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], plan: Plan | None = None
 ) -> Counter[str]:
     """Bytes of the state of one parameter by kind; `group` and `plan` may be others than it has."""
-    if not (p.requires_grad or optimizer._state(p)):
+    if not (p.requires_grad or optimizer.table.state(p)):
         return Counter()  # frozen: no state yet
-    plan = optimizer._plans[p] if plan is None else plan
-    recipe, found = optimizer._recipe_of(plan, group), Counter[str]()
+    plan = optimizer.table.plans[p] if plan is None else plan
+    recipe, found = optimizer.table.recipe(plan, group), Counter[str]()
     kinds = state_kinds(recipe, plan)
-    for key, tensor in fresh(p, plan, recipe, group, optimizer._layouts[p], "meta").items():
-        found[kinds.get(key, key)] += optimizer._layouts[p].here(tensor).nbytes
+    for key, tensor in fresh(p, plan, recipe, group, optimizer.table.layouts[p], "meta").items():
+        found[kinds.get(key, key)] += optimizer.table.layouts[p].here(tensor).nbytes
     return found
 
 

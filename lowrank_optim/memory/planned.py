@@ -15,7 +15,7 @@ from ..distributed.layout import HERE, Cut, Layout, dimension
 from ..distributed.lockstep import Peers
 from ..distributed.pieces import Piece
 from ..distributed.shards import Meter, Shards, Traffic
-from ..engine.grouping import Asked, form_chunks
+from ..engine.grouping import Recipes
 from ..engine.member import Member
 from ..engine.update import update_
 from ..optimizer import LowRankOptimizer
@@ -136,20 +136,20 @@ def rows(plan: Plan, start: int, stop: int, world_size: int) -> Layout:
 
 def lay_out(optimizer: LowRankOptimizer, world_size: int) -> None:
     """As `fully_shard` will, on rank 0, which has no less than others; raises what it will raise there."""
-    for p, group in optimizer._members():
-        plan = optimizer._plans[p]
+    for p, group in optimizer.table.members():
+        plan = optimizer.table.plans[p]
         layout = rows(plan, 0, -(-plan.shape[0] // world_size) if plan.shape else 0, world_size)
         if layout.sharded:
-            optimizer._admit_shard(plan, cast(Cut, layout), group)
-        optimizer._layouts[p] = layout
+            optimizer.table.admit_shard(plan, cast(Cut, layout), group)
+        optimizer.table.layouts[p] = layout
 
 
 def traffic(optimizer: LowRankOptimizer) -> Sent:
     """Of all parameters, beside the norms of gradients (16 bytes for each that is sharded)."""
     found: dict[tuple[Any, ...], Sent] = {}
     total: list[Sent] = []
-    for p, group in optimizer._members():
-        plan, layout = optimizer._plans[p], optimizer._layouts[p]
+    for p, group in optimizer.table.members():
+        plan, layout = optimizer.table.plans[p], optimizer.table.layouts[p]
         if layout.sharded and p.requires_grad:
             equal = id(group), plan.shape, plan.side, plan.rank, p.dtype, layout.key
             if equal not in found:
@@ -169,19 +169,19 @@ def _of_one(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], layou
     if layout.algebra([layout]) is WHOLE:
         return Sent(0.0, 0.0)  # every process has some matrices of a stack
     layout = replace(layout, meter=Meter())
-    state, unknown, meter = optimizer._fresh_state(p, group), False, layout.meter
+    state, unknown, meter = optimizer.table.fresh_state(p, group), False, layout.meter
     counts: list[Meter] = []
 
     def unlearning(plan: Plan, group: dict[str, Any]) -> Recipe:
-        recipe = optimizer._recipe_of(plan, group)
+        recipe = optimizer.table.recipe(plan, group)
         return replace(recipe, refresh=_Unlearning(recipe.refresh))
 
     for due in (True, False, True):
         if due and "refreshed_at" in state:
             state["refreshed_at"].fill_(-1)
-        member = Member(p, group, torch.empty_like(p), False, optimizer._plans[p], layout, state)
+        member = Member(p, group, torch.empty_like(p), False, optimizer.table.plans[p], layout, state)
         complete_edges([(layout, member.grad)], add_up=lambda x, _: x)
-        for chunk in form_chunks([member], unlearning, Asked(), optimizer._watch):
+        for chunk in optimizer.stepper.chunks([member], Recipes(unlearning)):
             update_(chunk, chunk.algebra)
             unknown = cast(Tally, cast(Counting, chunk.algebra).traffic).unknown
         state["step"] += 1
@@ -198,10 +198,10 @@ def _of_one(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], layou
 def projected_traffic(optimizer: LowRankOptimizer) -> Sent:
     """Of `ddp_project`: coordinates, or whole gradients."""
     per_step, whole = 0.0, 0.0
-    for p, group in optimizer._members():
+    for p, group in optimizer.table.members():
         if p.requires_grad:
-            plan = optimizer._plans[p]
-            recipe = optimizer._recipe_of(plan, group)
+            plan = optimizer.table.plans[p]
+            recipe = optimizer.table.recipe(plan, group)
             size = p.numel() * p.element_size()
             whole += size
             if recipe.thin:

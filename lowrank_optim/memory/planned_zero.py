@@ -68,20 +68,20 @@ def _put(optimizer: LowRankOptimizer, one: Fragment, group: dict[str, Any]) -> T
     kind, layout = _PLANNED.get(type(one.layout)), one.layout
     if kind is not None:
         layout = cast(Any, kind)(**vars(layout))
-        optimizer._admit_shard(one.plan, layout, group)
+        optimizer.table.admit_shard(one.plan, layout, group)
     piece = nn.Parameter(torch.empty(one.length, device="meta"))
-    optimizer._plans[piece], optimizer._layouts[piece] = one.plan, layout
+    optimizer.table.plans[piece], optimizer.table.layouts[piece] = one.plan, layout
     return piece
 
 
 def _cut(
     optimizer: LowRankOptimizer, params: list[Tensor], group: dict[str, Any], stage: int, rank: int, world_size: int
 ) -> Iterator[Fragment]:
-    plans = [optimizer._plans[p] for p in params]
+    plans = [optimizer.table.plans[p] for p in params]
     everywhere = list(_cuts(params, stage, world_size))
     found = [Range(p, *there[rank], 0, None) for p, there in zip(params, everywhere, strict=True)]
     seats = [Seat(rank, world_size, NOBODY)] * len(params)
-    rules = flat_rules(optimizer, plans, group)
+    rules = flat_rules(optimizer.table, plans, group)
     return cut(found, everywhere, seats, plans, rules, [plan.name for plan in plans])
 
 

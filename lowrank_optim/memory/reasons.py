@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ..checks import few
 from ..engine import limits
+from ..modes.backward import in_backward
 from ..optimizer import LowRankOptimizer
 from ..recipe.plan import Plan, names_say, resolve_rank
 from ..recipe.weights import working_dtype
@@ -86,9 +87,9 @@ def reasons(facts: Facts) -> Iterator[str]:
 
 
 def _entries(optimizer: LowRankOptimizer) -> Iterator[Entry]:
-    for p, group in optimizer._members():
+    for p, group in optimizer.table.members():
         if p.requires_grad:
-            yield Entry(p, group, optimizer._plans[p], expected_state(optimizer, p, group))
+            yield Entry(p, group, optimizer.table.plans[p], expected_state(optimizer, p, group))
 
 
 def _some(entries: list[Entry]) -> str:
@@ -159,7 +160,7 @@ def thick_factors(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry
     if not isinstance(optimizer, WeightSpaceOptimizer):
         return
     trained = weights = 0
-    for layer in optimizer._conversion.layers.values():
+    for layer in optimizer.conversion.layers.values():
         trained += sum(getattr(layer, key).numel() for key in layer.factors)
         weights += layer.out_features * layer.in_features
     if trained > weights / 2:
@@ -245,7 +246,7 @@ def stacked(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> 
 
 
 def whole_gradients(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
-    if optimizer._in_backward is not None:
+    if in_backward(optimizer) is not None:
         return
     sizes = [one.p.numel() * one.p.element_size() for one in entries]
     if facts.matters(sum(sizes) - max(sizes)):
@@ -256,7 +257,7 @@ def whole_gradients(facts: Facts, optimizer: LowRankOptimizer, entries: list[Ent
 
 
 def accumulated_whole(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
-    handle = optimizer._in_backward
+    handle = in_backward(optimizer)
     if handle is None or handle.accumulation_steps == 1:
         return
     whole = [row for row in handle.report() if row.method == "whole" and row.state_bytes]
@@ -272,7 +273,7 @@ def accumulated_whole(facts: Facts, optimizer: LowRankOptimizer, entries: list[E
 
 def _whole_keys(optimizer: LowRankOptimizer, one: Entry) -> list[str]:
     """Kinds of state that the residual keeps, as large as the matrix."""
-    spec = optimizer._recipe_of(one.plan, one.group).residual.spec(one.plan.matrix)
+    spec = optimizer.table.recipe(one.plan, one.group).residual.spec(one.plan.matrix)
     return [key for key, tensor in spec.items() if math.prod(tensor.shape) >= math.prod(one.plan.matrix)]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import checks
-from ..modes.backward import StepInBackward
+from ..modes.backward import in_backward
 from ..modes.gradient_memory import most_gradients
 from ..optimizer import LowRankOptimizer
 from ..recipe.weights import working_dtype
@@ -143,8 +143,8 @@ def _figures(
         found["frozen weights"] = Figure(frozen, frozen, elsewhere if inside else frozen)
     update = None
     if isinstance(optimizer, LowRankOptimizer):
-        handle = optimizer._in_backward
-        most = own if handle is None else most_gradients(optimizer, handle.accumulation_steps, handle.accumulate)
+        handle = in_backward(optimizer)
+        most = own if handle is None else most_gradients(optimizer.table, handle.accumulation_steps, handle.accumulate)
         estimate = expected(optimizer, weights, most)
         found["gradients"] = Figure(gradients, estimate.gradients, plain)
         found["optimizer"] = Figure(state_bytes(optimizer), estimate.optimizer, adamw)
@@ -155,7 +155,7 @@ def _figures(
         found["gradients"] = Figure(gradients, own, plain)
         found["optimizer"] = Figure(state_bytes(optimizer), _expected_of_torch(optimizer), adamw)
     found["kept"] = _total(found)
-    in_step = None if peak is None or _in_backward(optimizer) else peak.update
+    in_step = None if peak is None or in_backward(optimizer) else peak.update
     found["update"] = Figure(in_step, update, None)
     found["whole step"] = Figure(None if peak is None else peak.whole, None, None)
     return found
@@ -163,7 +163,7 @@ def _figures(
 
 def _converted(optimizer: Optimizer) -> Iterator[Tensor]:
     """Parameters that are kept in place of a weight, trained or not."""
-    layers = optimizer._conversion.layers.values() if isinstance(optimizer, WeightSpaceOptimizer) else ()
+    layers = optimizer.conversion.layers.values() if isinstance(optimizer, WeightSpaceOptimizer) else ()
     return (p for layer in layers for key, p in layer.named_parameters() if key != "bias")
 
 
@@ -172,7 +172,7 @@ def _unconverted(optimizer: Optimizer, trained: list[Tensor]) -> list[nn.Paramet
     inside = set(_converted(optimizer))
     meta = [_meta(p, 0, None)[1] for p in trained if p not in inside]
     if isinstance(optimizer, WeightSpaceOptimizer):
-        for layer in optimizer._conversion.layers.values():
+        for layer in optimizer.conversion.layers.values():
             shape, dtype = (layer.out_features, layer.in_features), layer.leader.dtype
             meta.append(nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")))
     return meta
@@ -192,8 +192,8 @@ def _states(optimizer: Optimizer) -> dict[str, Figure]:
         for p in group["params"]:
             kinds = {"step": COUNTERS}
             if isinstance(optimizer, LowRankOptimizer):
-                plan = optimizer._plans[p]
-                kinds = state_kinds(optimizer._recipe_of(plan, group), plan)
+                plan = optimizer.table.plans[p]
+                kinds = state_kinds(optimizer.table.recipe(plan, group), plan)
                 predicted.update(expected_state(optimizer, p, group))
             for key, value in optimizer.state.get(p, {}).items():
                 measured[kinds.get(key, key)] += stored(value)
@@ -217,22 +217,18 @@ def _expected_of_torch(optimizer: Optimizer) -> int | None:
 
 def _dictionaries(optimizer: LowRankOptimizer) -> list[dict[str, Tensor]]:
     found = []
-    for p, group in optimizer._members():
-        plan = optimizer._plans[p]
+    for p, group in optimizer.table.members():
+        plan = optimizer.table.plans[p]
         if plan.projected and p.requires_grad:
             like = torch.empty(0, dtype=working_dtype(p), device=p.device)
-            found.append(optimizer._recipe_of(plan, group).basis.sharing(plan.matrix, like))
+            found.append(optimizer.table.recipe(plan, group).basis.sharing(plan.matrix, like))
     return found
 
 
 def _sums(optimizer: Optimizer) -> Iterator[Tensor]:
     """What accumulates of gradients beside p.grad."""
-    handle = _in_backward(optimizer)
-    return iter(()) if handle is None else handle._sums()
-
-
-def _in_backward(optimizer: Optimizer) -> StepInBackward | None:
-    return optimizer._in_backward if isinstance(optimizer, LowRankOptimizer) else None
+    handle = in_backward(optimizer)
+    return iter(()) if handle is None else handle.sums()
 
 
 def _refreshes(optimizer: Optimizer) -> int:
@@ -249,7 +245,7 @@ def _stepped(optimizer: Optimizer, state: Figure) -> bool:
 
 
 def _notes(optimizer: Optimizer, peak: StepPeak | None, refits: int) -> Iterator[str]:
-    handle = _in_backward(optimizer)
+    handle = in_backward(optimizer)
     if peak is None:
         yield "update, whole step: not measured; pass step="
     if refits:

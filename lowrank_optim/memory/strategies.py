@@ -57,7 +57,7 @@ def projected(optimizer: LowRankOptimizer) -> Changes:
 def sharded(optimizer: LowRankOptimizer, world_size: int) -> tuple[int, Changes]:
     """Lays out an optimizer as fully_shard would; the bytes of what is here of its parameters."""
     planned.lay_out(optimizer, world_size)
-    here = sum(optimizer._layouts[p].here(p).nbytes for p, _ in optimizer._members())
+    here = sum(optimizer.table.layouts[p].here(p).nbytes for p, _ in optimizer.table.members())
     return here, sent(optimizer)
 
 

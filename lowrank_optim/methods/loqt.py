@@ -15,13 +15,16 @@ from .. import ops
 from ..distributed.layout import algebra_of_rows
 from ..distributed.lockstep import ranks
 from ..engine.member import Member
+from ..engine.stepper import Rescale, Stepper
+from ..engine.table import ParameterTable
+from ..engine.watch import Watch
 from ..layers.convert import Conversion, leave_to_ranks
 from ..layers.linear import ReparameterizedLinear
 from ..layers.quantized_linear import QuantizedLinear
-from ..optimizer import Rescale
 from ..parts import NoMomentum, NoScaling
 from ..parts.recipes import BASES, adamw
 from ..parts.refresh import ahead
+from ..recipe.algebra import Algebra
 from ..recipe.recipe import Recipe, Time
 from ..recipe.weights import is_packed, working_dtype
 from ..weight_space import WeightSpaceOptimizer
@@ -105,7 +108,7 @@ class LoQT(WeightSpaceOptimizer):
         seed: int = 0,
     ) -> None:
         super().__init__(model, {**given(locals()), "whole": False}, strict=strict)
-        leave_to_ranks(model, [cast(QuantizedLinear, layer).base for layer in self._conversion.layers.values()])
+        leave_to_ranks(model, [cast(QuantizedLinear, layer).base for layer in self.conversion.layers.values()])
         self._aim()
 
     # -- when ----------------------------------------------------------------------------------------------------------
@@ -118,7 +121,7 @@ class LoQT(WeightSpaceOptimizer):
         return sum(time < count for time in _times(count, 0, group))
 
     def _restarts(self, name: str, layer: ReparameterizedLinear) -> int:
-        place = list(self._conversion.layers).index(name)
+        place = list(self.conversion.layers).index(name)
         return sum(time < self._count(layer) for time in self._times(place, layer))
 
     def _times(self, place: int, layer: ReparameterizedLinear) -> Iterator[int]:
@@ -135,7 +138,7 @@ class LoQT(WeightSpaceOptimizer):
     def _aim(self) -> None:
         """Weights that are due for a new subspace get a gradient in the next step, and no others keep one."""
         self._due: set[Tensor] = set()  # their factors; only what is said here counts, as anyone may unfreeze a model
-        for place, layer in enumerate(cast(Any, self._conversion.layers).values()):
+        for place, layer in enumerate(cast(Any, self.conversion.layers).values()):
             due = self._is_due(place, layer)
             if due:
                 self._due.add(layer.B)
@@ -167,33 +170,31 @@ class LoQT(WeightSpaceOptimizer):
         super()._step()
         self._aim()
 
-    @torch._disable_dynamo
-    def _update(self, members: list[Member], rescale: Rescale | None = None) -> None:
-        """Where a weight is due and its gradient there, it stands in for that of its factor."""
-        layers = [cast(QuantizedLinear, layer) for layer in self._conversion.layers.values()]
-        bases: dict[Tensor, QuantizedLinear] = {layer.base: layer for layer in layers}
-        due = [one for one in members if one.p in bases and bases[one.p].B in self._due]
-        others = [one for one in members if one.p not in bases and one.p not in self._due]
-        if ranks()[1] > 1:
-            for one in (one for one in due if not self._layouts[one.p].sharded):
-                _agree(bases[one.p] if self._count(bases[one.p]) == 0 else None, one.grad)
-        self._refuse_nonfinite(due + others)
-        for one in due:
-            self._new_subspace(bases[one.p], one, rescale)
-        super()._update(others, rescale)
+    def _make_stepper(self, table: ParameterTable, watch: Watch) -> Stepper:
+        return _StepperOfBases(table, watch)
 
-    def _refuse_nonfinite(self, members: list[Member]) -> None:
-        """With nonfinite="raise", before the first subspace is taken."""
-        strict = [one for one in members if one.group["nonfinite"] == "raise"]
-        if strict:
-            self._finite(strict, None)
+    def bases(self) -> dict[Tensor, QuantizedLinear]:
+        """Returns the layer of each quantized weight."""
+        layers = (cast(QuantizedLinear, layer) for layer in self.conversion.layers.values())
+        return {layer.base: layer for layer in layers}
 
-    def _new_subspace(self, layer: QuantizedLinear, member: Member, rescale: Rescale | None) -> None:
-        finite, g = self._finite([member], rescale), self._layouts[member.p].here(member.grad)
-        if not finite or not self._together().anywhere(bool(g.any())):
-            return  # the layer stays due
+    def due(self, layer: QuantizedLinear) -> bool:
+        """Whether a layer takes a new subspace in this step."""
+        return layer.B in self._due
+
+    def agree(self, layer: QuantizedLinear, grad: Tensor) -> None:
+        """Averages the gradient of a weight over data-parallel ranks, and makes the first rank's weight that of all.
+
+        Wrappers see to both, but only for parameters that always have a gradient.
+        """
+        dist.all_reduce(grad.div_(dist.get_world_size()))
+        if self._count(layer) == 0:
+            for x in cast(Any, layer.base).parts() if is_packed(layer.base) else [layer.base.detach()]:
+                dist.broadcast(x, 0)
+
+    def new_subspace(self, layer: QuantizedLinear, g: Tensor, algebra: Algebra) -> Tensor:
+        """Fits the subspace of a layer to the gradient of its weight, and returns the gradient of its factor."""
         group, count = self.param_groups[0], self._count(layer)
-        algebra = algebra_of_rows(self._layouts[member.p], turned=layer.right_singular)
 
         def draw(shape: tuple[int, ...], purpose: str = "sketch", some: slice | None = None) -> Tensor:
             stream = ops.stream_of(purpose, count)
@@ -208,7 +209,40 @@ class LoQT(WeightSpaceOptimizer):
         self.settle(layer, layer.factors)
         if group["moments"] == "reset":
             self.reset(layer)
-        super()._update([self._member(layer.B, group, gradient)])
+        return gradient
+
+
+class _StepperOfBases(Stepper):
+    """Where a quantized weight is due and has its gradient, that gradient replaces the one of the layer's factor."""
+
+    def update(self, members: list[Member], rescale: Rescale | None = None) -> None:
+        loqt, table = cast(LoQT, self.table.method), self.table
+        bases = loqt.bases()
+        factors = {layer.B for layer in bases.values() if loqt.due(layer)}
+        due = [member for member in members if member.p in bases and loqt.due(bases[member.p])]
+        others = [member for member in members if member.p not in bases and member.p not in factors]
+        if ranks()[1] > 1:
+            for member in due:
+                if not table.layouts[member.p].sharded:
+                    loqt.agree(bases[member.p], member.grad)
+        # With nonfinite="raise" the step stops before the first subspace is taken.
+        strict = [member for member in due + others if member.group["nonfinite"] == "raise"]
+        if strict:
+            self.finite(strict, None)
+        for member in due:
+            self._update_due(loqt, bases[member.p], member, rescale)
+        super().update(others, rescale)
+
+    def _update_due(self, loqt: LoQT, layer: QuantizedLinear, member: Member, rescale: Rescale | None) -> None:
+        """Take a new subspace and update the layer's factor in it; a bad or zero gradient leaves the layer due."""
+        finite, layout = self.finite([member], rescale), self.table.layouts[member.p]
+        g = layout.here(member.grad)
+        nonzero = bool(finite) and bool(g.any())
+        if not finite or not (self.table.common().anywhere(nonzero) if self.table.sharded else nonzero):
+            return
+        gradient = loqt.new_subspace(layer, g, algebra_of_rows(layout, turned=layer.right_singular))
+        group = self.table.groups[0]
+        super().update([self.table.member(layer.B, group, gradient)])
 
 
 def _times(until: int, place: int, group: dict[str, Any]) -> Iterator[int]:
@@ -224,14 +258,3 @@ def _times(until: int, place: int, group: dict[str, Any]) -> Iterator[int]:
             return
         yield time
         time += gap + (int(growth**k) if growth > 1 else 0)
-
-
-def _agree(layer: QuantizedLinear | None, grad: Tensor) -> None:
-    """The mean of the gradients of data-parallel ranks, and a layer that has not begun gets its weight from the first.
-
-    Wrappers see to both, but only for parameters that always have a gradient.
-    """
-    dist.all_reduce(grad.div_(dist.get_world_size()))
-    if layer is not None:
-        for x in cast(Any, layer.base).parts() if is_packed(layer.base) else [layer.base.detach()]:
-            dist.broadcast(x, 0)

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from .. import checks, hyperparameters
 from ..distributed import heads as processes
 from ..engine.member import Member
+from ..engine.stepper import Stepper
+from ..engine.table import ParameterTable
+from ..engine.watch import Watch
 from ..layers import checks as layer_checks
 from ..layers.convert import leave_to_ranks
 from ..layers.linear import ReparameterizedLinear
@@ -115,10 +118,10 @@ class LTE(WeightSpaceOptimizer):
         if self._apart:
             self.irreplaceable = "heads that differ between processes would be averaged"
             own = (*MultiHeadLinear.factors, *MERGED)
-            leave_to_ranks(model, [getattr(layer, key) for layer in self._conversion.layers.values() for key in own])
+            leave_to_ranks(model, [getattr(layer, key) for layer in self.conversion.layers.values() for key in own])
 
     def check(self, group: dict[str, Any]) -> None:
-        if group["capturable"] and hasattr(self, "_conversion") and self._apart:
+        if group["capturable"] and hasattr(self, "conversion") and self._apart:
             raise ValueError(
                 'capturable=True with heads="ranks": what is captured cannot wait for other processes; leave it out'
             )
@@ -129,7 +132,7 @@ class LTE(WeightSpaceOptimizer):
         With heads="ranks" every process must call it after the same update. Training goes on from there; heads then
         know of each other earlier than they would have.
         """
-        for name, layer in self._conversion.layers.items():
+        for name, layer in self.conversion.layers.items():
             self._merge(layer, self._counted[name])
 
     def restart(self, name: str, layer: ReparameterizedLinear, count: int, group: dict[str, Any]) -> bool:
@@ -153,7 +156,7 @@ class LTE(WeightSpaceOptimizer):
 
     @property
     def _apart(self) -> bool:
-        return any(cast(MultiHeadLinear, layer).world > 1 for layer in self._conversion.layers.values())
+        return any(cast(MultiHeadLinear, layer).world > 1 for layer in self.conversion.layers.values())
 
     @torch._disable_dynamo
     def _step(self) -> None:
@@ -167,7 +170,7 @@ class LTE(WeightSpaceOptimizer):
     @contextmanager
     def _all_gradients(self) -> Iterator[None]:
         """Layers that this rank's batch did not reach have a gradient of zero, as they would beside other heads."""
-        params = [getattr(layer, key) for layer in self._conversion.layers.values() for key in layer.factors]
+        params = [getattr(layer, key) for layer in self.conversion.layers.values() for key in layer.factors]
         missing = [p for p in params if p.grad is None and p.requires_grad]
         for p in missing:
             p.grad = torch.zeros_like(p)
@@ -177,11 +180,14 @@ class LTE(WeightSpaceOptimizer):
             for p in missing:
                 p.grad = None
 
-    def _dry_run(self, members: list[Member]) -> bool:
-        dry = super()._dry_run(members)
+    def _make_stepper(self, table: ParameterTable, watch: Watch) -> Stepper:
+        return _StepperOfHeads(table, watch)
+
+    def agreed(self, dry: bool) -> bool:
+        """Whether a step that is dry on this rank is dry for all heads; before the first update, ranks find it out."""
         if not self._apart or any(self._counted.values()):
             return dry
-        layer = next(iter(self._conversion.layers.values()))
+        layer = next(iter(self.conversion.layers.values()))
         layer_checks.own_heads(processes.same_everywhere(cast(MultiHeadLinear, layer).A.sum(dtype=torch.float64)))
         return not processes.anywhere(not dry, layer.leader.device)
 
@@ -189,3 +195,10 @@ class LTE(WeightSpaceOptimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Else a GradScaler would leave out the step on the rank with an overflow alone, before it can be refused."""
         return self._apart or super()._step_supports_amp_scaling
+
+
+class _StepperOfHeads(Stepper):
+    """With one head per rank, all ranks have to agree on whether the first step is a dry run."""
+
+    def dry_run(self, members: list[Member]) -> bool:
+        return cast(LTE, self.table.method).agreed(super().dry_run(members))

@@ -90,7 +90,7 @@ class SST(WeightSpaceOptimizer):
     def updated(self, layers: Sequence[ReparameterizedLinear]) -> None:
         """Vectors back to unit length, and to where all of them are kept."""
         works = [partial(self._retract, cast(SpectralLinear, layer)) for layer in layers]
-        if self._together().groups:
+        if self.table.sharded and self.table.common().groups:
             together(works)
         else:
             for work in works:

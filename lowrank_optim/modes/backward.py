@@ -11,13 +11,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
 
 from .. import checks
 from ..engine import limits
 from ..engine.autograd import full_precision, on_gradient
 from ..engine.chunk import Chunk
 from ..engine.gradients import gradient_norms, one_by_one
-from ..engine.grouping import Asked
 from ..engine.member import Member
 from ..engine.refresh import refresh_, refresh_due
 from ..engine.update import project
@@ -27,6 +27,7 @@ from . import backward_checks
 from .clipping import Clipping
 from .gradient_memory import ever_thin, gradient_report
 
+_OPTIONS = ("accumulation_steps", "accumulate", "basis_from", "clip", "clip_norm")
 GRAD_NORM = "grad_norm"  # key of the first group: what delayed clipping remembers, so that checkpoints have it
 
 
@@ -101,6 +102,12 @@ def step_in_backward(
     return StepInBackward(model, optimizer, accumulation_steps, accumulate, basis_from, clip, clip_norm, scaler)
 
 
+def in_backward(optimizer: Optimizer) -> StepInBackward | None:
+    """Return the handle of an optimizer that steps during backward, or None."""
+    mode = optimizer.mode if isinstance(optimizer, LowRankOptimizer) else None
+    return mode if isinstance(mode, StepInBackward) else None
+
+
 @dataclass
 class _Window:
     """What one parameter has gathered since the last step."""
@@ -129,7 +136,8 @@ class StepInBackward:
     def __post_init__(self) -> None:
         if self.scaler is not None and not self.scaler.is_enabled():
             self.scaler = None  # it does nothing, as in torch
-        backward_checks.everything(self)
+        options = {key: getattr(self, key) for key in _OPTIONS}
+        backward_checks.everything(self.model, self.optimizer, options, self.scaler is not None)
         self._windows: dict[Tensor, _Window] = {}
         self._groups: dict[Tensor, dict[str, Any]] = {}
         self._handles: list[Any] = []
@@ -137,9 +145,9 @@ class StepInBackward:
         self._lock = threading.RLock()  # backward has one thread per device
         self._open = False
         self._clipping = Clipping()
-        self.optimizer._in_backward = self
+        self.optimizer.mode = self
         for group in self.optimizer.param_groups:
-            self._attach(group)
+            self.attach(group)
 
     def __enter__(self) -> StepInBackward:
         return self
@@ -162,12 +170,13 @@ class StepInBackward:
         for handle in self._handles:
             handle.remove()
         self._handles, self._windows = [], {}
-        if self.optimizer._in_backward is self:
-            self.optimizer._in_backward = None
+        if self.optimizer.mode is self:
+            self.optimizer.mode = None
 
     # -- during backward -----------------------------------------------------------------------------------------------
 
-    def _attach(self, group: dict[str, Any]) -> None:
+    def attach(self, group: dict[str, Any]) -> None:
+        """Serve the parameters of a group."""
         for p in group["params"]:
             self._windows[p] = _Window()
             self._groups[p] = group
@@ -181,13 +190,13 @@ class StepInBackward:
             window, member = self._windows[p], self._member(p)
             if window.count == self.accumulation_steps:
                 raise RuntimeError(
-                    f"{self.optimizer._plans[p].name} got gradient number {window.count + 1} since the last "
+                    f"{self.optimizer.table.plans[p].name} got gradient number {window.count + 1} since the last "
                     f"optimizer.step(), and accumulation_steps is {self.accumulation_steps}. Call optimizer.step() "
                     "after each window, or optimizer.zero_grad() (not the model's) to drop one, or raise "
                     "accumulation_steps; reentrant activation checkpointing (use use_reentrant=False) also hands out "
                     "gradients of shared weights in parts"
                 )
-            self.optimizer._prepare([member])
+            self.optimizer.stepper.prepare([member])
             with full_precision([p]):
                 window.thin = window.thin if window.count else self._is_thin(member)
                 window.count += 1
@@ -200,19 +209,19 @@ class StepInBackward:
         """The first gradient since the last step: what holds for all of this one."""
         if self._open:
             return
-        self.optimizer._recheck()
+        self.optimizer.table.recheck()
         backward_checks.skips_nonfinite(self.optimizer.param_groups)
         self._open = True
-        self._groups = dict(self.optimizer._members())
+        self._groups = dict(self.optimizer.table.members())
         before = self.optimizer.param_groups[0].get(GRAD_NORM) if self.clip == "delayed" else None
         scale = self.scaler.get_scale() if self.scaler is not None else 1.0
         self._clipping = Clipping(self.clip_norm, before, 1 / scale)
 
     def _member(self, p: Tensor) -> Member:
         if p.grad is None:
-            name = self.optimizer._plans[p].name
+            name = self.optimizer.table.plans[p].name
             raise RuntimeError(f"the gradient of {name} is gone; is another hook at work (CompressedAccumulation)?")
-        return self.optimizer._member(p, self._groups[p], p.grad)
+        return self.optimizer.table.member(p, self._groups[p], p.grad)
 
     def _is_thin(self, member: Member) -> bool:
         """Can the gradients of this window be accumulated in the basis that there is, or that this one gives?"""
@@ -237,7 +246,7 @@ class StepInBackward:
         self._clipping.partial = True
 
     def _chunk(self, member: Member) -> Chunk:
-        return next(self.optimizer._chunks([member], Asked()))
+        return next(self.optimizer.stepper.chunks([member]))
 
     def _complete(self, p: Tensor) -> None:
         """The gradient of p is complete: it is used now, or with others where equal matrices are stacked."""
@@ -248,14 +257,30 @@ class StepInBackward:
     def _gathered(self, p: Tensor) -> Member:
         window = self._windows[p]
         if window.thin:
-            return self.optimizer._member(p, self._groups[p], cast(Tensor, window.sum), projected=True)
+            return self.optimizer.table.member(p, self._groups[p], cast(Tensor, window.sum), projected=True)
         return self._member(p)
 
     def _flush(self) -> None:
         members, self._pending = self._pending, []
-        self.optimizer._update(members, self._clipping.factor)
+        self.optimizer.stepper.update(members, self._clipping.factor)
         for one in members:
             one.p.grad, self._windows[one.p].sum = None, None
+
+    # -- as a mode (`engine/mode.py`) ----------------------------------------------------------------------------------
+
+    name = "step_in_backward"
+    amp_by_itself = True
+
+    @property
+    def expects_overflow(self) -> bool:
+        return self.scaler is not None
+
+    def sent(self, p: Tensor) -> None:
+        """Nothing is sent: there is one process."""
+
+    def note(self) -> str:
+        """Return the remark below the table of `report()`."""
+        return f"steps during backward, after {self.accumulation_steps} of them"
 
     # -- what a user sees ----------------------------------------------------------------------------------------------
 
@@ -264,18 +289,18 @@ class StepInBackward:
 
         For windows without a refresh.
         """
-        return gradient_report(self.optimizer, self.accumulation_steps, self.accumulate)
+        return gradient_report(self.optimizer.table, self.accumulation_steps, self.accumulate)
 
     def _ever_thin(self, p: Tensor, group: dict[str, Any]) -> bool:
-        return ever_thin(self.optimizer, p, group, self.accumulation_steps, self.accumulate)
+        return ever_thin(self.optimizer.table, p, group, self.accumulation_steps, self.accumulate)
 
-    def _sums(self) -> Iterator[Tensor]:
+    def sums(self) -> Iterator[Tensor]:
         """What has been gathered of gradients beside p.grad."""
         return (window.sum for window in self._windows.values() if window.sum is not None)
 
     # -- optimizer.step() ----------------------------------------------------------------------------------------------
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """What is left of this step, and its end."""
         with self._lock:
             self._refuse_unknown_scaler()
@@ -287,15 +312,15 @@ class StepInBackward:
             rest = [p for p, window in self._windows.items() if window.count < self.accumulation_steps]
             # Some of them have a gradient that was set by hand, some a window in which nobody left them one.
             left = [self._gathered(p) for p in rest if self._windows[p].thin or p.grad is not None]
-            self.optimizer._prepare([one for one in left if not one.projected])
-            if done or not self.optimizer._dry_run(left):
+            self.optimizer.stepper.prepare([one for one in left if not one.projected])
+            if done or not self.optimizer.stepper.dry_run(left):
                 self._pending += left
                 self._flush()
                 self.grad_norm = self._clipping.norm
                 if (done or left) and not self._clipping.overflow:  # which says nothing about the next step
                     self._remember_norm()
             self._tell_scaler()
-            self._forget()
+            self.forget()
 
     def _remember_norm(self) -> None:
         if self.clip_norm is not None and self.clip == "delayed":
@@ -303,7 +328,7 @@ class StepInBackward:
 
     def _refuse_late_gradients(self, done: list[Tensor]) -> None:
         waiting = {one.p for one in self._pending}
-        late = [self.optimizer._plans[p].name for p in done if p.grad is not None and p not in waiting]
+        late = [self.optimizer.table.plans[p].name for p in done if p.grad is not None and p not in waiting]
         if late:
             raise RuntimeError(
                 f"{checks.few(late)} got a gradient after backward had updated it, which this step cannot use any "
@@ -324,7 +349,7 @@ class StepInBackward:
             found = torch.full((), float(self._clipping.overflow), device=scaler._device)
             scaler._per_optimizer_states[id(self.optimizer)]["found_inf_per_device"] = {found.device: found}
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Drops what was gathered since the last step."""
         self._pending, self._open = [], False
         for p in self._windows:

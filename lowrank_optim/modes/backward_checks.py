@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,33 +12,37 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import checks, hyperparameters
 from ..distributed import checks as shard_checks
 from ..distributed.lockstep import ranks
+from ..engine.table import ParameterTable
 from ..optimizer import LowRankOptimizer
 from ..recipe.plan import Plan
 from .gradient_memory import ever_thin
 
-if TYPE_CHECKING:
-    from .backward import StepInBackward
 
-_OPTIONS = ("accumulation_steps", "accumulate", "basis_from", "clip", "clip_norm")
-
-
-def everything(handle: StepInBackward) -> None:
-    optimizer, model, options = handle.optimizer, handle.model, {key: vars(handle)[key] for key in _OPTIONS}
+def everything(model: nn.Module, optimizer: LowRankOptimizer, options: dict[str, Any], scaled: bool) -> None:
+    """Refuse what cannot step during backward. `scaled`: a GradScaler scales the losses."""
     _objects(model, optimizer)
     hyperparameters.check(options, {})
     _options_with_effect(options)
-    if optimizer._in_backward is not None:
-        raise ValueError("this optimizer steps during backward already; remove() the earlier handle first")
+    if optimizer.mode is not None:
+        raise ValueError(already(optimizer.mode.name))
     _own_parameters(model, optimizer)
-    for p, layout in optimizer._layouts.items():
+    table = optimizer.table
+    for p, layout in table.layouts.items():
         if layout.sharded:
-            shard_checks.unsharded(optimizer._plans[p].name, "step_in_backward")
+            shard_checks.unsharded(table.plans[p].name, "step_in_backward")
     _one_process(any(isinstance(module, DistributedDataParallel) for module in model.modules()))
     skips_nonfinite(optimizer.param_groups)
-    if handle.scaler is not None:
-        _scalable(optimizer._plans)
-    if handle.clip_norm is not None:
-        _norms_are_known(optimizer, handle.accumulation_steps, handle.accumulate)
+    if scaled:
+        _scalable(table.plans)
+    if options["clip_norm"] is not None:
+        _norms_are_known(table, options["accumulation_steps"], options["accumulate"])
+
+
+def already(mode: str) -> str:
+    """Return the message for an optimizer that has a mode."""
+    if mode == "step_in_backward":
+        return "this optimizer steps during backward already; remove() the earlier handle first"
+    return f"this optimizer has the mode {mode}, and can have one at a time; build a new optimizer"
 
 
 def skips_nonfinite(groups: Iterable[Mapping[str, Any]]) -> None:
@@ -71,7 +75,7 @@ def _options_with_effect(options: Mapping[str, Any]) -> None:
 
 def _own_parameters(model: nn.Module, optimizer: LowRankOptimizer) -> None:
     inside = set(model.parameters())
-    outside = [plan.name for p, plan in optimizer._plans.items() if p not in inside]
+    outside = [plan.name for p, plan in optimizer.table.plans.items() if p not in inside]
     if outside:
         raise ValueError(f"{checks.few(outside)} of the optimizer is no parameter of this model. Was the model copied?")
 
@@ -96,8 +100,8 @@ def _scalable(plans: Mapping[Tensor, Plan]) -> None:
             )
 
 
-def _norms_are_known(optimizer: LowRankOptimizer, accumulation_steps: int, accumulate: str) -> None:
-    if any(ever_thin(optimizer, p, group, accumulation_steps, accumulate) for p, group in optimizer._members()):
+def _norms_are_known(table: ParameterTable, accumulation_steps: int, accumulate: str) -> None:
+    if any(ever_thin(table, p, group, accumulation_steps, accumulate) for p, group in table.members()):
         raise ValueError(
             "clip_norm needs the norm of the sum of all micro-batches, which their projections do not tell. Pass "
             'accumulate="whole", which keeps a gradient per matrix, or accumulation_steps=1'

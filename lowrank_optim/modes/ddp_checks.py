@@ -30,9 +30,9 @@ def everything(model: object, optimizer: object, options: dict[str, object]) -> 
 
 
 def _one_way(optimizer: LowRankOptimizer) -> None:
-    if optimizer._in_backward is not None:
+    if optimizer.mode is not None and optimizer.mode.name == "step_in_backward":
         raise ValueError("this optimizer steps during backward, before ranks have averaged gradients; remove() that")
-    if optimizer._projecting is not None:
+    if optimizer.mode is not None:
         raise ValueError("this optimizer has projected gradients already; call ddp_project once")
     if any(group["capturable"] for group in optimizer.param_groups):
         raise NotImplementedError(f"ddp_project with capturable=True: the graph reads whole gradients. {_WHOLE}")
@@ -58,7 +58,7 @@ def not_joined(model: DistributedDataParallel) -> None:
 
 def _own_parameters(model: nn.Module, optimizer: LowRankOptimizer) -> None:
     inside = set(model.parameters())
-    outside = [plan.name for p, plan in optimizer._plans.items() if p not in inside]
+    outside = [plan.name for p, plan in optimizer.table.plans.items() if p not in inside]
     if outside:
         raise ValueError(f"{checks.few(outside)} of the optimizer is no parameter of this model. Was the model copied?")
 
@@ -66,10 +66,10 @@ def _own_parameters(model: nn.Module, optimizer: LowRankOptimizer) -> None:
 def something_thin(optimizer: LowRankOptimizer) -> None:
     """A method that reads all of a gradient cannot do with its coordinates."""
     method, reason = type(optimizer).__name__, "nothing is projected"
-    for p, group in optimizer._members():
-        plan = optimizer._plans[p]
+    for p, group in optimizer.table.members():
+        plan = optimizer.table.plans[p]
         if plan.projected:
-            reason = why_whole(optimizer._recipe_of(plan, group))
+            reason = why_whole(optimizer.table.recipe(plan, group))
             if not reason:
                 return
     raise ValueError(f"{method} needs whole gradients: {reason}. {_WHOLE}")

@@ -18,7 +18,7 @@ from ..distributed.shards import Meter
 from ..engine.autograd import full_precision
 from ..engine.chunk import Chunk
 from ..engine.gradients import gradient_norms
-from ..engine.grouping import Asked
+from ..engine.grouping import Recipes
 from ..engine.member import Member
 from ..engine.refresh import refresh_due
 from ..engine.update import project
@@ -103,12 +103,30 @@ class DDPProject:
         self.group: Any = model.process_group
         self.meters: dict[Tensor, Meter] = {p: Meter() for p in model.parameters()}
         self._sums: dict[Tensor, Tensor] = {}  # R since the last step, averaged over ranks
-        agree(optimizer._plans.values(), Peers(self.group, str(next(iter(optimizer._plans)).device)))
+        plans = optimizer.table.plans
+        agree(plans.values(), Peers(self.group, str(next(iter(plans)).device)))
         model.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))  # DDP does not read quoted annotations
-        optimizer._projecting = self
+        optimizer.mode = self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("ddp_project hangs on a model by a communication hook, which copy and pickle do not follow")
+
+    # -- as a mode (`engine/mode.py`) ----------------------------------------------------------------------------------
+
+    name = "ddp_project"
+    amp_by_itself = True
+    expects_overflow = False
+
+    def attach(self, group: dict[str, Any]) -> None:
+        """Serve a param group that was added: DDP's hook sees its parameters already."""
+
+    def sent(self, p: Tensor) -> tuple[float | None, float | None] | None:
+        """Return the bytes sent for a parameter per step, and per step with a refresh."""
+        return self.meters[p].sent if p in self.meters else None
+
+    def note(self) -> str:
+        """Return the remark below the table of `report()`."""
+        return "gradients travel projected between refreshes"
 
     # -- during backward -----------------------------------------------------------------------------------------------
 
@@ -132,13 +150,12 @@ class DDPProject:
 
     def _projected(self, grads: dict[Tensor, Tensor]) -> tuple[dict[Tensor, Tensor], set[Tensor]]:
         """R of the matrices that are served by it at this step, and those that would be, were they not due."""
-        thin, due, optimizer = dict[Tensor, Tensor](), set[Tensor](), self.optimizer
-        asked = Asked()
+        thin, due, table = dict[Tensor, Tensor](), set[Tensor](), self.optimizer.table
+        recipes = Recipes(table.recipe)
         with full_precision(grads):
-            for p, group in optimizer._members():
-                plan = optimizer._plans[p]
-                if p in grads and optimizer.state.get(p) and optimizer._recipe_of(plan, group).thin:
-                    chunk = next(optimizer._chunks([optimizer._member(p, group, grads[p])], asked))
+            for p, group in table.members():
+                if p in grads and table.states.get(p) and recipes.of(table.plans[p], group).thin:
+                    chunk = next(self.optimizer.stepper.chunks([table.member(p, group, grads[p])], recipes))
                     if refresh_due(chunk):
                         due.add(p)
                     else:
@@ -179,26 +196,27 @@ class DDPProject:
 
     # -- optimizer.step() ----------------------------------------------------------------------------------------------
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """The step, with whatever backward has left."""
         optimizer = self.optimizer
         ddp_checks.no_grad_scaler(optimizer)
-        ddp_checks.no_second_gradient([optimizer._plans[p].name for p in self._sums if p.grad is not None])
-        optimizer._recheck()
+        ddp_checks.no_second_gradient([optimizer.table.plans[p].name for p in self._sums if p.grad is not None])
+        optimizer.table.recheck()
         members = list(self._gathered())
-        optimizer._prepare([one for one in members if not one.projected])
-        if not optimizer._dry_run(members):
+        optimizer.stepper.prepare([one for one in members if not one.projected])
+        if not optimizer.stepper.dry_run(members):
             clipping = self._clipping(members)
-            optimizer._update(members, clipping.factor)
+            optimizer.stepper.update(members, clipping.factor)
             self.grad_norm = clipping.norm
-        self._forget()
+        self.forget()
 
     def _gathered(self) -> Iterator[Member]:
-        for p, group in self.optimizer._members():
+        table = self.optimizer.table
+        for p, group in table.members():
             if p in self._sums:
-                yield self.optimizer._member(p, group, self._sums[p], projected=True)
+                yield table.member(p, group, self._sums[p], projected=True)
             elif p.grad is not None:
-                yield self.optimizer._member(p, group, p.grad)
+                yield table.member(p, group, p.grad)
 
     def _clipping(self, members: Sequence[Member]) -> Clipping:
         if self.clip_norm is None or self.clip == "tensor":
@@ -208,7 +226,7 @@ class DDPProject:
             before.factor(one, norm)
         return Clipping(self.clip_norm, before.norm)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Drops what was gathered since the last step."""
         self._sums = {}
 

@@ -8,33 +8,33 @@ from typing import Any
 from torch import Tensor
 
 from ..engine import limits
-from ..optimizer import LowRankOptimizer
+from ..engine.table import ParameterTable
 from ..recipe.weights import working_dtype
 from ..reports.report import Report, Row, human
 
 
-def most_gradients(optimizer: LowRankOptimizer, accumulation_steps: int, accumulate: str = "projected") -> int:
+def most_gradients(table: ParameterTable, accumulation_steps: int, accumulate: str = "projected") -> int:
     """Bytes of gradients alive at once, at most: what micro-batches have left, and what waits for its update."""
-    members = optimizer._members()
-    kept = sum(_kept(optimizer, p, group, accumulation_steps, accumulate) for p, group in members)
-    return kept + _waiting(optimizer)
+    members = table.members()
+    kept = sum(_kept(table, p, group, accumulation_steps, accumulate) for p, group in members)
+    return kept + _waiting(table)
 
 
 def ever_thin(
-    optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], accumulation_steps: int, accumulate: str
+    table: ParameterTable, p: Tensor, group: dict[str, Any], accumulation_steps: int, accumulate: str
 ) -> bool:
     """Are gradients of p accumulated projected, in windows without a refresh?"""
-    plan = optimizer._plans[p]
+    plan = table.plans[p]
     wanted = accumulation_steps > 1 and accumulate == "projected" and plan.projected
-    return wanted and optimizer._recipe_of(plan, group).thin
+    return wanted and table.recipe(plan, group).thin
 
 
-def gradient_report(optimizer: LowRankOptimizer, accumulation_steps: int, accumulate: str) -> Report:
+def gradient_report(table: ParameterTable, accumulation_steps: int, accumulate: str) -> Report:
     """One row per parameter: what is kept of its gradient between micro-batches, or why that is all of it."""
-    members = optimizer._members()
-    table = _GradientReport(_row(optimizer, p, group, accumulation_steps, accumulate) for p, group in members)
-    table.waiting = _waiting(optimizer)
-    return table
+    members = table.members()
+    found = _GradientReport(_row(table, p, group, accumulation_steps, accumulate) for p, group in members)
+    found.waiting = _waiting(table)
+    return found
 
 
 class _GradientReport(Report):
@@ -47,15 +47,13 @@ class _GradientReport(Report):
         return line + f" beside, instead of {human(full)}"
 
 
-def _row(
-    optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], accumulation_steps: int, accumulate: str
-) -> Row:
-    plan, thin = optimizer._plans[p], ever_thin(optimizer, p, group, accumulation_steps, accumulate)
+def _row(table: ParameterTable, p: Tensor, group: dict[str, Any], accumulation_steps: int, accumulate: str) -> Row:
+    plan, thin = table.plans[p], ever_thin(table, p, group, accumulation_steps, accumulate)
     method, reason = "projected" if thin else "whole", ""
     if accumulation_steps == 1:
         method = "freed at once"
     elif not thin:
-        used = plan.projected and not optimizer._recipe_of(plan, group).thin
+        used = plan.projected and not table.recipe(plan, group).thin
         reason = plan.reason or ("the rest of its gradient is used as well" if used else 'accumulate="whole"')
     return Row(
         name=plan.name,
@@ -63,29 +61,27 @@ def _row(
         method=method,
         rank=plan.rank if thin else None,
         side=plan.side,
-        state_bytes=_kept(optimizer, p, group, accumulation_steps, accumulate),
+        state_bytes=_kept(table, p, group, accumulation_steps, accumulate),
         full_bytes=p.numel() * p.element_size() if p.requires_grad else 0,
         skipped=0,
         reason=reason if p.requires_grad else "frozen",
     )
 
 
-def _kept(
-    optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], accumulation_steps: int, accumulate: str
-) -> int:
+def _kept(table: ParameterTable, p: Tensor, group: dict[str, Any], accumulation_steps: int, accumulate: str) -> int:
     """Bytes kept of the gradient of p between micro-batches, in windows without a refresh."""
     if accumulation_steps == 1 or not p.requires_grad:
         return 0
-    if not ever_thin(optimizer, p, group, accumulation_steps, accumulate):
+    if not ever_thin(table, p, group, accumulation_steps, accumulate):
         return p.numel() * p.element_size()
-    plan = optimizer._plans[p]
-    coordinates = optimizer._recipe_of(plan, group).basis.coordinates(plan.matrix, plan.rank or 0)
+    plan = table.plans[p]
+    coordinates = table.recipe(plan, group).basis.coordinates(plan.matrix, plan.rank or 0)
     return plan.count * math.prod(coordinates) * working_dtype(p).itemsize
 
 
-def _waiting(optimizer: LowRankOptimizer) -> int:
+def _waiting(table: ParameterTable) -> int:
     """Bytes of gradients that are complete and not used yet, at most: the newest, and what is to be stacked with it."""
-    trained = [(p, group) for p, group in optimizer._members() if p.requires_grad]
+    trained = [(p, group) for p, group in table.members() if p.requires_grad]
     sizes = [p.numel() * p.element_size() for p, _ in trained]
     stacked = any(group["foreach"] or p.device.type not in ("cpu", "meta") for p, group in trained)
     return min(max(sizes, default=0) + (limits.CHUNK_BYTES if stacked else 0), sum(sizes))

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..engine.mode import StepMode
+from ..engine.table import ParameterTable
 from .storages import stored
-
-if TYPE_CHECKING:
-    from ..optimizer import LowRankOptimizer
-
 
 _NORM_BYTES = 16  # a square and on how many ranks there is a gradient, in float64
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -78,32 +74,27 @@ class Report(list[Row]):
         return line + (f"; {self.note}" if self.note else "")
 
 
-def report(optimizer: LowRankOptimizer) -> Report:
-    table = Report(_rows(optimizer))
-    if optimizer._in_backward is not None:
-        table.note = f"steps during backward, after {optimizer._in_backward.accumulation_steps} of them"
-    if optimizer._projecting is not None:
-        table.note = "gradients travel projected between refreshes"
-    sharded = sum(layout.sharded for layout in optimizer._layouts.values())
+def report(table: ParameterTable, mode: StepMode | None) -> Report:
+    """Return one row per tensor that is updated, and what the mode or the layout has to say below the table."""
+    found = Report(parameter_row(table, mode, p) for p, _ in table.members())
+    if mode is not None:
+        found.note = mode.note()
+    sharded = sum(layout.sharded for layout in table.layouts.values())
     if sharded:
-        table.note = f"of this process; norms of gradients: {human(_NORM_BYTES * sharded)} sent per step"
-    return table
+        found.note = f"of this process; norms of gradients: {human(_NORM_BYTES * sharded)} sent per step"
+    return found
 
 
-def _rows(optimizer: LowRankOptimizer) -> Iterator[Row]:
-    return (parameter_row(optimizer, p) for p, _ in optimizer._members())
-
-
-def parameter_row(optimizer: LowRankOptimizer, p: Tensor) -> Row:
-    plan, state = optimizer._plans[p], optimizer._state(p)
-    layout = optimizer._layouts[p]
-    projecting = optimizer._projecting
-    per_step, per_refresh = projecting.meters[p].sent if projecting and p in projecting.meters else layout.sent
+def parameter_row(table: ParameterTable, mode: StepMode | None, p: Tensor) -> Row:
+    """Return the row of one tensor that is updated."""
+    plan, state = table.plans[p], table.state(p)
+    layout = table.layouts[p]
+    per_step, per_refresh = (None if mode is None else mode.sent(p)) or layout.sent
     frozen = "" if state or p.requires_grad else "frozen: no state yet"
     return Row(
         name=plan.name,
         shape=plan.shape,
-        method=type(optimizer).__name__ if plan.projected else optimizer.rule,
+        method=table.name if plan.projected else table.method.rule,
         rank=plan.rank,
         side=plan.side,
         state_bytes=sum(layout.here(tensor).nbytes for tensor in state.values()),

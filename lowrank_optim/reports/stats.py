@@ -4,24 +4,23 @@ that is not state anyway."""
 from __future__ import annotations
 
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..engine.table import ParameterTable
+from ..engine.watch import Watch
 from ..parts.limited import HITS
 
-if TYPE_CHECKING:
-    from ..optimizer import LowRankOptimizer
 
-
-def stats(optimizer: LowRankOptimizer) -> dict[str, float]:
-    watch, states = optimizer._watch, list(optimizer._states())
+def stats(table: ParameterTable, watch: Watch) -> dict[str, float]:
+    """Return the counters of a run; `LowRankOptimizer.stats` names them."""
+    states = list(table.all_states())
     result = {
         "refreshes": float(sum(_counts(states, "refreshes"))),
         "refresh_seconds": watch.refresh_seconds,
         "skipped_gradients": float(sum(_counts(states, "skipped"))),
-        "moment_resets": float(sum(max(0, count - 1) for count in _counts(_restarting(optimizer), "refreshes"))),
+        "moment_resets": float(sum(max(0, count - 1) for count in _counts(_restarting(table), "refreshes"))),
         "limiter_hits": float(sum(_counts(states, HITS))),
     }
     shares = _shares(watch.captured)
@@ -35,10 +34,10 @@ def _counts(states: list[dict[str, Tensor]], key: str) -> list[int]:
     return [int(count) for counts in _read([state[key] for state in states if key in state]) for count in counts]
 
 
-def _restarting(optimizer: LowRankOptimizer) -> list[dict[str, Tensor]]:
+def _restarting(table: ParameterTable) -> list[dict[str, Tensor]]:
     """States of the matrices whose moments a refresh resets; the first one finds nothing to reset."""
-    restarts = {id(group) for group in optimizer.param_groups if optimizer.recipe(group).refresh.restarts}
-    return [state for p, group in optimizer._members() if id(group) in restarts and (state := optimizer._state(p))]
+    restarts = {id(group) for group in table.groups if table.method.recipe(group).refresh.restarts}
+    return [state for p, group in table.members() if id(group) in restarts and (state := table.state(p))]
 
 
 def _shares(captured: dict[str, dict[int, Tensor]]) -> dict[str, float]:

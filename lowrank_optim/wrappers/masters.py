@@ -16,22 +16,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..distributed.lockstep import total
+from ..engine.table import ParameterTable, Spread
 from ..recipe.plan import shape_of
-from .adoption import Spread, StandIns
 
 
 @contextmanager
-def masters(stand_ins: StandIns, module: nn.Module, keys: Sequence[str]) -> Iterator[None]:
+def masters(table: ParameterTable, module: nn.Module, keys: Sequence[str]) -> Iterator[None]:
     """Within, these parameters of a module are what is trained of them, whole, and what is written to that stays.
 
     What lies in flat tensors is gathered, so it should be thin: all ranks enter, and must write the same.
     """
     held = cast(dict[str, Any], module._parameters)
     params = {key: held[key] for key in keys}
-    cut = [key for key, p in params.items() if p in stand_ins.spread]
-    spread = [stand_ins.spread[params[key]] for key in cut]
+    cut = [key for key, p in params.items() if p in table.spread]
+    spread = [table.spread[params[key]] for key in cut]
     whole = _gathered(spread)
-    copies = {key: stand_ins.of_parameter(p)[0] for key, p in params.items() if key not in cut}
+    copies = {key: table.of_parameter(p)[0] for key, p in params.items() if key not in cut}
     held.update({**copies, **dict(zip(cut, whole, strict=True))})
     try:
         yield

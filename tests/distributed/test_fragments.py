@@ -499,7 +499,7 @@ def no_full_state(rank):
     next(iter(differing.state.values()))["m0"]["basis"].add_(rank)
     found["ranks differ"] = message(RuntimeError, full, differing)
     alone = [dist.new_group([one]) for one in range(dist.get_world_size())][rank]
-    spread = differing._stand_ins.spread
+    spread = differing.table.spread
     spread.update({p: one._replace(peers=Peers(alone, "cpu")) for p, one in spread.items()})
     found["some ranks"] = message(NotImplementedError, full, differing)
     return found

@@ -303,12 +303,12 @@ def held_and_sent(case, stage):
     optimizer.step = counted_step
     for grads in whole_gradients(torch.float32)[:3]:
         if len(sent) == 2:
-            for state in optimizer._states():
+            for state in optimizer.table.all_states():
                 if "refreshed_at" in state:
                     state["refreshed_at"].fill_(-1)
         sent.append(0)
         train(engine, [grads])
-        layouts = [optimizer._layouts[p] for p, _ in optimizer._members()]
+        layouts = [optimizer.table.layouts[p] for p, _ in optimizer.table.members()]
         of_meters.append([one.meter.between + one.meter.refreshing for one in layouts if one.sharded])
     norms = 16 * len(of_meters[0])
     for now, before, all_of_it in zip(of_meters[1:], of_meters, sent[1:], strict=False):

@@ -12,7 +12,6 @@ from torch import nn
 import lowrank_optim
 from lowrank_optim import GaLoreAdamW, estimate_memory, ops
 from lowrank_optim.engine.gradients import gradient_norms
-from lowrank_optim.engine.grouping import Asked
 from lowrank_optim.engine.limits import CHUNK_BYTES
 from lowrank_optim.memory.peak import Peak
 from lowrank_optim.ops import blocks
@@ -189,7 +188,7 @@ def test_plain_parameters_in_16_bits_are_cut_on_accelerators_too(monkeypatch):
         p = nn.Parameter(torch.randn(1000, dtype=dtype))
         p.grad = torch.randn_like(p)
         optimizer = GaLoreAdamW([p, nn.Parameter(torch.randn(9, 9))], rank=3)
-        chunk = next(optimizer._chunks([optimizer._member(p, optimizer.param_groups[0], p.grad)], Asked()))
+        chunk = next(optimizer.stepper.chunks([optimizer.table.member(p, optimizer.param_groups[0], p.grad)]))
         there = replace(chunk, params=[p.detach().to("meta")], grads=[p.grad.to("meta")])
         assert [len(piece.params[0]) for piece in there.pieces()] == ([300, 300, 300, 100] if count == 4 else [1000])
 

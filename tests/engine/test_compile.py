@@ -45,9 +45,9 @@ def test_a_compiled_update_is_the_update_in_one_graph_per_recipe_and_shape(case)
         if step == 0:
             first = counter.frame_count
     kinds = {
-        (compiled._recipe_of(plan, group), plan.matrix, plan.batch, plan.side)
-        for p, group in compiled._members()
-        for plan in [compiled._plans[p]]
+        (compiled.table.recipe(plan, group), plan.matrix, plan.batch, plan.side)
+        for p, group in compiled.table.members()
+        for plan in [compiled.table.plans[p]]
     }
     assert first == counter.frame_count == len(kinds)
     torch.testing.assert_close(weights(models[0]), weights(models[1]), rtol=1e-12, atol=1e-12)
@@ -175,7 +175,7 @@ def counters(optimizer):
 
 
 def members(optimizer):
-    return [optimizer._member(p, group, p.grad) for p, group in optimizer._members()]
+    return [optimizer.table.member(p, group, p.grad) for p, group in optimizer.table.members()]
 
 
 def test_lr_on_the_device_is_read_there(monkeypatch):

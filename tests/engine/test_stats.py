@@ -29,7 +29,7 @@ def test_captured_energy_is_that_of_the_last_refresh(case):
             before = int(optimizer.state[p]["refreshes"])
             stepped(p, optimizer, [grad])
             if int(optimizer.state[p]["refreshes"]) > before:
-                turned = grad.mT if optimizer._plans[p].side == "right" else grad
+                turned = grad.mT if optimizer.table.plans[p].side == "right" else grad
                 basis = optimizer.state[p]["basis"]
                 seen.append(float((basis.mT @ turned).square().sum() / turned.square().sum()))
         if case.name != "ldadam":  # whose gradient has the error in it

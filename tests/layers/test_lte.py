@@ -540,7 +540,7 @@ def scenario_trouble(rank, world):
         optimizer.step()
     optimizer.merge_now()
     state = {key: x for key, x in model.state_dict().items() if "A" not in key and "B" not in key}
-    counts = [optimizer._count(layer) for layer in optimizer._conversion.layers.values()]
+    counts = [optimizer._count(layer) for layer in optimizer.conversion.layers.values()]
     return {"state": state, "counts": counts, "skipped": optimizer.stats()["skipped_gradients"]}
 
 
@@ -609,7 +609,7 @@ def test_one_head_per_rank_is_emulated_heads(ranks):
     torch.manual_seed(0)
     model = Tied().double()
     optimizer = LTE(model, **{**RANKS, "heads": 2})
-    for layer in optimizer._conversion.layers.values():
+    for layer in optimizer.conversion.layers.values():
         for p in (layer.A, layer.B):
             p.register_hook(lambda grad: 2 * grad)  # the mean over the batch, which is half a head's own
     train(model, optimizer, [data(step) for step in range(STEPS)])

@@ -180,8 +180,8 @@ def trained(kept="float32", steps=4, **options):
 
 
 def moments(optimizer, p):
-    plan = optimizer._plans[p]
-    spec = optimizer._recipe_of(plan, optimizer.param_groups[0]).spec(plan.matrix, plan.rank or 0, plan.small)
+    plan = optimizer.table.plans[p]
+    spec = optimizer.table.recipe(plan, optimizer.param_groups[0]).spec(plan.matrix, plan.rank or 0, plan.small)
     state = optimizer.state[p]
     return {
         key: one.store.read({s: state[key + s] for s in one.store.suffixes}, one.shape, torch.float32).clone()
@@ -292,7 +292,7 @@ def test_a_period_must_divide_the_run():
 def test_equal_gaps_are_known_without_counting():
     model = nn.Sequential(*(nn.Linear(20, 20) for _ in range(5)))
     optimizer = lowrank_optim.LoQT(model, rank=4, update_proj_gap=7, gap_growth=1)
-    for place, layer in enumerate(optimizer._conversion.layers.values()):
+    for place, layer in enumerate(optimizer.conversion.layers.values()):
         for count in range(40):
             optimizer.state[layer.leader]["step"].fill_(count)
             assert optimizer._is_due(place, layer) == (count in optimizer._times(place, layer))

@@ -93,7 +93,7 @@ def test_the_estimate_of_torchs_optimizers():
 
 def most_gradients(model, optimizer, micro_batches):
     """Measured in one window, by hand: what there is when each gradient comes."""
-    most, handle = 0, optimizer._in_backward
+    most, handle = 0, optimizer.mode
 
     def look(newest):
         nonlocal most

@@ -69,7 +69,7 @@ def measured(make, mesh, dtype, options):
         optimizer = make(params, **options, bf16_update="kahan")
     except NotImplementedError as error:
         return str(error)
-    last = deltas([layout.meter for layout in optimizer._layouts.values()])
+    last = deltas([layout.meter for layout in optimizer.table.layouts.values()])
     sent = []
     for due in (True, False, True):
         if due:

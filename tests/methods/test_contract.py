@@ -97,8 +97,8 @@ def test_one_parameter_at_a_time_equals_one_step(case):
             model(tokens).square().mean().backward()
         together.step()
         with torch.no_grad():
-            for p, group in reversed(list(apart._members())):
-                apart._update([apart._member(p, group, p.grad)])
+            for p, group in reversed(list(apart.table.members())):
+                apart.stepper.update([apart.table.member(p, group, p.grad)])
     assert torch.equal(weights(models[0]), weights(models[1]))
 
 

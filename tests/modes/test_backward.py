@@ -112,7 +112,7 @@ def test_stacked_matrices_are_updated_together(case, k, monkeypatch):
         mine[1].step()
         assert no_gradients(mine[0])
         assert max(differences(mine[0], plain[0])) < 1e-9
-    whole = [p for p in mine[0].parameters() if k == 1 or not mine[1]._plans[p].projected]
+    whole = [p for p in mine[0].parameters() if k == 1 or not mine[1].table.plans[p].projected]
     assert results[0] >= len(whole)
     assert 0 < results[1] < results[0]
 
@@ -410,7 +410,7 @@ def test_remove_restores_the_normal_mode(k):
     loss_of(mine[0], 0).backward()
     with pytest.raises(RuntimeError, match=r"remove\(\) in the middle of a step: call optimizer.step\(\) .*zero_grad"):
         handle.remove()
-    assert mine[1]._in_backward is handle
+    assert mine[1].mode is handle
     for model, optimizer in (plain, mine):
         model.load_state_dict(made(dtype=torch.float64)[0].state_dict())  # k=1 has stepped already
         optimizer.load_state_dict(made(dtype=torch.float64)[1].state_dict())
@@ -449,7 +449,7 @@ def test_a_context_that_fails():
 
     with pytest.raises(KeyError, match="mine"):
         fails()
-    assert optimizer._in_backward is None
+    assert optimizer.mode is None
     assert no_gradients(model)
     loss_of(model, 51).backward()
     assert all(p.grad is not None for p in model.parameters())
@@ -461,7 +461,7 @@ def test_copies_are_normal_optimizers(how):
     for one in (plain, mine):
         train(*one, 3)
     copied = how(mine)
-    assert copied[1]._in_backward is None
+    assert copied[1].mode is None
     train(*copied, 3, 3)
     assert all(p.grad is not None for p in copied[0].parameters())
     train(*plain, 3, 3)
@@ -778,7 +778,7 @@ def test_nonfinite_raise_is_refused():
     model, optimizer = made(nonfinite="raise")
     with pytest.raises(ValueError, match=r'nonfinite="raise" promises .* has updated what came before. Use nonfinite='):
         step_in_backward(model, optimizer)
-    assert optimizer._in_backward is None
+    assert optimizer.mode is None
     train(model, optimizer, 1)
     model, optimizer = made()
     step_in_backward(model, optimizer)
@@ -828,7 +828,7 @@ def test_options_that_cannot_work(what):
     options, message = REFUSED[what]
     with pytest.raises(ValueError, match=message):
         step_in_backward(model, optimizer, **options)
-    assert optimizer._in_backward is None
+    assert optimizer.mode is None
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
@@ -874,7 +874,7 @@ def test_distributed_data_parallel_is_refused(monkeypatch):
             step_in_backward(model, optimizer)
     finally:
         torch.distributed.destroy_process_group()
-    assert optimizer._in_backward is None
+    assert optimizer.mode is None
 
 
 def test_another_hook_that_takes_gradients():

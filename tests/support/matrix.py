@@ -104,7 +104,7 @@ class Converting:
 
     def sharded(self, model: nn.Module) -> nn.Module:
         """Converted before it is sharded, as the method would convert it."""
-        (layer, *_) = self.optimizer(self.model(), "")._conversion.layers.values()
+        (layer, *_) = self.optimizer(self.model(), "").conversion.layers.values()
         options = {key: self.case.kwargs[key] for key in self.case.make.layer_options if key in self.case.kwargs}
         return convert(
             model, self.case.make.layer, **{"rank": self.case.common["rank"], **options, **layer.made_with()}
