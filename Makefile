@@ -2,7 +2,7 @@
 # make test       a fresh machine to a green test run
 # make test-all   with the slow tests
 # make test-deepspeed DEEPSPEED=0.16.9   tests of ZeRO with another DeepSpeed, in an environment of its own
-# make check      what CI runs before the tests: format, lint, types
+# make check      what CI runs before the tests: format, lint, types, language
 # make native     the native kernels, built now and not with the first optimizer
 # make sanitize   tests of the native kernels, and of CUDA's on the CPU, under ASan and UBSan
 # make bench      the measurements that the README quotes (long; they write benchmarks/results/)
@@ -22,6 +22,9 @@ OTHER := $(VENV)-deepspeed-$(DEEPSPEED)
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
+
+# Where the words of docs/words.txt are looked for. Widen it as folders follow the language standard of CONTRIBUTING.md.
+WORDED := ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md csrc/README.md docs/design docs/glossary.md
 
 # Installed once, and again only when what is to be installed changes.
 $(STAMP): pyproject.toml constraints.txt
@@ -60,6 +63,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/codespell $(WORDED)
 
 native: $(STAMP)
 	$(BIN)/python -m lowrank_optim.build
