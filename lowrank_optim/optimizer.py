@@ -171,7 +171,8 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         if self.mode is not None:
             self.mode.finish()
             return
-        adoption.adopt(self.table)
+        if self.table.strangers():
+            adoption.adopt(self._table)
         if any(group["capturable"] for group in self.param_groups):
             self._captured.step()
         else:

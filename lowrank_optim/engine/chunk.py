@@ -17,7 +17,7 @@ from ..recipe.algebra import WHOLE, Algebra
 from ..recipe.plan import Plan
 from ..recipe.recipe import AGE, Clock, Recipe, Refresh, State
 from ..recipe.store import Kept, Noise, Shape, Spec, Store
-from ..recipe.weights import COMPENSATION, WEIGHT, is_packed, unpacked
+from ..recipe.weights import COMPENSATION, WEIGHT, unpacked
 from . import limits
 from .device_numbers import Numbers
 from .open_state import Opened, Stored
@@ -38,6 +38,8 @@ class Chunk:
         layout, algebra: of the matrices; all else here is what this process has of them.
         most: elements of one parameter, in the process that has the most of it.
         homes: what the params were taken from, which may be other memory.
+        packed: the weights store themselves in fewer bits and do their own rounding.
+        due: False: it is known that no matrix is due for a refresh.
     """
 
     recipe: Recipe
@@ -58,6 +60,8 @@ class Chunk:
     layout: Layout = HERE
     algebra: Algebra = WHOLE
     most: int = 0
+    packed: bool = False
+    due: bool = True
     shapes: Mapping[str, Shape] = field(default_factory=dict)  # as before slicing: of each state, and of the weight
     homes: list[Tensor] = field(default_factory=list)
 
@@ -137,7 +141,7 @@ class Chunk:
         if isinstance(numbers, Places) and (self.partial or numbers.run != self.params[0].shape[-1]):
             return False  # whose random numbers do not go on evenly from row to row
         kept = [*self.params, *(state[COMPENSATION] for state in self.states if COMPENSATION in state)]
-        return all(x.dtype != self.working and x.is_contiguous() and not is_packed(x) for x in kept)
+        return all(x.dtype != self.working and x.is_contiguous() and not self.packed for x in kept)
 
     def blank(self) -> Tensor:
         """Something with the shape of W, the dtype of arithmetic, and next to no memory."""
@@ -153,7 +157,8 @@ class Chunk:
         """
         if as_kept:
             return self._open(self.params, self._oriented, as_kept)
-        w = self._open([unpacked(p, self.working) for p in self.params], self._oriented)
+        params = [unpacked(p, self.working) for p in self.params] if self.packed else self.params
+        w = self._open(params, self._oriented)
         if COMPENSATION in self.states[0]:
             w.add_(self._open([state[COMPENSATION] for state in self.states], self._oriented))
         return w
@@ -161,10 +166,10 @@ class Chunk:
     def write_weights(self, w: Tensor) -> None:
         """Rounds W to the parameters' dtype, once, as `bf16_update` says."""
         for plan, p, state, x in zip(self.plans, self.params, self.states, self._split(w), strict=True):
-            if not is_packed(p) and p.data_ptr() == x.data_ptr():
+            if not self.packed and p.data_ptr() == x.data_ptr():
                 continue
             natural = x if self.partial else plan.natural(x)
-            if is_packed(p):
+            if self.packed:
                 cast(Any, p).pack_(natural, plan.key, stream_of(WEIGHT, self.time))
             elif COMPENSATION in state:
                 p.copy_(natural)
@@ -177,13 +182,16 @@ class Chunk:
 
     def leave_(self) -> None:
         """Brings new weights to where they belong."""
-        for p, w in zip(self.homes, self.params, strict=True):
-            self.layout.leave_(p, w)
+        if self.layout is not HERE:
+            for p, w in zip(self.homes, self.params, strict=True):
+                self.layout.leave_(p, w)
 
     def _number(self, key: str, size: int) -> int | Places:
         """Of the first element of a state, or of the weight, within the whole parameter; `size` of one matrix."""
-        several = bool(self.plans[0].batch)
-        return self.layout.number(self.shapes.get(key, ()), self.start + self.first * size, several)
+        element = self.start + self.first * size
+        if self.layout is HERE:
+            return element
+        return self.layout.number(self.shapes.get(key, ()), element, bool(self.plans[0].batch))
 
     def clock(self, st: State) -> Clock:
         """Steps that the moments have seen, this one included."""
@@ -224,11 +232,11 @@ class Chunk:
             return iter(())  # other processes have all of the experts
         if len(self.params) == 1 and p.is_contiguous() and g.is_contiguous():
             copied = p.device.type == "cpu" or p.dtype != self.working
-            sliced = self.recipe.elementwise and copied and not is_packed(p)
+            sliced = self.recipe.elementwise and copied and not self.packed
             whole_blocks = not self.plans[0].batch or math.prod(self.plans[0].matrix) % self._block == 0
             if sliced and whole_blocks and not self.plans[0].projected and p.numel() > self._slice:
                 return self._slices(p, g)
-            if self.plans[0].batch and self.bytes > limits.CHUNK_BYTES and not is_packed(p):
+            if self.plans[0].batch and self.bytes > limits.CHUNK_BYTES and not self.packed:
                 return self._experts(p, g)
         return iter([self])
 

@@ -9,7 +9,6 @@ from itertools import chain, islice
 import torch
 from torch import Tensor
 
-from ..recipe.weights import working_dtype
 from . import limits
 from .member import Member
 
@@ -43,8 +42,8 @@ def gradient_norms(grads: list[Tensor]) -> list[float]:
     for i, grad in enumerate(grads):
         kinds.setdefault((grad.device, grad.dtype), []).append(i)
     norms = [0.0] * len(grads)
-    for same in kinds.values():
-        working = working_dtype(grads[same[0]])
+    for (_, dtype), same in kinds.items():
+        working = dtype if dtype.itemsize >= torch.float32.itemsize else torch.float32
         limit = torch.finfo(working).max ** 0.5
         parts = [_norm_parts(grads[i]) for i in same]
         values = iter(torch.stack(torch._foreach_norm(list(chain(*parts)), 2, dtype=working)).tolist())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -22,16 +23,19 @@ InPlace = Callable[[Recipe, list[Member]], None]
 
 
 class Recipes:
-    """The recipes of one step: each group is asked once for projected parameters and once for plain ones.
+    """The recipes of all groups, one for projected parameters and one for plain ones, until a group is edited.
+
+    A recipe depends on the options of its group and not on lr, which a scheduler may change at each step.
 
     Args:
         recipe_of: a function of a plan and its group, such as `ParameterTable.recipe`.
-        before: recipes of the step before. A recipe that is still equal is replaced by the old object, so that
+        version: of the table when the groups were asked.
+        before: recipes of the version before. A recipe that is still equal is replaced by the old object, so that
             signatures can be compared by identity.
     """
 
-    def __init__(self, recipe_of: RecipeOf, before: Recipes | None = None) -> None:
-        self._ask = recipe_of
+    def __init__(self, recipe_of: RecipeOf, version: int = 0, before: Recipes | None = None) -> None:
+        self._ask, self.version = recipe_of, version
         self._before = {} if before is None else before.found
         self.found: dict[tuple[int, bool], Recipe] = {}
 
@@ -51,12 +55,14 @@ class Bucket(NamedTuple):
     Attributes:
         spec, shapes: of the state of one parameter, the latter also of the weight.
         most: elements of one parameter, on the rank that has the most of it.
+        packed: the weights store themselves in fewer bits and do their own rounding.
     """
 
     spec: dict[str, Spec]
     shapes: dict[str, Shape]
     working: torch.dtype
     most: int
+    packed: bool
 
 
 class Work(NamedTuple):
@@ -66,36 +72,48 @@ class Work(NamedTuple):
         places: positions of the members within their batch.
         in_place: the function that updates them where they are stored; None: they form a chunk.
         bucket: of the chunk.
+        due: False: no matrix of the chunk is due for a refresh.
     """
 
     recipe: Recipe
     places: list[int]
     in_place: InPlace | None
     bucket: Bucket | None = None
+    due: bool = True
 
     def chunk(self, members: list[Member], watch: Watch) -> Chunk:
         """Return the chunk of these members, which are those at `places` with the gradients of this step."""
-        first = members[0]
-        layout, (spec, shapes, working, most) = first.layout, cast(Bucket, self.bucket)
-        homes = [member.p.detach() for member in members]
-        return Chunk(
+        first, (spec, shapes, working, most, packed) = members[0], cast(Bucket, self.bucket)
+        layout, homes = first.layout, [member.p.detach() for member in members]
+        chunk = Chunk(
             recipe=self.recipe,
             group=first.group,
             step=int(first.state["step"]) + 1,
             spec=spec,
-            plans=[layout.plan(member.plan) for member in members],
-            params=[member.layout.enter(home) for member, home in zip(members, homes, strict=True)],
-            grads=[member.layout.enter_gradient(member.grad.detach()) for member in members],
-            states=[layout.here_all(member.state) for member in members],
+            plans=[member.plan for member in members],
+            params=homes,
+            grads=[member.grad.detach() for member in members],
+            states=[member.state for member in members],
             working=working,
             watch=watch,
             projected=first.projected,
+            most=most,
+            packed=packed,
+            shapes=shapes,
+            homes=homes,
+            due=self.due,
+        )
+        if layout is HERE:
+            return chunk
+        return replace(
+            chunk,
+            plans=[layout.plan(plan) for plan in chunk.plans],
+            params=[member.layout.enter(home) for member, home in zip(members, homes, strict=True)],
+            grads=[member.layout.enter_gradient(grad) for member, grad in zip(members, chunk.grads, strict=True)],
+            states=[layout.here_all(state) for state in chunk.states],
             first=layout.first(first.plan),
             layout=layout,
             algebra=layout.algebra([member.layout for member in members]),
-            most=most,
-            shapes=shapes,
-            homes=homes,
         )
 
 
@@ -144,7 +162,20 @@ def works(members: list[Member], recipes: Recipes, may_stay: bool) -> Iterator[W
     for (path, *_), (recipe, places) in lists.items():
         yield Work(recipe, places, path)
     for work in buckets([members[i] for i in others], recipes):
-        yield work._replace(places=[others[i] for i in work.places])
+        places = [others[i] for i in work.places]
+        yield work._replace(places=places, due=any(_may_be_due(members[i], work.recipe) for i in places))
+
+
+def _may_be_due(member: Member, recipe: Recipe) -> bool:
+    """Whether a refresh is due, or may be: the matrices of a stack have a clock each, which signatures do not hold."""
+    plan, state = member.plan, member.state
+    if not plan.projected or member.projected:
+        return False
+    return (
+        bool(plan.batch)
+        or member.layout is not HERE
+        or is_due(recipe, plan, state, int(state["step"]), int(state["refreshed_at"]))
+    )
 
 
 def _path(member: Member, recipe: Recipe) -> InPlace | None:
@@ -200,7 +231,7 @@ def buckets(members: list[Member], recipes: Recipes) -> Iterator[Work]:
         recipe = recipes.of(plan, group)
         spec = layout.spec(recipe.spec(layout.matrix(plan), plan.rank or 0, plan.small))
         shapes = {key: kept.shape for key, kept in spec.items()} | {WEIGHT: layout.weight(plan)}
-        bucket = Bucket(spec, shapes, working_dtype(p), layout.most(plan))
+        bucket = Bucket(spec, shapes, working_dtype(p), layout.most(plan), is_packed(p))
         limit = max(1, limits.CHUNK_BYTES // (bucket.working.itemsize * max(1, bucket.most)))
         for start in range(0, len(places), limit):
             yield Work(recipe, places[start : start + limit], None, bucket)

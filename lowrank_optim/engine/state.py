@@ -61,7 +61,7 @@ def follow(state: dict[str, Tensor], p: Tensor, group: dict[str, Any]) -> None:
     """Keeps state fit for its parameter, if the model was moved or cast after the optimizer was built."""
     device = p.device
     for key, tensor in state.items():
-        if key not in COUNTERS and tensor.device != device:
+        if tensor.device != device and key not in COUNTERS:
             state[key] = tensor.to(device)
     if _compensated(p, group):
         if COMPENSATION not in state:
@@ -71,8 +71,10 @@ def follow(state: dict[str, Tensor], p: Tensor, group: dict[str, Any]) -> None:
 
 
 def _compensated(p: Tensor, group: dict[str, Any]) -> bool:
-    rounded = p.dtype in (torch.bfloat16, torch.float16) and not is_packed(p)
-    return group["bf16_update"] == "kahan" and rounded
+    """Whether rounding errors of a 16-bit weight are kept."""
+    if group["bf16_update"] != "kahan":
+        return False
+    return p.dtype in (torch.bfloat16, torch.float16) and not is_packed(p)
 
 
 def loaded(name: str, saved: Mapping[str, Any], ours: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:

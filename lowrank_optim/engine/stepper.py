@@ -51,7 +51,7 @@ class Stepper:
         self.table, self.watch = table, watch
         self.mode: StepMode | None = None
         self.move: Move | None = None
-        self._recipes: Recipes | None = None  # of the last step
+        self._recipes: Recipes | None = None
         self._kept: dict[int, tuple[Any, list[Work]]] = {}  # signature and works, by the plan of the first member
 
     def step(self) -> None:
@@ -94,7 +94,9 @@ class Stepper:
             rescale: is given each member and the norm of its gradient, and returns the factor for the gradient, which
                 is multiplied in place.
         """
-        recipes = self._recipes = Recipes(self.table.recipe, self._recipes)
+        if self._recipes is None or self._recipes.version != self.table.version:
+            self._recipes = Recipes(self.table.recipe, self.table.version, self._recipes)
+        recipes = self._recipes
         with full_precision(member.p for member in members):
             # On a CPU a gradient is still in cache from its norm when it is used next; ranks decide on all norms.
             cached = one_by_one(members) and not (self.table.sharded and self.table.common().groups)
@@ -143,12 +145,14 @@ class Stepper:
 
     def chunks(self, members: list[Member], recipes: Recipes | None = None) -> Iterator[Chunk]:
         """Yield the chunks that some members form, whatever path they would take."""
-        for work in grouping.buckets(members, recipes or Recipes(self.table.recipe)):
+        for work in grouping.buckets(members, recipes or Recipes(self.table.recipe, self.table.version)):
             yield work.chunk([members[i] for i in work.places], self.watch)
 
     def finite(self, members: list[Member], rescale: Rescale | None) -> list[Member]:
         """Return the members whose gradients are finite. Count the others, or refuse before anything is updated."""
-        norms = gradient_norms([member.layout.here(member.grad) for member in members])
+        norms = gradient_norms(
+            [member.grad if member.layout is HERE else member.layout.here(member.grad) for member in members]
+        )
         if self.table.sharded and self.table.common().groups:
             pairs = ((member.p, norm) for member, norm in zip(members, norms, strict=True))
             whole = self.table.common().norms(pairs)

@@ -79,6 +79,7 @@ class ParameterTable:
         spread: the parameters in flat tensors, in an order that all ranks share.
         copies: the tensor that is updated in place of a parameter.
         sharded: whether a step needs other processes.
+        version: increases when a group comes or is edited; what was derived from groups before is then out of date.
     """
 
     def __init__(self, method: Method) -> None:
@@ -95,6 +96,7 @@ class ParameterTable:
         self.copies: dict[Tensor, Tensor] = {}
         self.unverified: list[tuple[Tensor, list[Range]]] = []  # flat tensors whose content was not compared yet
         self.sharded = False
+        self.version = 0
         self._seen: dict[int, dict[str, Any]] = {}  # options of each group when they were last checked
         self._adopted: dict[int, list[Tensor]] = {}  # tensors of each group when it was last searched for new ones
         self._commons: dict[tuple[Tensor, ...], Common] = {}
@@ -183,6 +185,7 @@ class ParameterTable:
         self.plans.update(plans)
         self.layouts.update(layouts)
         self.sharded = self.sharded or any(layout.sharded for layout in layouts.values())
+        self.version += 1
         self._commons = {}  # made again, since new parameters may be shared by other ranks
 
     # -- groups change ---------------------------------------------------------------------------------------------
@@ -213,6 +216,7 @@ class ParameterTable:
                 if self.layouts[p].sharded:
                     self.admit_shard(self.plans[p], cast(Cut, self.layouts[p]), group)
             self._seen[group[GROUP]] = now
+            self.version += 1
 
     # -- what is known of a parameter --------------------------------------------------------------------------------
 

@@ -67,14 +67,15 @@ def update_(chunk: Chunk, algebra: Algebra = WHOLE, move: Move | None = None) ->
         r = chunk.coordinates()
     else:
         # A chunk with numbers on the device is part of a captured graph, and was refreshed before.
-        due = list(due_matrices(chunk)) if chunk.numbers is None else []
+        due = list(due_matrices(chunk)) if chunk.due and chunk.numbers is None else []
         g = recipe.residual.before(chunk.gradient(as_kept=narrow and recipe.thin and not due), st)
-        new = refit_due(chunk, algebra, due, g, st)
+        new = refit_due(chunk, algebra, due, g, st) if due else {}
     refreshed = bool(new)
     # In 16 bits, W is never whole in 32: `like` then has the shape and dtype of the arithmetic, and no memory.
     t, like = chunk.clock(st), chunk.blank() if narrow else chunk.weights()
     w = chunk.weights(as_kept=True) if narrow and recipe.step_size.reads_weights else like
-    derive_(chunk, algebra, like, st, new)
+    if recipe.basis.derives:
+        derive_(chunk, algebra, like, st, new)
     note = functools.partial(note_captured, chunk, algebra) if refreshed and recipe.basis.orthonormal else None
     lr, decay, ascend = chunk.lr, group["weight_decay"], group["maximize"]
     args = MoveArgs(recipe, algebra, w, g, r, st, lr, decay, ascend, t, chunk.now, note, narrow)

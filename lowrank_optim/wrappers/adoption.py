@@ -31,8 +31,6 @@ def adopt(table: ParameterTable, early: bool = False) -> None:
     Args:
         early: also search for tensors that a group holds only during a step.
     """
-    if not (table.strangers() or early):
-        return
     for group in table.groups:
         given = [p for _, p in table.given[group[GROUP]]]
         there = [*group["params"], *(later(given) if early else ())]
