@@ -11,7 +11,7 @@ from lowrank_optim import ops
 from lowrank_optim.layers.quantized_linear import compensate
 from lowrank_optim.ops.factor import balance, singular, split
 from lowrank_optim.parts.random import strongest
-from lowrank_optim.recipe.algebra import WHOLE
+from lowrank_optim.recipe.algebra import WHOLE, subspace_iteration
 
 K = 18
 APART = torch.linspace(1, 0.3, K, dtype=torch.float64)
@@ -106,10 +106,10 @@ def test_iterated_bases_are_functions_of_the_gradient(spectrum, shape, rank):
     """In float64; from one start, as a stream of random numbers gives it."""
     g = matrix(shape, spectrum)
     start = ops.normal((g.shape[1], min(rank + 4, K)), 0, ops.stream_of("sketch", 0)).to(g)
-    basis = ops.subspace_iteration(WHOLE, g, g @ start, rank, 2)
+    basis = subspace_iteration(WHOLE, g, g @ start, rank, 2)
     assert identity(basis) < 1e-12
     for x in disturbed(g):
-        again = ops.subspace_iteration(WHOLE, x, x @ start, rank, 2)
+        again = subspace_iteration(WHOLE, x, x @ start, rank, 2)
         torch.testing.assert_close(again, basis, rtol=0, atol=1e-6)
 
 
@@ -117,9 +117,9 @@ def test_iterated_bases_are_functions_of_the_gradient(spectrum, shape, rank):
 def test_iterated_bases_of_a_gradient_that_lacks_rank_in_float32(spectrum):
     g = matrix((31, K), spectrum, torch.float32)
     start = ops.normal((K, 16), 0, ops.stream_of("sketch", 0))
-    basis = ops.subspace_iteration(WHOLE, g, g @ start, 14, 2)
+    basis = subspace_iteration(WHOLE, g, g @ start, 14, 2)
     for x in disturbed(g):
-        torch.testing.assert_close(ops.subspace_iteration(WHOLE, x, x @ start, 14, 2), basis, rtol=0, atol=1e-3)
+        torch.testing.assert_close(subspace_iteration(WHOLE, x, x @ start, 14, 2), basis, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("columns", [[0, 1, 0], [0, 0, 0], [0, 1, 2]])
