@@ -399,6 +399,7 @@ RUNS += [(torch.float64, name, iterations) for name in SPECTRA for iterations in
 RUNS += [(torch.float64, "equal", 100)]
 
 
+@pytest.mark.cpus
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "spectrum", "iterations"), RUNS)
 def test_the_engine_is_the_papers_loop(shape, dtype, spectrum, iterations):
@@ -505,6 +506,7 @@ def test_it_learns_and_all_directions_take_part():
     assert int(torch.linalg.matrix_rank(model.up.weight.detach() - start)) == 18
 
 
+@pytest.mark.cpus
 @pytest.mark.parametrize("cut", [3, 4, 5, 7, 8, 9])
 @pytest.mark.parametrize(
     ("dtype", "rounding"),

@@ -193,6 +193,7 @@ def test_a_steps_extra_memory_is_what_was_estimated(case, dtype, basis, monkeypa
     assert 0.4 * planned.refresh_workspace < refresh <= planned.refresh_workspace + planned.step_workspace
 
 
+@pytest.mark.cpus
 @every_case
 @pytest.mark.parametrize("onednn", [False, True])
 def test_estimates_hold_whichever_library_multiplies(case, onednn, monkeypatch):

@@ -13,6 +13,8 @@ from lowrank_optim.ops.factor import balance, singular, split
 from lowrank_optim.parts.random import strongest
 from lowrank_optim.recipe.algebra import WHOLE, subspace_iteration
 
+pytestmark = pytest.mark.cpus
+
 K = 18
 APART = torch.linspace(1, 0.3, K, dtype=torch.float64)
 SPECTRA = {
