@@ -56,7 +56,7 @@ test-all: $(STAMP)
 test-cpus: $(STAMP)
 	for cpu in "ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1" \
 			"ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1" \
-			"OMP_NUM_THREADS=2"; do \
+			"OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE"; do \
 		echo "$$cpu"; env $$cpu $(BIN)/python -m pytest -n auto -m cpus $$(grep -rl "mark\.cpus" tests --include='*.py') || exit 1; \
 	done
 
