@@ -1,6 +1,7 @@
 # make pretrain   a fresh machine to a trained model and its loss curve
 # make test       a fresh machine to a green test run
 # make test-all   with the slow tests
+# make test-cpus  tests of numbers and bytes once more, as older CPUs and two threads add up
 # make test-deepspeed DEEPSPEED=0.16.9   tests of ZeRO with another DeepSpeed, in an environment of its own
 # make check      what CI runs before the tests: format, lint, types, language
 # make native     the native kernels, built now and not with the first optimizer
@@ -18,7 +19,7 @@ STAMP := $(VENV)/.installed
 DEEPSPEED ?= 0.16.9
 OTHER := $(VENV)-deepspeed-$(DEEPSPEED)
 
-.PHONY: help pretrain test test-all test-deepspeed check native sanitize bench clean
+.PHONY: help pretrain test test-all test-cpus test-deepspeed check native sanitize bench clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -50,6 +51,14 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Other instruction sets and threads round sums differently, and MKL and oneDNN hold other memory.
+test-cpus: $(STAMP)
+	for cpu in "ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1" \
+			"ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1" \
+			"OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE"; do \
+		echo "$$cpu"; env $$cpu $(BIN)/python -m pytest -n auto -m cpus $$(grep -rl "mark\.cpus" tests --include='*.py') || exit 1; \
+	done
 
 test-deepspeed:
 	@$(OTHER)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(OTHER)

@@ -115,6 +115,12 @@ LRO_HD T scaled(T x, T row, T column, T most) {
 LRO_HD float magnitude(float x) { return fabsf(x); }
 LRO_HD double magnitude(double x) { return fabs(x); }
 
+// Magnitudes of at least this share of the largest one differ from it by no more than rounding errors.
+template <class T>
+LRO_HD constexpr T nearly() {
+  return sizeof(T) == sizeof(float) ? T(1) - T(1) / (1 << 14) : T(1) - T(1) / (1 << 30);
+}
+
 // The one of larger magnitude, the first of equal ones.
 template <class T>
 LRO_HD T larger(T first, T second) {

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from lowrank_optim.ops import native
 
 native.load()  # else the kernels would change under the tests, with the first optimizer
-torch.set_num_threads(1)  # on matrices this small a second thread only costs time
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # more only cost time on matrices this small
 
 
 @pytest.fixture(autouse=True)

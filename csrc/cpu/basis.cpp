@@ -82,11 +82,15 @@ void gram_tiles(double* out, const float* y, const Thin shape, const std::vector
 
 constexpr int kColumns = 64;
 
-// The entries that are the largest of their columns, the first of equal ones.
+// The entries that are the largest of their columns, the first of those that rounding makes equal: found from below.
 template <class T>
-LRO_HD void peaks(T* LRO_RESTRICT peak, const T* x, int64_t rows, int64_t stride, int count) {
+LRO_HD void peaks(T* LRO_RESTRICT peak, T* LRO_RESTRICT limit, const T* x, int64_t rows, int64_t stride, int count) {
   for (int64_t row = 0; row < rows; ++row)
-    for (int i = 0; i < count; ++i) peak[i] = larger(peak[i], x[row * stride + i]);
+    for (int i = 0; i < count; ++i) limit[i] = larger(limit[i], x[row * stride + i]);
+  for (int i = 0; i < count; ++i) limit[i] = magnitude(limit[i]) * nearly<T>();
+  for (int64_t row = rows; row-- > 0;)
+    for (int i = 0; i < count; ++i)
+      peak[i] = magnitude(x[row * stride + i]) >= limit[i] ? x[row * stride + i] : peak[i];
 }
 
 template <class T>
@@ -97,8 +101,8 @@ LRO_HD void flip(T* LRO_RESTRICT x, const T* peak, int64_t rows, int64_t stride,
 
 template <class T>
 LRO_HD void fix(T* x, int64_t rows, int64_t stride, int count) {
-  T peak[kColumns] = {};
-  peaks(peak, x, rows, stride, count);
+  T peak[kColumns] = {}, limit[kColumns] = {};
+  peaks(peak, limit, x, rows, stride, count);
   flip(x, peak, rows, stride, count);
 }
 

@@ -12,6 +12,9 @@ __global__ void __launch_bounds__(kThreads) fix_kernel(T* basis, int64_t matrice
     T* column = basis + i / columns * rows * columns + i % columns;
     T peak = 0;
     for (int64_t row = 0; row < rows; ++row) peak = larger(peak, column[row * columns]);
+    const T limit = magnitude(peak) * nearly<T>();
+    for (int64_t row = rows; row-- > 0;)
+      if (magnitude(column[row * columns]) >= limit) peak = column[row * columns];
     if (peak < 0)
       for (int64_t row = 0; row < rows; ++row) column[row * columns] = -column[row * columns];
   }

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
+from ..ops.degenerate import settle_
+from ..ops.reference import leading_entries
 from ..recipe.algebra import WHOLE, Algebra, Drawn, beside, subspace_iteration
 from ..recipe.store import Side
 from . import lockstep
@@ -195,9 +197,8 @@ class Shards(Algebra):
         piece = self.pieces[side]
         peaks = basis.new_zeros(*basis.shape[:-2], piece.count, basis.shape[-1])
         if piece.length:  # its own row, in the order of the pieces, so that the first of equal entries decides
-            peaks[..., piece.place, :] = basis.gather(-2, basis.abs().argmax(dim=-2, keepdim=True)).squeeze(-2)
-        everyone = self._completed(peaks, side)
-        pivot = everyone.gather(-2, everyone.abs().argmax(dim=-2, keepdim=True))
+            peaks[..., piece.place, :] = leading_entries(basis).squeeze(-2)
+        pivot = leading_entries(self._completed(peaks, side))
         return basis * torch.where(pivot < 0, -1.0, 1.0).to(basis.dtype)
 
     def leading(self, g: Tensor, rank: int) -> Tensor:
@@ -225,8 +226,9 @@ class Shards(Algebra):
         if -1 not in self.pieces:
             return super().right(r, rank)
         q = self.orthonormal(r.mT.contiguous(), -1)
-        small = torch.linalg.svd(self.inner(r, q).mT.double())[0].to(q.dtype)
-        return self.signed(q @ small[..., :rank], -1)
+        small, values, _ = torch.linalg.svd(self.inner(r, q).mT.double())
+        settle_(small, values, eps=torch.finfo(q.dtype).eps, keep=rank)
+        return self.signed(q @ small[..., :rank].to(q.dtype), -1)
 
     def _angle(self, old: Tensor, new: Tensor) -> Tensor:
         """Sine of the angle between two subspaces."""

@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from .. import hyperparameters
 from ..distributed.dtensors import laid_out, local, part, whole
+from ..ops.degenerate import TIE
 from ..recipe.algebra import WHOLE, Algebra
 from ..recipe.weights import is_packed, unpacked, working_dtype
 from . import checks as layer_checks
@@ -122,19 +123,20 @@ def compensate(
 ) -> tuple[Tensor, Tensor]:
     """(T, B) with `rounded(T) + B P` close to w (m, n), for P (r, n): B makes up for what rounding loses, in part.
 
-    Alternates `B = (w - rounded(T)) P^+` and `T = w - B P` from T = w, and keeps the best pair. The error of the first
+    Alternates `B = (w - rounded(T)) P^+` and `T = w - B P` from T = w, and keeps the best pair, the first of
+    those that rounding makes equal. The error of the first
     pair is that of rounding times about sqrt(1 - r / n). With 0 iterations B is zero. `algebra`: of transposed w, where
     others have some of it.
     """
     inverse = _pseudo_inverse(p, algebra)
     target, best = w, (w, w.new_zeros(len(w), len(p)))
-    least = algebra.norm(w - rounded(w), (-2, -1))
+    least, less = algebra.norm(w - rounded(w), (-2, -1)), 1 - TIE * torch.finfo(w.dtype).eps
     for _ in range(iterations):
         rest = w - rounded(target)
         b = algebra.total(rest @ inverse, -2)
         product = b @ p
         error = algebra.norm(rest - product, (-2, -1))
-        if bool(error < least):
+        if bool(error < least * less):
             best, least = (target, b), error
         target = w - product
     return best
@@ -145,6 +147,7 @@ def _pseudo_inverse(p: Tensor, algebra: Algebra) -> Tensor:
     wide = p.double()
     gram = algebra.total(wide @ wide.mT, -2)
     factor, info = torch.linalg.cholesky_ex(gram)
-    if bool(info):
+    pivots, lengths = factor.diagonal().square(), gram.diagonal()
+    if bool(info) or not bool((pivots > lengths * (TIE * torch.finfo(gram.dtype).eps)).all()):
         return cast(Tensor, wide.mT @ torch.linalg.pinv(gram, hermitian=True)).to(p.dtype)
     return torch.cholesky_solve(wide, factor).mT.to(p.dtype)

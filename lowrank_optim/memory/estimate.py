@@ -389,7 +389,9 @@ def _working_elements(plan: Plan, recipe: Recipe, rank: int) -> int:
     if recipe.scaling_in == "subspace":
         most = r + recipe.scaling.workspace(r) + rest
     elif recipe.momentum_of == "gradient":
-        scaled = max(r, min(size, PIECE)) if recipe.scaling.per_column(shape) else size * (1 + scratch)
+        # squares a piece at a time, in float64, and their sums over rows and over columns
+        sums = 2 * sum(shape)
+        scaled = max(r, min(size, PIECE) + sums) if recipe.scaling.per_column(shape) else size * (1 + scratch)
         most = r + max(rest, r + scaled)
     else:
         most = max(recipe.scaling.workspace(size), size + r + rest)

@@ -1,6 +1,6 @@
 """Orthonormal bases of gradients: exact and randomized, for one matrix or a stack of them.
 
-Nothing here waits for an accelerator but the eigenvectors of a small matrix, whose error flag torch reads: what
+Nothing here waits for an accelerator but factorisations, whose error flag torch reads, and the values they give: what
 depends on the values of a tensor is a `torch.where`. On a CPU, where looking costs nothing, needless work is left out.
 """
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .blocks import blocks
+from .degenerate import TIE, settle_
 from .philox import normal, stream_of
 from .products import product
 from .schema import kernel
@@ -34,7 +35,7 @@ def _looks(x: Tensor) -> bool:
 
 
 def fix_signs(basis: Tensor) -> Tensor:
-    """Makes the largest entry of each column of `basis (m, r)` positive.
+    """Makes the largest entry of each column of `basis (m, r)` positive, the first of those that rounding makes equal.
 
     Singular vectors have free signs, and moments outlive a refresh: without a convention the trajectory would depend on
     the backend, on transposition and on batching.
@@ -49,15 +50,15 @@ def orthonormalize(y: Tensor, total: Total = _alone, first: int = 0) -> Tensor:
 
     CholeskyQR2: two passes of `Y <- Y L^-T` with `L L^T = Y^T Y`. It is made of products, so it batches and shards,
     with only the k x k Gram matrix reduced, where Householder QR does neither. The Gram matrix is accumulated and
-    factored in float64; in float32 it already fails on a spectrum of 1/k. Where Cholesky meets a zero pivot all the
-    same, y is factored again with noise below its rounding.
+    factored in float64; in float32 it already fails on a spectrum of 1/k. Where what is left of a column without those
+    before it is zero but for rounding errors, y is factored again with noise.
 
     Args:
         total: completes sums over rows, where this process has some of them only.
         first: the number of the first row that is here.
     """
-    q = torch.empty_like(y)
-    fits, _ = _pass(y, total, q)
+    q, eps = torch.empty_like(y), TIE * torch.finfo(y.dtype).eps
+    fits, _ = _pass(y, total, q, least=max(eps**2, TIE * torch.finfo(torch.float64).eps))
     again, _ = _pass(q, total, q)
     fits = fits & again
     if _looks(y) and bool(fits.all()):
@@ -112,7 +113,15 @@ def _principal64(y: Tensor, rank: int, total: Total, first: int) -> tuple[Tensor
     finite = torch.isfinite(size)
     q = orthonormalize(y, total, first)
     small = torch.where(finite, total(lambda q, y: q.mT @ y, q, y), 0.0)
-    return q @ torch.linalg.svd(small)[0][..., :rank], finite & (size > 0)
+    vectors, values, _ = torch.linalg.svd(small)
+    k = small.shape[-1]
+    for one, s in zip(vectors.view(-1, k, k), values.view(-1, k), strict=True):
+        settle_(one, s, keep=rank)
+    found, there = finite & (size > 0), values[..., None, :rank] > 0
+    q = q @ vectors[..., :rank]
+    if _looks(y) and bool(there.all()):
+        return q, found
+    return orthonormalize(torch.where(there, q, noise(q, total, first)), total, first), found
 
 
 def gram(y: Tensor) -> Tensor:
@@ -137,20 +146,21 @@ def _count(x: Tensor) -> Tensor:
     return torch.full((), float(x.shape[-2]), dtype=torch.float64, device=x.device)
 
 
-def _pass(y: Tensor, total: Total, out: Tensor, shift: float = 0.0) -> tuple[Tensor, Tensor]:
+def _pass(y: Tensor, total: Total, out: Tensor, shift: float = 0.0, least: float = 0.0) -> tuple[Tensor, Tensor]:
     """`out = Y L^-T` with `L L^T = Y^T Y`, `out` being y or like it. Returns whether there is such an L, and whether it
     lets rounding errors be, both `()`."""
-    mix, largest, fits, smooth = _mixing(total(gram, y), shift)
+    mix, largest, fits, smooth = _mixing(total(gram, y), shift, least)
     mix, largest = mix.to(y.dtype), largest.to(y.dtype)
     for rows in blocks(y.mT.shape, y.device.type):
         torch.div(_times(rows.of(y.mT).mT, mix), largest, out=rows.of(out.mT).mT)
     return fits, smooth
 
 
-def _mixing(squares: Tensor, shift: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _mixing(squares: Tensor, shift: float, least: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`L^-T` times the largest length of a column, that length `(1, 1)`, and the two answers of `_pass`.
 
     shift: added to the squares of columns of length 1.
+    least: of such a column, the square of what is left without those before it that is no rounding error.
     """
     size = squares.diagonal(dim1=-2, dim2=-1).sqrt()
     inverse_size = torch.where(size > 0, 1 / size, 0.0)
@@ -162,7 +172,7 @@ def _mixing(squares: Tensor, shift: float) -> tuple[Tensor, Tensor, Tensor, Tens
     smooth = (torch.linalg.vector_norm(inverse, dim=-1) <= _STEEP).all(-1)
     # The inverse may be beyond float32 where y is small; what it is divided by is not.
     largest = torch.where(size > 0, size, 1.0).amax(-1)[..., None, None]
-    fits = (info == 0) & torch.isfinite(size).all(-1)
+    fits = (info == 0) & torch.isfinite(size).all(-1) & (factor.diagonal(dim1=-2, dim2=-1).square() > least).all(-1)
     return inverse.mT.mul_(inverse_size.unsqueeze(-1) * largest), largest, fits, smooth
 
 
@@ -184,11 +194,15 @@ def _completed(y: Tensor, total: Total, first: int) -> Tensor:
 def leading_left_vectors(g: Tensor, rank: int) -> Tensor:
     """The `rank` leading left singular vectors `(m, rank)` of a finite `g (m, n)`, signs fixed.
 
+    Vectors of equal values, and of zero, are those that `degenerate.settle_` picks.
+
     Falls back from SVD to the eigenvectors of the float64 Gram matrix, so that a factorisation that does not converge
     costs accuracy in the tail of the spectrum and never the run.
     """
     try:
-        vectors = torch.linalg.svd(g, full_matrices=False)[0]
+        vectors, values, _ = torch.linalg.svd(g, full_matrices=False)
     except torch.linalg.LinAlgError:
-        vectors = torch.linalg.eigh(gram(g.mT))[1].flip(-1).to(g.dtype)
+        squares, vectors = (x.flip(-1).to(g.dtype) for x in torch.linalg.eigh(gram(g.mT)))
+        values = squares.clamp(min=0).sqrt()
+    settle_(vectors, values, keep=rank)
     return fix_signs(vectors[..., :rank])

@@ -19,6 +19,7 @@ from .blocks import blocks as column_blocks
 from .products import add_product_, product
 
 _TINY = torch.finfo(torch.float32).tiny
+_NEARLY = {torch.float32: 1 - 2.0**-14, torch.float64: 1 - 2.0**-30}  # as large, but for rounding errors
 PIECE = 1 << 16  # elements worked on at once on CPU, so that a piece and its temporaries stay in cache
 
 # -- Adam --------------------------------------------------------------------------------------------------------------
@@ -213,11 +214,20 @@ def gram_(out: Tensor, y: Tensor, across: bool = False) -> None:
         out.add_(wide @ wide.mT)
 
 
+def leading_entries(x: Tensor) -> Tensor:
+    """Return the first entry of each column of `x (..., m, r)` that is as large as the largest one: `(..., 1, r)`.
+
+    Entries of a singular vector whose magnitudes differ by no more than rounding errors are equally large.
+    """
+    sizes = x.abs()
+    limit = sizes.amax(-2, keepdim=True).mul_(_NEARLY[x.dtype])
+    return x.gather(-2, sizes.ge_(limit).argmax(-2, keepdim=True))
+
+
 def fix_signs_(basis: Tensor) -> None:
     """The largest entry of each column becomes positive, the first of equal ones."""
     if basis.numel():
-        pivot = basis.gather(-2, basis.abs().argmax(dim=-2, keepdim=True))
-        basis.mul_(torch.where(pivot < 0, -1.0, 1.0).to(basis.dtype))
+        basis.mul_(torch.where(leading_entries(basis) < 0, -1.0, 1.0).to(basis.dtype))
 
 
 # -- Philox ------------------------------------------------------------------------------------------------------------

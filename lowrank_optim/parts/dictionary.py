@@ -17,7 +17,7 @@ from ..recipe.recipe import Draw, State, Time
 from ..recipe.store import Exact, Shape, Spec
 from ..recipe.turn import Turn
 from .basis import OneSided
-from .random import reindex, top
+from .random import reindex, strongest
 
 _WIDE = 512  # from here on an FFT is faster than a product with the dictionary, on CPU by 3 at 1024 and by 20 at 2048
 
@@ -48,7 +48,7 @@ class Dictionary(OneSided):
 
     def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
         here = scores(self.kind, algebra.once(g, -1), self.power, self._by_fft(g.shape[0]))
-        return {"index": top(algebra.total(here, -1), rank)}
+        return {"index": strongest(algebra.total(here, -1), rank)}
 
     def derive(self, algebra: Algebra, g: Tensor, kept: State, rank: int, draw: Draw) -> dict[str, Tensor]:
         """The chosen vectors, where a transform does not take less time than a product with them."""

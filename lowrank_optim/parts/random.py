@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops.blocks import Columns, widened
+from ..ops.degenerate import untied_
 from ..ops.reference import BLOCK, DRAWING
 from ..ops.schema import kernel
 from ..recipe.algebra import Algebra
@@ -90,7 +91,7 @@ class Rows(Basis):
     def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
         if self.choose == "random":
             return {"index": top(draw((int(algebra.shape(g)[0]),)), rank)}
-        return {"index": top(algebra.every(algebra.energy(g, -1, self.power)), rank)}
+        return {"index": strongest(algebra.every(algebra.energy(g, -1, self.power)), rank)}
 
     def turn(self, algebra: Algebra, old: State, new: State) -> Turn:
         return reindex(old["index"], new["index"])
@@ -133,6 +134,11 @@ def top(scores: Tensor, rank: int) -> Tensor:
     index = scores.new_empty(*scores.shape[:-1], rank, dtype=torch.int32)
     kernel("select_top_")(index, scores)
     return index
+
+
+def strongest(energies: Tensor, rank: int) -> Tensor:
+    """Return `top` of sums, where sums that are equal but for rounding errors are equal. Overwrites them."""
+    return top(untied_(energies, rank, energies.amax(-1, keepdim=True)), rank)
 
 
 def reindex(old: Tensor, new: Tensor) -> Reindex:

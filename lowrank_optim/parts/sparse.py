@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops.degenerate import untied_
 from ..recipe.algebra import Algebra
 from ..recipe.recipe import Clock, Recipe, Residual, State, Update
 from ..recipe.store import Exact, Shape, Spec
@@ -60,7 +61,8 @@ class Sparse(Residual):
         if "entries" in st:
             rest = g.clone()
             recipe.basis.add_up_(rest, recipe.basis.down(algebra, g, basis), basis, alpha=-1, beta=1)
-            entries = rest.abs_().flatten(-2).topk(st["entries"].shape[-1]).indices.sort().values
+            count, largest = st["entries"].shape[-1], algebra.largest(g).unsqueeze(-1)
+            entries = untied_(rest.abs_().flatten(-2), count, largest).topk(count).indices.sort().values
             st["entries"].copy_(entries)
             st["entries_age"].fill_(1)
 

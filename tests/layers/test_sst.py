@@ -383,19 +383,34 @@ def quadratic(shape, dtype):
     return lambda step, w: w - targets[step % 5]
 
 
-@pytest.mark.parametrize("iterations", [2, None, 100])
+SPECTRA = {
+    "apart": lambda k: torch.linspace(1, 0.3, k),
+    "to zero": lambda k: torch.linspace(1, 0.001, k),
+    "equal": lambda k: torch.ones(k),
+    "in pairs": lambda k: torch.linspace(1, 0.3, k)[torch.arange(k) // 2],
+    "a third zero": lambda k: torch.linspace(1, 0.3, k) * (torch.arange(k) < k - k // 3),
+}
+
+
+# In float32 ties are as wide as the limits of the comparison. Values that were equal differ after some updates by so
+# little that another decomposition magnifies rounding errors.
+RUNS = [(torch.float32, name, iterations) for name in ("apart", "to zero") for iterations in (2, None, 100)]
+RUNS += [(torch.float64, name, iterations) for name in SPECTRA for iterations in (2, None, 100) if name != "equal"]
+RUNS += [(torch.float64, "equal", 100)]
+
+
+@pytest.mark.cpus
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_engine_is_the_papers_loop(dtype, shape, iterations):
-    """Through rounds only where no sigma is 0: the two vectors of a zero have signs that mean nothing, and are free.
+@pytest.mark.parametrize(("dtype", "spectrum", "iterations"), RUNS)
+def test_the_engine_is_the_papers_loop(shape, dtype, spectrum, iterations):
+    """Also through rounds where sigma is 0, and where values are equal.
 
     In float32 each decomposition adds 1e-6 or so, and Adam with a small eps magnifies what is rounded.
     """
     (m, n), k = shape, min(shape)
     model = nn.Sequential(nn.Linear(n, m, dtype=dtype))
     u, _, vh = torch.linalg.svd(model[0].weight.detach(), full_matrices=False)
-    lowest = 0.3 if iterations != 100 else 0.001
-    model[0].weight.data.copy_(u * torch.linspace(1, lowest, k, dtype=dtype) @ vh)
+    model[0].weight.data.copy_(u * SPECTRA[spectrum](k).to(dtype) @ vh)
     start, gradient = model[0].weight.detach().clone(), quadratic(shape, dtype)
     eps, limit = (1e-3, 1e-12) if dtype == torch.float64 else (0.1, 2e-6)
     options = {**OPTIONS, "iterations": iterations, "iteration_steps": 3, "rank": 7, "eps": eps}
@@ -405,7 +420,10 @@ def test_the_engine_is_the_papers_loop(dtype, shape, iterations):
     def uniforms(i):
         return ops.uniform((k,), spectral.key, ops.stream_of("segment", i)).tolist()
 
-    history = reference.sst(start, gradient, steps, uniforms=uniforms, **options)
+    def normal(size):
+        return ops.normal(size, 0, ops.stream_of("degenerate", 0)).to(dtype)
+
+    history = reference.sst(start, gradient, steps, uniforms=uniforms, normal=normal, **options)
     for step in range(steps):
         w = spectral.weight.detach()
         assert float((w - history[step]).abs().max()) <= limit, step
@@ -416,7 +434,7 @@ def test_the_engine_is_the_papers_loop(dtype, shape, iterations):
         assert bool((spectral.sigma >= 0).all())
         zeros += int((spectral.sigma == 0).sum())
     assert float((spectral.weight.detach() - history[-1]).abs().max()) <= limit
-    assert (iterations == 100) == (zeros > 0), "sigma was held at 0"
+    assert zeros > 0 or spectrum not in ("to zero", "a third zero"), "sigma was held at 0"
 
 
 def test_what_changes_when():
@@ -488,6 +506,7 @@ def test_it_learns_and_all_directions_take_part():
     assert int(torch.linalg.matrix_rank(model.up.weight.detach() - start)) == 18
 
 
+@pytest.mark.cpus
 @pytest.mark.parametrize("cut", [3, 4, 5, 7, 8, 9])
 @pytest.mark.parametrize(
     ("dtype", "rounding"),

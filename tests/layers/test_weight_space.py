@@ -181,6 +181,7 @@ def test_step_in_backward_is_the_same_optimizer(case, options):
     assert all(p.grad is None for p in other.parameters())
 
 
+@pytest.mark.cpus
 @pytest.mark.parametrize("case", [case for case in WEIGHT_CASES if not case.splits], ids=lambda case: case.name)
 def test_gradients_accumulate_over_micro_batches(case):
     whole, parts = net(torch.float64), net(torch.float64)
@@ -468,6 +469,7 @@ def _rank(rank, world, folder):
         torch.save(model.state_dict(), f"{folder}/{case.name}.{same}.{rank}.pt")
 
 
+@pytest.mark.cpus
 def test_two_processes_equal_one(tmp_path):
     spawn(_rank, 2, str(tmp_path))
     for case in WEIGHT_CASES:

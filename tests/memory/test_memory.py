@@ -193,6 +193,22 @@ def test_a_steps_extra_memory_is_what_was_estimated(case, dtype, basis, monkeypa
     assert 0.4 * planned.refresh_workspace < refresh <= planned.refresh_workspace + planned.step_workspace
 
 
+@pytest.mark.cpus
+@every_case
+@pytest.mark.parametrize("onednn", [False, True])
+def test_estimates_hold_whichever_library_multiplies(case, onednn, monkeypatch):
+    """oneDNN holds a block of the product, MKL holds none: the processor decides which of them it is."""
+    monkeypatch.setattr("lowrank_optim.ops.products.onednn_is_faster", lambda: onednn)
+    for module in (ops.philox, ops.quantize, ops.rounding, ops.apply, ops.factored, ops.reductions, ops.scaled):
+        monkeypatch.setattr(module, "kernel", lambda name: getattr(ops.reference, name))
+    for shape in ((384, 256), (200, 600)):
+        options = case.fitting({"rank": 32, "orthonormal": True, "density": 0.01})
+        planned = estimate_memory([shape] * 3, case.make, **{**case.kwargs, **options})
+        params = [nn.Parameter(torch.randn(shape)) for _ in range(3)]
+        steady = step_peak(case, params, refresh=False, **options)
+        assert 0.4 * planned.step_workspace < steady <= planned.step_workspace + 4096
+
+
 @every_case
 def test_what_lists_hold_was_estimated(case):
     """R, D and what is derived, of as many small matrices as stay in cache."""

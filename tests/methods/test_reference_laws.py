@@ -24,6 +24,8 @@ from tests.reference.ldadam import ldadamw
 from tests.reference.q_galore import q_galore_adamw
 from tests.reference.subset_norm import snsm_adamw, subset_norm_adamw, subspace_momentum
 
+pytestmark = pytest.mark.cpus
+
 M, N, RANK, STEPS = 6, 8, 3, 9
 ADAM = dict(lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
 COMMON = dict(rank=RANK, side="left", scale=0.5, **ADAM)

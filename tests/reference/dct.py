@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from .common import turn
+from .common import strongest, turn
 
 
 def dct_adamw(
@@ -27,7 +27,7 @@ def dct_adamw(
         if step in refresh_at:
             s = d.T @ a
             score = (s**2).sum(1) if norm == "l2" else s.abs().sum(1)
-            old, atoms = atoms, score.topk(rank).indices.sort().values.tolist()
+            old, atoms = atoms, strongest(score, rank).tolist()
             if old is None or moments == "reset":
                 m, v, age = torch.zeros_like(a[:rank]), torch.zeros_like(a[:rank]), torch.zeros_like(a[:rank, :1])
             elif moments == "rotate":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .galore import signs
+
 
 class AdamW:
     """Of one matrix. Each entry has a clock of its own, so any of them can begin anew."""
@@ -28,8 +30,6 @@ class AdamW:
 def balanced(w, rank):
     """(B, A) of a dense matrix, by its SVD; the largest entry of each column of B is positive."""
     u, s, vh = torch.linalg.svd(w, full_matrices=False)
-    for i in range(rank):
-        if u[u[:, i].abs().argmax(), i] < 0:
-            u[:, i], vh[i] = -u[:, i], -vh[i]
-    root = s[:rank].sqrt()
-    return u[:, :rank] * root, root[:, None] * vh[:rank]
+    fixed, root = signs(u[:, :rank]), s[:rank].sqrt()
+    sign = (fixed * u[:, :rank]).sum(0).sign()
+    return fixed * root, (sign * root)[:, None] * vh[:rank]

@@ -5,7 +5,7 @@ Rows are drawn anew at every refresh, or are those with the largest gradient, an
 
 from __future__ import annotations
 
-from .common import turn
+from .common import strongest, turn
 
 
 def frugal(
@@ -17,8 +17,10 @@ def frugal(
     for step, grad in enumerate(gradients):
         g = turn(grad, side)
         if step in refresh_at:
-            score = normal((g.shape[0],), count) if choose == "random" else (g**2).sum(1)
-            rows = score.topk(rank).indices.sort().values
+            if choose == "random":
+                rows = normal((g.shape[0],), count).topk(rank).indices.sort().values
+            else:
+                rows = strongest((g**2).sum(1), rank)
             m, v, t = 0.0, 0.0, 0
             count += 1
         t += 1

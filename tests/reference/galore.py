@@ -125,5 +125,8 @@ def randomized(normal):
 
 
 def signs(basis: Tensor) -> Tensor:
-    pivot = basis.gather(0, basis.abs().argmax(0, keepdim=True))
+    """The largest entry of each column positive, the first of those that rounding makes equal."""
+    nearly = 1 - (2.0**-30 if basis.dtype == torch.float64 else 2.0**-14)
+    large = basis.abs() >= nearly * basis.abs().amax(0, keepdim=True)
+    pivot = basis.gather(0, large.int().argmax(0, keepdim=True))
     return torch.where(pivot < 0, -basis, basis)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .common import turn
+from .common import turn, untied
 from .galore import exact
 
 
@@ -36,7 +36,8 @@ def galore_plus_adamw(
             count += 1
         if entries is None:
             lost = (g - p @ (p.T @ g)).abs().reshape(-1)
-            entries = lost.topk(round(density * lost.numel())).indices.sort().values
+            size = round(density * lost.numel())
+            entries = untied(lost, size, g.abs().max()).topk(size).indices.sort().values
         r = p.T @ g
         m = beta1 * m + (1 - beta1) * r
         v = beta2 * v + (1 - beta2) * r**2

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from .common import TIE
 from .factors import AdamW
 
 
@@ -29,7 +30,7 @@ def compensated(w, p, rounded, iterations):
         q = rounded(target)
         b = (w - q) @ torch.linalg.pinv(p)
         error = torch.linalg.norm(w - q - b @ p)
-        if error < min(errors):
+        if error < min(errors) * (1 - TIE * torch.finfo(w.dtype).eps):
             best = q, b
         errors.append(error)
         target = w - b @ p

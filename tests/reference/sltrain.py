@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from .galore import signs
+
 
 def sltrain(
     b, a, values, support, batches, *, alpha, lr, betas, eps, weight_decay, refactor_every=None, reset_every=None
@@ -44,5 +46,6 @@ def refactored(b, a):
     """B A = U Z V^T shared out evenly, the largest entry of each column of U positive."""
     u, z, vt = torch.linalg.svd(b @ a, full_matrices=False)
     u, z, vt = u[:, : len(a)], z[: len(a)], vt[: len(a)]
-    sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
-    return sign * u * z.sqrt(), sign.T * z.sqrt()[:, None] * vt
+    fixed = signs(u)
+    sign = (fixed * u).sum(0).sign()
+    return fixed * z.sqrt(), (sign * z.sqrt())[:, None] * vt

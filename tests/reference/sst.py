@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from .common import decomposed
+
 
 def adam(moments, grad, betas, eps):
     """One bias-corrected direction; `moments` is [m, v, t]."""
@@ -23,10 +25,14 @@ def draw(sigma, rank, uniforms):
     return sorted(sorted(range(len(sigma)), key=rings.__getitem__)[:rank])
 
 
-def sst(weight, gradient, steps, *, rank, lr, betas, eps, weight_decay, iteration_steps, iterations, uniforms):
-    """The weight before and after each step; `gradient(step, W)` is dense, `uniforms(i)` are those of draw i."""
-    u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
-    v = vh.T.clone()
+def sst(
+    weight, gradient, steps, *, rank, lr, betas, eps, weight_decay, iteration_steps, iterations, uniforms, normal
+):  # fmt: skip
+    """The weight before and after each step; `gradient(step, W)` is dense, `uniforms(i)` are those of draw i.
+
+    `normal(shape)`: see `decomposed`.
+    """
+    u, sigma, v = decomposed(weight, normal)
     iterations = iterations or math.ceil(len(sigma) / rank)
     of_sigma, of_u, of_v = [0.0, 0.0, 0], [0.0, 0.0, 0], [0.0, 0.0, 0]
     s = draw(sigma, rank, uniforms(0))
@@ -42,8 +48,8 @@ def sst(weight, gradient, steps, *, rank, lr, betas, eps, weight_decay, iteratio
         if (step + 1) % iteration_steps == 0:
             count = (step + 1) // iteration_steps
             if count % iterations == 0:
-                u, sigma, vh = torch.linalg.svd(u @ sigma.diag() @ v.T, full_matrices=False)
-                v, of_sigma = vh.T.clone(), [0.0, 0.0, 0]
+                u, sigma, v = decomposed(u @ sigma.diag() @ v.T, normal)
+                of_sigma = [0.0, 0.0, 0]
             s, of_u, of_v = draw(sigma, rank, uniforms(count)), [0.0, 0.0, 0], [0.0, 0.0, 0]
         history.append(u @ sigma.diag() @ v.T)
     return history
