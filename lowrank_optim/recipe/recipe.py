@@ -1,35 +1,38 @@
-"""What a method is: six choices, and the protocols that the choices obey. Read this file first.
+"""Define a method as a choice of parts, and the protocols that the parts obey. Read this file first.
 
-For a gradient matrix `G (m, n)`, turned once so that the projected side comes first, one step is
+`G (m, n)` is the gradient of a weight matrix `W (m, n)`. The engine transposes each matrix where needed, so that the
+projected side, of length m, always comes first. `P (m, r)` is a basis of the subspace. One step is six lines of maths:
 
-    G = residual.before(G)       (m, n)  error feedback adds here what was lost before
-    basis.fit(G) -> P            only when refresh says it is due; refresh also says what becomes of the moments
-    R = basis.down(G)            (r, n)  coordinates of G in the subspace, P^T G
-    D = scaling(momentum(R))     (r, n)  direction, Adam's m / sqrt(v) for example
-    S = residual.after(G, R, D)  (m, n)  what of the rest of G is used
-    W = (1 - lr wd) W - lr scale (basis.up(D) + S)
+    G = residual.before(G)       (m, n)  error feedback adds what earlier steps lost; any other residual returns G
+    P = basis.fit(G)             (m, r)  only when `refresh.due` says so; `refresh.carry_` then treats the moments
+    R = basis.down(G)            (r, n)  the coordinates of G in the subspace, P^T G
+    D = scaling(momentum(R))     (r, n)  the direction; for Adam m / sqrt(v)
+    S = residual.after(G, R, D)  (m, n)  what the step makes of the complement G - P R
+    W = (1 - lr weight_decay) W - lr scale (P D + S)
 
-with every tensor that lives longer than the step kept by `store` (its protocol: `kept.py`). A method is the choice of
-these parts and nothing else; the engine (`update.py`) runs the lines above and never asks which part it holds. Two
-switches of `Recipe` say whether scaling sees R or all of G (`scaling_in`), and whether it comes after the average or
-before (`momentum_of`).
+Six of the parts fill the six slots of a method: basis, refresh, momentum, scaling, residual and store. The store
+(protocol: `recipe/store.py`) keeps every tensor that outlives the step. A seventh part, the step size, turns lr into
+the length of the step. `Recipe` holds the choice, and a method is nothing else. Two switches of `Recipe` change the
+fourth line: `scaling_in` says whether the scaling sees R or all of G, `momentum_of` whether it comes after the average
+or before. `residual.after` returns the sum `P D + S` unevaluated, as an `Update`, because forming it would take another
+(m, n) tensor. The engine (`engine/update.py`) runs these lines for every method and never asks which part it holds.
 
-Rules that all parts obey:
+All parts obey these rules:
 
-- **Frozen and derived.** A part is a frozen dataclass of numbers, made from a param group at each step and stored
-  nowhere. Numbers live in `param_groups`, tensors in `state[p]`.
-- **The last two dimensions are the matrix.** Leading dimensions are a batch: a stack of experts, or several equal
-  matrices updated together. The same code runs on all of them.
+- **Parts are frozen and derived.** A part is a frozen dataclass of numbers. The engine makes it from a param group at
+  each step and stores it nowhere. Numbers live in `param_groups`, tensors in `state[p]`.
+- **The last two dimensions are the matrix.** Leading dimensions are a batch: a stack of experts `(b, m, n)`, or several
+  equal matrices that are updated together. The same code runs on all of them.
 - **`st` is the open state**: the tensors that a part asked for in `spec`, by name, in float32 (float64 for float64
-  parameters), zero at first. Parts write to them in place.
-- **`t`** counts the steps that the moments have seen, this one included: a float, or a tensor that broadcasts with R:
-  `(b, 1, 1)` where the matrices of a batch restarted at different times, `(r, 1)` where single coordinates did. Bias
-  correction must use it and not a step count of its own.
-- **Parts write to state and to W**, and to nothing else that they are given: G may be the memory of `p.grad`.
-- **Every rule is odd**: -G gives -U. The engine ascends (`maximize`) by turning the sign of the step.
-- **`algebra`** answers what a part needs of a gradient (`distributed/algebra.py`). Parts never reduce over a whole
-  gradient by themselves, so they never see that it may be sharded: lengths come from `algebra.shape`, and what has the
-  shape of R goes to the algebra of `basis.inside`.
+  parameters) and zero at first. Parts write to them in place.
+- **`t`** counts the steps that the moments have seen, this step included. It is a float, or a tensor that broadcasts
+  with R: `(b, 1, 1)` where the matrices of a batch restarted at different times, `(r, 1)` where single coordinates did.
+  Bias correction must use `t` and not a step count of its own.
+- **Parts write to the state and to W only.** No other argument may be written to: G may be the memory of `p.grad`.
+- **Every rule is odd**: -G gives -U. The engine ascends (`maximize`) by changing the sign of the step.
+- **`algebra` computes what a part needs of a gradient** (`recipe/algebra.py`). A part never reduces over a whole
+  gradient by itself, because the gradient may be a shard. A part asks `algebra.shape` for lengths, and the algebra of
+  `basis.inside` for reductions over tensors of the shape of R.
 """
 
 from __future__ import annotations
@@ -47,212 +50,332 @@ from .algebra import Algebra
 from .store import Exact, Shape, Spec, Store
 from .turn import Turn
 
-State = MutableMapping[str, Tensor]
-Clock = float | Tensor
+State = MutableMapping[str, Tensor]  # the open tensors of one matrix or one batch, by name
+Clock = float | Tensor  # `t` above, or another number that may live on the device
 
 
 class Draw(Protocol):
-    """Standard normal numbers of a shape, the same on every device and rank; one stream per purpose and refresh.
+    """Draw standard normal numbers, the same on every device and rank. Each purpose and refresh has its own stream.
 
-    Of a shape that begins with a side from `algebra.shape`, those rows that this process has. some: only these of them.
+    Args:
+        shape: of the whole random tensor. Where its first length is a side from `algebra.shape`, a sharded process
+            gets its local rows only.
+        purpose: name of the stream. Parts that need several independent tensors at one refresh name each of them.
+        some: which of these rows to draw, without a step; None draws all of them.
     """
 
     def __call__(self, shape: tuple[int, ...], purpose: str = "sketch", some: slice | None = None) -> Tensor: ...
 
 
 class Time(NamedTuple):
-    """When a basis is fitted: before step number `step` (0, 1, ...), with moments that have seen `seen` steps."""
+    """The time at which a basis is fitted."""
 
-    step: int
-    seen: float
+    step: int  # the basis is fitted before this step: 0, 1, ...
+    seen: float  # steps that the moments have seen
 
 
 class Basis(abc.ABC):
-    """Which subspace?"""
+    """The slot that answers: which subspace?
+
+    A basis says what it stores (`spec`), how it is fitted to a gradient (`fit`), and how matrices enter and leave the
+    subspace (`down`, `add_up_`). For example, `parts.SVD` stores P, fits it by a factorization of G, and projects with
+    `P^T G`; `parts.Rows` stores r indices, and projects by reading those rows.
+    """
 
     elementwise: ClassVar[bool] = False  # True: coordinate i depends on entry i alone, so slices can be updated alone
-    indexed: ClassVar[bool] = False  # a selection of fixed vectors: each coordinate has an age of its own
-    orthonormal: bool = True  # R then has the part of the energy of G that the subspace captures
-    derives: bool = False  # `derive` gives something
-    stacks: ClassVar[bool] = False  # `fit` takes stacks of matrices, and does not ask for the time
-    seeded: bool = False  # which subspace follows from the random stream alone, and is kept nowhere
+    indexed: ClassVar[bool] = False  # True: selects r of a fixed set of vectors, so each coordinate has its own age
+    orthonormal: bool = True  # True: |R|^2 / |G|^2 is the share of the energy of G that the subspace captures
+    derives: bool = False  # True: `derive` returns tensors
+    stacks: ClassVar[bool] = False  # True: `fit` also takes a stack (b, m, n), and does not read the time
+    seeded: bool = False  # True: nothing is stored, because the random stream alone determines the subspace
 
     def uncut(self) -> Mapping[int, str]:
-        """Sides of G, -2 or -1, that must not be cut over processes, and why."""
+        """Return the sides of G that must not be sharded, each with the reason.
+
+        Returns:
+            Keys are -2 (the projected side) and -1. The reason completes the error message for a sharded parameter.
+        """
         return {}
 
     @abc.abstractmethod
     def spec(self, shape: Shape, rank: int) -> dict[str, Spec]:
-        """Persistent tensors of one matrix."""
+        """Return the persistent tensors of one matrix of `shape` `(m, n)`, by state key."""
 
     @abc.abstractmethod
     def coordinates(self, shape: Shape, rank: int) -> Shape:
-        """Shape of R."""
+        """Return the shape of R for one matrix of `shape` `(m, n)`: usually `(r, n)`."""
 
     @abc.abstractmethod
     def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
-        """The tensors of `spec`, fitted to one finite, non-zero `g (m, n)`.
+        """Fit the subspace to one gradient.
 
-        `old` is the whole open state of this matrix, None the first time.
+        Args:
+            algebra: of g.
+            g: `(m, n)`, finite and not zero, because the engine never fits a basis to a useless gradient. A basis that
+                `stacks` may also get `(b, m, n)`.
+            old: the whole open state of this matrix, for bases that continue from the previous one or read the moments;
+                None the first time.
+            rank: r.
+            draw: random numbers of this matrix and this refresh.
+            at: when the basis is fitted.
+
+        Returns:
+            The tensors of `spec`, new ones: the engine still needs the old ones to bring the moments along.
         """
 
     def inside(self, algebra: Algebra) -> Algebra:
-        """The algebra of R and of all that has its shape, from that of G."""
+        """Return the algebra of R, and of every tensor of its shape, from the algebra of G.
+
+        R `(r, n)` has lost the side that is projected, so a shard of G along that side gives the whole R.
+        """
         return algebra.projected()
 
     def derive(self, algebra: Algebra, g: Tensor, kept: State, rank: int, draw: Draw) -> dict[str, Tensor]:
-        """What a step needs for `g (m, n)` and nobody keeps: it follows from what is kept or from the random stream."""
+        """Compute the tensors that a step needs but the state does not keep, to save memory.
+
+        Args:
+            algebra: of g.
+            g: `(m, n)`; only its shape, dtype and device may matter, because there may be no gradient yet.
+            kept: the stored tensors of `spec`.
+            rank: r.
+            draw: the random numbers of the last refresh, so that the same basis is drawn again at each step.
+
+        Returns:
+            Tensors by name, which the engine adds to the open state `st`. They follow from `kept` or from `draw`.
+        """
         return {}
 
     @abc.abstractmethod
     def turn(self, algebra: Algebra, old: State, new: State) -> Turn:
-        """From coordinates in the old basis to coordinates in the new one."""
+        """Return the change of coordinates from the old basis to the new one.
+
+        Args:
+            algebra: of G.
+            old, new: the tensors of `spec` and of `derive`, before and after the refresh.
+        """
 
     @abc.abstractmethod
     def down(self, algebra: Algebra, g: Tensor, st: State) -> Tensor:
-        """R, in float32 also where G is in 16 bits, which it is only between refreshes of `thin` recipes."""
+        """Return the coordinates R `(..., r, n)` of g `(..., m, n)` in the subspace.
+
+        R is in float32 even where g is in 16 bits. The engine passes a gradient in 16 bits only between the refreshes
+        of `thin` recipes.
+        """
 
     @abc.abstractmethod
     def add_up_(
         self, w: Tensor, d: Tensor, st: State, alpha: float, beta: float, columns: Columns | None = None
     ) -> None:
-        """`W <- beta W + alpha up(D)` in one pass over `w (m, n)`, without a second (m, n) tensor.
+        """Compute `W <- beta W + alpha P D` in one pass over w, without a second (m, n) tensor.
 
-        Where beta is 0, w is not read. `columns`: w has only these, and d is whole.
+        Args:
+            w: `(..., m, n)`, written in place, and not read where beta is 0.
+            d: `(..., r, n)`, in coordinates of the subspace.
+            st: open state.
+            alpha, beta: as in BLAS.
+            columns: which columns w holds; d still has all n of them. The engine updates a W in 16 bits in such blocks.
+                None: w has all columns.
         """
 
+    # The remaining methods count elements, so that `estimate_memory` is exact before a tensor exists.
+
     def step_workspace(self, shape: Shape, rank: int) -> int:
-        """Elements that `down` and `add_up_` hold beyond R and W; for `estimate_memory`, like the next ones."""
+        """Return the number of elements that `down` and `add_up_` hold for one matrix, besides R and W."""
         return 0
 
     def add_workspace(self, shape: Shape, rank: int) -> int:
-        """And `add_up_` where it adds to all of W in place, which is not in 16 bits."""
+        """Return the further elements that `add_up_` holds where it adds to all of W in place.
+
+        A W in 16 bits is not written in place as a whole, so it does not pay this.
+        """
         return 0
 
     def derived(self, shape: Shape, rank: int) -> int:
-        """Elements that `derive` gives for one matrix."""
+        """Return the number of elements that `derive` returns for one matrix."""
         return 0
 
     def derive_workspace(self, shape: Shape, rank: int) -> int:
-        """Elements that `derive` holds at once for one matrix."""
+        """Return the largest number of elements that `derive` holds at once for one matrix."""
         return 0
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
-        """Elements that `fit` holds at once for one matrix, beyond g."""
+        """Return the largest number of elements that `fit` holds at once for one matrix, besides g."""
         return 0
 
     def shared(self, shape: Shape) -> dict[str, int]:
-        """Elements of tensors that all matrices of an equal width share, by name."""
+        """Return the sizes, in elements, of the tensors that all matrices of one width share, by name."""
         return {}
 
     def sharing(self, shape: Shape, like: Tensor) -> dict[str, Tensor]:
-        """The tensors of `shared` for gradients `like` this one; made, if there was no step yet."""
+        """Return the tensors of `shared` for gradients of the dtype and device of `like`; create them if needed."""
         return {}
 
 
 class Refresh(abc.ABC):
-    """When is the basis refitted, and what becomes of the moments?"""
+    """The slot that answers: when is the basis refitted, and what becomes of the moments?
+
+    For example, `parts.Every` refits every k steps and keeps, rotates or resets the moments; `parts.Lazy` waits longer
+    once subspaces stop moving.
+    """
 
     @property
     @abc.abstractmethod
     def restarts(self) -> bool:
-        """True: moments begin anew at each refresh, so their clock does too."""
+        """Whether each refresh resets the moments, and with them their clock `t`."""
 
     @property
     @abc.abstractmethod
     def turns(self) -> bool:
-        """True: moments are brought into the new basis, so single coordinates may begin anew."""
+        """Whether each refresh brings the moments into the new basis, so that a single coordinate may restart."""
 
-    entrywise: ClassVar[bool] = False  # True: single entries begin anew, so each has an age
+    entrywise: ClassVar[bool] = False  # True: single entries restart, so each entry has an age
 
     def counters(self) -> dict[str, Tensor]:
-        """What the schedule remembers of one matrix, as it begins; on the CPU."""
+        """Return the initial counters of one matrix, as CPU tensors, for schedules that depend on earlier refreshes."""
         return {}
 
     @abc.abstractmethod
     def due(self, step: int, last: int, place: int, counters: Mapping[str, Tensor]) -> bool:
-        """Is a refresh due before step `step` (0, 1, ...), the last having been at `last` (-1: never)?
+        """Whether a refresh is due before this step.
 
-        `place` numbers the projected matrices of an optimizer, for schedules that spread the work.
+        Args:
+            step: number of the step: 0, 1, ...
+            last: step of the last refresh, -1 if there was none.
+            place: number of the matrix among the projected matrices of the optimizer. Schedules use it to spread the
+                refreshes of different matrices over the steps.
+            counters: the tensors of `counters`, as the last refreshes left them.
         """
 
     @abc.abstractmethod
     def carry_(self, algebra: Algebra, recipe: Recipe, st: State, turn: Turn, t: Clock) -> None:
-        """Brings the moments, which have seen t steps, from the old coordinates to the new ones."""
+        """Bring the moments of one matrix from the old basis to the new one, in place, or reset them.
+
+        Args:
+            algebra: of R.
+            recipe: whose momentum and scaling know how their own tensors turn.
+            st: open state.
+            turn: the change of coordinates.
+            t: steps that the moments have seen.
+        """
 
     def note_(  # noqa: B027
         self, counters: Mapping[str, Tensor], turn: Turn
     ) -> None:
-        """Called after each refresh but the first, for schedules that learn from it."""
+        """Write the outcome of a refresh into the counters. The engine calls this after each refresh but the first."""
 
 
 class Momentum(abc.ABC):
-    """First moment: the average that gives the numerator."""
+    """The slot of the first moment: the average that gives the numerator of the direction."""
 
     elementwise: ClassVar[bool] = True
 
     @abc.abstractmethod
-    def spec(self, shape: Shape) -> dict[str, Spec]: ...
+    def spec(self, shape: Shape) -> dict[str, Spec]:
+        """Return the persistent tensors for an average of tensors of `shape`, usually `(r, n)`."""
 
     @abc.abstractmethod
     def __call__(self, st: State, x: Tensor, t: Clock) -> tuple[Tensor, Clock]:
-        """(numerator, gain): the average is their product. The numerator may be a state tensor: do not write to it."""
+        """Add x `(..., r, n)` to the average.
+
+        Returns:
+            (numerator, gain). The average is their product. The gain stays a separate number, so that bias correction
+            costs no pass over the numerator. The numerator may be a tensor of the state: do not write to it.
+        """
 
     @abc.abstractmethod
     def mean(self, st: State, t: Clock) -> Tensor | None:
-        """The bias-corrected mean of what was averaged, if this part knows it."""
+        """Return the bias-corrected mean of the averaged tensors, or None if this part does not know it."""
 
     @abc.abstractmethod
-    def turn_(self, st: State, turn: Turn) -> None: ...
+    def turn_(self, st: State, turn: Turn) -> None:
+        """Bring the average into the new basis."""
 
     @abc.abstractmethod
-    def reset_(self, st: State) -> None: ...
+    def reset_(self, st: State) -> None:
+        """Set the average to zero."""
 
 
 class Scaling(abc.ABC):
-    """Second moment: what the numerator is divided by."""
+    """The slot of the second moment: the denominator of the direction."""
 
     elementwise: ClassVar[bool] = True
-    scratch: ClassVar[int] = 0  # tensors of the size of R that a call holds beside it, for `estimate_memory`
+    scratch: ClassVar[int] = 0  # tensors of the size of x that a call holds besides x, for `estimate_memory`
 
     def uncut(self) -> Mapping[int, str]:
-        """As in `Basis`, of what is scaled."""
+        """Return the sides that must not be sharded, as `Basis.uncut` does, of the tensor that is scaled."""
         return {}
 
     def workspace(self, count: int) -> int:
-        """Elements that a call holds beside x and r, of so many elements each; for `estimate_memory`."""
+        """Return the number of elements that a call holds besides x and r, which have `count` elements each."""
         return count * self.scratch
 
     @abc.abstractmethod
-    def spec(self, shape: Shape) -> dict[str, Spec]: ...
+    def spec(self, shape: Shape) -> dict[str, Spec]:
+        """Return the persistent tensors for second moments of tensors of `shape`: `(r, n)`, or `(m, n)` in full space.
+
+        `(n,)` for a vector.
+        """
 
     @abc.abstractmethod
     def __call__(self, algebra: Algebra, st: State, x: Tensor, r: Tensor, t: Clock) -> Tensor:
-        """`x / sqrt(second moment of r)`."""
+        """Add r to the second moment, and divide x by its square root.
+
+        Args:
+            algebra: of r.
+            st: open state.
+            x: numerator, `(..., r, n)` or in full space `(..., m, n)`.
+            r: the tensor whose squares are averaged, of the shape of x. The first moment makes x differ from r.
+            t: steps that the second moment has seen.
+
+        Returns:
+            `x / sqrt(second moment)`, a new tensor, or x itself where nothing is divided.
+        """
 
     def per_column(self, shape: Shape) -> bool:
-        """Is x divided by one number per column? Then `gains` does for a call, and no tensor like x is made."""
+        """Whether a matrix of `shape` is divided by one number per column.
+
+        The engine then asks for `gains` instead of a call, and no second tensor of the shape of x is made.
+        """
         return False
 
     def gains(self, algebra: Algebra, st: State, r: Tensor, t: Clock) -> Tensor:
-        """What a call would multiply x by, `(..., 1, n)`; only `per_column`."""
+        """Add r to the second moment and return the factors `(..., 1, n)` by which a call would multiply x.
+
+        Only scalings that can answer `per_column` with True have this method.
+        """
         raise NotImplementedError(type(self).__name__)
 
     @abc.abstractmethod
     def turn_(self, algebra: Algebra, st: State, turn: Turn, mean: Tensor | None, t: Clock) -> None:
-        """Second moments must not be mixed linearly by a rotation: only the variance around `mean` may."""
+        """Bring the second moment into the new basis.
+
+        A rotation must not mix second moments linearly: only the variance around the mean may be mixed, with squared
+        weights (`Turn.variances`).
+
+        Args:
+            algebra: of r.
+            st: open state.
+            turn: the change of coordinates.
+            mean: the bias-corrected first moment in the old basis, or None where there is none.
+            t: steps that the second moment has seen.
+        """
 
     @abc.abstractmethod
-    def reset_(self, st: State) -> None: ...
+    def reset_(self, st: State) -> None:
+        """Set the second moment to zero."""
 
 
 class Update(NamedTuple):
-    """What is subtracted from W, lr and scale aside: `gain up(d) + rest_gain rest`, and single entries.
+    """The matrix `gain P d + rest_gain rest + entries` that a step subtracts from W, before lr and scale.
+
+    The terms stay apart, so that the engine adds them to W one after the other and no (m, n) tensor holds the sum.
 
     Args:
-        d: `(r, n)` or None.
-        rest: `(m, n)` or None. Its gain may be `(1, n)`, a number per column.
-        entries: (flat row-major positions in (m, n), values), both `(k,)`, or None.
+        d: direction in the subspace, `(..., r, n)`, or None.
+        gain: a number, or a tensor that broadcasts with d.
+        rest: `(..., m, n)`, or None.
+        rest_gain: a number, or `(..., 1, n)` for one number per column.
+        entries: (flat row-major positions in (m, n), values to add there), both `(..., k)`, or None.
     """
 
     d: Tensor | None
@@ -262,7 +385,10 @@ class Update(NamedTuple):
     entries: tuple[Tensor, Tensor] | None = None
 
     def times(self, length: Clock) -> Update:
-        """Multiplied, without an (m, n) tensor: numbers stay outside of d, for kernels that multiply in passing."""
+        """Return the update multiplied by `length`, a number or one number per matrix or column.
+
+        No (m, n) tensor is made. A plain number stays outside of d, because the kernels multiply by it in passing.
+        """
         d, gain = self.d, self.gain * length
         if d is not None and isinstance(gain, Tensor):
             d, gain = d * gain, 1.0
@@ -270,9 +396,13 @@ class Update(NamedTuple):
         return Update(d, gain, self.rest, self.rest_gain * length, entries)
 
     def whole(self, recipe: Recipe, st: State, like: Tensor, over_rest: bool = False) -> Tensor:
-        """It all as one tensor `like` G (m, n); for rules that need its norm, or a second moment in full space.
+        """Return the update as one tensor, for rules that need its norm or a second moment in full space.
 
-        over_rest: written over the rest, which is then the step's own.
+        Args:
+            recipe: whose basis brings d back to full space.
+            st: open state.
+            like: any tensor of the shape `(..., m, n)` and dtype of the result; not written to.
+            over_rest: write the result over `rest`, which is allowed only where `rest` is a temporary of this step.
         """
         if self.d is None:
             return cast(Tensor, self.rest) * self.rest_gain
@@ -287,59 +417,92 @@ class Update(NamedTuple):
 
 
 class Residual(abc.ABC):
-    """What of `G - P P^T G`, the part of the gradient outside the subspace?"""
+    """The slot that answers: what does the step make of the complement `G - P P^T G`, which the subspace drops?
+
+    For example, `parts.Drop` ignores the complement (GaLore), `parts.Raw` steps along it as SGD would, and
+    `parts.ErrorFeedback` keeps it and adds it to the next gradient.
+    """
 
     feeds_back: ClassVar[bool] = False  # True: `before` changes the gradient
-    thin: ClassVar[bool] = False  # True: nothing, so R is all that a step needs to know of G
-    lifts: ClassVar[bool] = True  # False: `after` gives no direction, so nothing is brought back from the subspace
+    thin: ClassVar[bool] = False  # True: the complement is not used, so R is all that a step needs to know of G
+    lifts: ClassVar[bool] = True  # False: the update of `after` has no d, so nothing comes back from the subspace
 
     def uncut(self) -> Mapping[int, str]:
-        """As in `Basis`."""
+        """Return the sides of G that must not be sharded, as `Basis.uncut` does."""
         return {}
 
     def spec(self, shape: Shape) -> dict[str, Spec]:
+        """Return the persistent tensors of one matrix of `shape` `(m, n)`."""
         return {}
 
     def workspace(self, shape: Shape, coordinates: int) -> int:
-        """Elements that it holds beside G, R and D, R having `coordinates` elements; for `estimate_memory`."""
+        """Return the number of elements that `after` holds for one matrix, besides G, R and D.
+
+        Args:
+            shape: `(m, n)`.
+            coordinates: number of elements of R.
+        """
         return 0
 
     def before(self, g: Tensor, st: State) -> Tensor:
-        """The gradient that the step uses; error feedback adds here what was lost before."""
+        """Return the gradient `(..., m, n)` that the step uses. Error feedback adds what earlier steps lost."""
         return g
 
     def turning_(  # noqa: B027
         self, recipe: Recipe, st: State, basis: State, sign: float
     ) -> None:
-        """Called around the turn of the moments of one matrix: before it with the old basis and 1, after it with the
-        new one and -1."""
+        """Account for what the moments lose in a change of basis. The engine calls this twice per matrix.
+
+        Args:
+            recipe: of this step.
+            st: open state.
+            basis: before the moments turn, the old basis; afterwards, the new one.
+            sign: 1 before, -1 afterwards, so that the sum of both calls is the loss.
+        """
 
     def begin_(  # noqa: B027
         self, algebra: Algebra, recipe: Recipe, st: State, basis: State, g: Tensor
     ) -> None:
-        """Called for one matrix when its first basis has been fitted to g (m, n)."""
+        """Initialize the state of one matrix, when its first basis has been fitted to g `(m, n)`."""
 
     @abc.abstractmethod
     def after(
         self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
     ) -> Update:
-        """The update, from the gradient, its coordinates r and the direction `gain d`."""
+        """Compose the update of the step.
+
+        Args:
+            algebra: of g.
+            recipe: of this step.
+            st: open state.
+            g: gradient from `before`, `(..., m, n)`; not there (None) for `thin` residuals that were handed R alone.
+            r: coordinates of g, `(..., r, n)`.
+            d: direction without its gain, `(..., r, n)`. It may be a tensor of the state: do not write to it.
+            gain: the direction is `gain d`.
+        """
 
 
 class StepSize(Protocol):
-    """How does lr become the length of the step?"""
+    """The part that turns lr into the length of a step."""
 
     @property
     def reads_weights(self) -> bool:
-        """False: w is looked at for its shape and device alone."""
+        """Whether the values of w matter. If not, the engine may pass a tensor that has only its shape and device."""
 
     def __call__(self, algebra: Algebra, lr: Clock, w: Tensor, step: Clock) -> Clock:
-        """The length at step `step` (1, 2, ...), one number or one per matrix of the batch `w`."""
+        """Return the length of the step: a number, or one number per matrix.
+
+        Args:
+            algebra: of w.
+            lr: of the group.
+            w: weights, `(..., m, n)`.
+            step: number of the step: 1, 2, ...
+        """
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The choices of one method for one param group. See the module text for the maths and the rules."""
+    """The parts of one method for one param group. The text at the top of this file has the maths and the rules."""
 
     basis: Basis
     refresh: Refresh
@@ -350,45 +513,53 @@ class Recipe:
     step_size: StepSize
     scale: float = 1.0
     momentum_of: Literal["gradient", "update"] = "gradient"
-    """Adam averages gradients and scales the average; Adafactor scales the gradient and averages the result."""
+    """Adam averages gradients and then scales the average; Adafactor scales the gradient and averages the result."""
     scaling_in: Literal["subspace", "full"] = "subspace"
-    """Whether second moments are of R or of all of G. In full space they outlive every refresh."""
+    """Whether second moments belong to R or to all of G. In full space they survive every refresh."""
     basis_store: Store | None = None
-    """How bases are kept, where not like moments."""
+    """The store of bases; None: `store`, as for the moments."""
 
     def plain(self, identity: Basis, never: Refresh, residual: Residual) -> Recipe:
-        """The same rule in full space, for parameters that are not projected."""
+        """Return the same rule in full space, for parameters that are not projected."""
         return replace(self, basis=identity, refresh=never, residual=residual, scale=1.0, scaling_in="subspace")
 
     @property
     def thin(self) -> bool:
-        """Coordinates R are all that a step without a refresh reads of a gradient, so R can be accumulated instead."""
+        """Whether a step without a refresh reads R only, so that R can be accumulated instead of gradients."""
         return self.residual.thin and self.scaling_in == "subspace" and not self.basis.elementwise
 
     @property
     def scales_first(self) -> bool:
-        """G is scaled before it is projected, so what the residual gets is the step's own."""
+        """Whether G is scaled before it is projected. The residual then gets a temporary, which it may write to."""
         return self.scaling_in == "full" and self.momentum_of == "update"
 
     @property
     def elementwise(self) -> bool:
+        """Whether each entry of W is updated independently, so that the engine may update it in slices."""
         return self.basis.elementwise and self.momentum.elementwise and self.scaling.elementwise
 
     @property
     def aged(self) -> bool:
-        """Entries, or the vectors of a selection, begin anew one by one, so each has an age."""
+        """Whether single entries, or the vectors of a selection, restart on their own, so that each has an age."""
         return self.refresh.entrywise or (self.basis.indexed and self.refresh.turns)
 
     def uncut(self) -> dict[int, str]:
-        """Sides of G that must not be cut over processes, and why."""
+        """Return the sides of G, -2 or -1, that must not be sharded over processes, each with the reason."""
+        # In the subspace the projected side is gone, so a scaling that needs it whole (-2) has no objection.
         whole = self.scaling_in == "full" or self.basis.elementwise
         scaling = {side: why for side, why in self.scaling.uncut().items() if whole or side == -1}
         return {**scaling, **self.residual.uncut(), **self.basis.uncut()}
 
     def spec(self, shape: Shape, rank: int, small: bool = False) -> dict[str, Spec]:
-        """Every persistent tensor of one matrix: basis, ages, first and second moment, residual; each with its store.
+        """Return every persistent tensor of one matrix: basis, ages, first and second moment, residual.
 
-        `small`: of a vector or a small matrix.
+        Args:
+            shape: `(m, n)`, or `(n,)` for a vector.
+            rank: r.
+            small: whether this is a vector or a small matrix, which stores keep in full precision.
+
+        Returns:
+            Specs by state key, each with its store.
         """
         coordinates = self.basis.coordinates(shape, rank)
         basis = {key: self._kept(spec, self.basis_store, small) for key, spec in self.basis.spec(shape, rank).items()}
@@ -399,8 +570,9 @@ class Recipe:
         return {**basis, **{key: self._kept(spec, None, small) for key, spec in rest.items()}}
 
     def _kept(self, spec: Spec, store: Store | None, small: bool) -> Spec:
+        """Return the spec with the store that keeps it: its own, else `store`, else the recipe's."""
         store = spec.store or store or self.store
         return spec._replace(store=(store.small() if small else store).of(spec))
 
 
-AGE = "age"  # steps that each coordinate of a selection, or each entry, has seen
+AGE = "age"  # state key: the steps that each coordinate of a selection, or each entry, has seen
