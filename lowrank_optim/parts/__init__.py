@@ -1,4 +1,4 @@
-"""The parts that methods are made of; each answers one of the six questions in `recipe.py`."""
+"""Provide the parts that methods are made of. Each fills one of the slots in `recipe/recipe.py`."""
 
 from ..recipe.store import Exact
 from .basis import SVD, Identity, Later, PowerIteration, SharedHead, SubspaceIteration, TwoSided

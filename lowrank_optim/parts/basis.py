@@ -1,4 +1,4 @@
-"""Which subspace? Full space, or one that follows the gradient: exact singular vectors and iterations towards them."""
+"""Fill the slot "which subspace?" with full space, or with exact or iterated singular vectors of the gradient."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..recipe.turn import Turn
 
 @dataclass(frozen=True)
 class Identity(Basis):
-    """Full space: R is G. What every parameter that is not projected uses; never refreshed, stores nothing."""
+    """Full space, where R is G. Parameters that are not projected use it. It is never refreshed and stores nothing."""
 
     elementwise: ClassVar[bool] = True
 
@@ -57,7 +57,7 @@ class Identity(Basis):
 
 
 class OneSided(Basis):
-    """`R = P^T G` with an orthonormal P (m, r)."""
+    """The bases with `R = P^T G` for one stored P (m, r). A subclass says how P is fitted."""
 
     def spec(self, shape: Shape, rank: int) -> dict[str, Spec]:
         return {"basis": Spec((shape[0], rank), steady=True)}
@@ -82,9 +82,9 @@ class OneSided(Basis):
 
 @dataclass(frozen=True)
 class SVD(OneSided):
-    """The leading left singular vectors, exactly, with fixed signs (GaLore).
+    """The exact leading left singular vectors of G, with fixed signs (GaLore).
 
-    Falls back to the Gram matrix's eigenvectors where the SVD does not converge (`ops.leading_left_vectors`).
+    Where the SVD does not converge, the eigenvectors of the Gram matrix replace it (`ops.leading_left_vectors`).
     """
 
     def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
@@ -92,16 +92,23 @@ class SVD(OneSided):
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         short = min(m, n)
+        # A copy of g, the two matrices of singular vectors, the singular values.
         return m * n + (m + n) * short + short
 
 
 @dataclass(frozen=True)
 class SubspaceIteration(OneSided):
-    """Randomized subspace iteration: some products with G instead of a factorisation of it (GaLore 2, GaLore+).
+    """Randomized subspace iteration: a few products with G instead of a factorization (GaLore 2, GaLore+).
 
-    Cold, it starts from a Gaussian sketch `G Omega`; warm, from the previous basis and `oversample` fresh Gaussian
-    columns, which let directions enter that the old subspace does not see. One round then captures 0.99 of what
-    `torch.svd_lowrank(niter=2)` does, and more where the gradient has changed little (`benchmarks/subspace.py`).
+    The first fit of a matrix starts from a Gaussian sketch `G Omega`. Later fits start from the previous basis and
+    `oversample` fresh Gaussian columns, through which directions enter that the old subspace does not contain. One
+    round then captures 0.99 of the energy that `torch.svd_lowrank(niter=2)` captures, and more where the gradient has
+    changed little (`benchmarks/subspace.py`).
+
+    Args:
+        oversample: columns beyond the rank, in iterations only.
+        rounds: iterations of the first fit.
+        warm_rounds: iterations of later fits.
     """
 
     stacks: ClassVar[bool] = True
@@ -112,7 +119,7 @@ class SubspaceIteration(OneSided):
     def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
         m, n = algebra.shape(g)
         width = self._width(m, n, rank)
-        # What iterations start from has no name here, which would keep it as long as they take.
+        # The start of an iteration is not bound to a name, because a name would keep it alive during the iteration.
         if old is None:
             return {"basis": subspace_iteration(algebra, g, self._sketch(algebra, g, width, draw), rank, self.rounds)}
         rounds, known = self.warm_rounds, old["basis"]
@@ -121,20 +128,26 @@ class SubspaceIteration(OneSided):
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         width = self._width(m, n, rank)
-        sides, long, small = (m + n) * width, max(m, n) * width, 16 * width**2  # the latter in float64
-        block, words = min(long, BLOCK), DRAWING * min(long, 4 * COUNTERS)  # of plain torch's random numbers
-        fitted = m * width + max(small, 3 * m * rank + words)  # vectors, in order and signed, and what completes them
+        # The largest of three moments: a product, whitening one thin matrix, and ordering the vectors at the end.
+        sides, long, small = (m + n) * width, max(m, n) * width, 16 * width**2  # small: k x k matrices in float64
+        block, words = min(long, BLOCK), DRAWING * min(long, 4 * COUNTERS)  # words: random integers of plain torch
+        fitted = m * width + max(small, 3 * m * rank + words)  # ordered and signed vectors, and random columns
         return max(sides + words, long + max(3 * block, small), fitted)
 
     def _sketch(self, algebra: Algebra, g: Tensor, width: int, draw: Draw) -> Tensor:
+        """Return a whitened Gaussian sketch of G, `(m, width)`."""
         _, n = algebra.shape(g)
         return algebra.whiten_(algebra.random_sketch(g, width, lambda some: draw((n, width), some=some)), -2)
 
     def _continued(self, basis: Tensor, m: int, width: int, draw: Draw) -> Tensor:
-        """With fresh columns as long as those of the old basis, on average, so that neither drown the others."""
+        """Return the old basis and fresh columns, `(m, width)`.
+
+        The fresh columns have length 1 on average, like the old ones, so that neither part dominates.
+        """
         return torch.cat([basis, draw((m, width - basis.shape[-1])) / m**0.5], dim=-1)
 
     def _width(self, m: int, n: int, rank: int) -> int:
+        """Return the number of columns that are iterated."""
         return min(rank + self.oversample, m, n)
 
 
@@ -144,11 +157,12 @@ class PowerIteration(OneSided):
 
         B = rho P M / (1 - beta^t) + (1 - rho) G        P <- orth(B B^T P)
 
-    B is never formed: with `P^T P = I`, `Z = B^T P` and `B Z` are thin products. The first basis is exact.
+    B `(m, n)` is never formed: because of `P^T P = I`, both `Z = B^T P` and `B Z` are thin products. The first basis is
+    the exact one of G.
 
     Args:
-        rho: weight of the momentum.
-        beta: of the first moment, for its bias correction.
+        rho: weight of the momentum in B.
+        beta: decay of the first moment M, for its bias correction.
     """
 
     rho: float
@@ -171,7 +185,11 @@ class PowerIteration(OneSided):
 
 @dataclass(frozen=True)
 class TwoSided(Basis):
-    """`R = P^T G Q (r, r)`: GaLore's `proj_type="full"`. `inner` fits each side."""
+    """The two-sided basis `R = P^T G Q (r, r)` with P (m, r) and Q (n, r): GaLore's `proj_type="full"`.
+
+    Args:
+        inner: the basis that fits P. Q holds the right singular vectors of `P^T G`.
+    """
 
     inner: Basis
 
@@ -187,7 +205,8 @@ class TwoSided(Basis):
 
     def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
         left = self.inner.fit(algebra, g, old, rank, draw, at)["basis"]
-        # With P singular vectors, P^T G = S V^T holds the right ones: an r x n problem instead of a second m x n one.
+        # As P holds left singular vectors, P^T G = S V^T (r, n) holds the right ones: a small problem, not a second
+        # one of size (m, n).
         right = algebra.right(algebra.project(left, g), rank)
         return {"basis": left, "basis_right": right}
 
@@ -216,7 +235,10 @@ class TwoSided(Basis):
 
 @dataclass(frozen=True)
 class Later(OneSided):
-    """`first` until step `since`, `then` from it on (GoLore: singular vectors while they mean something)."""
+    """The basis `first` until step `since`, and `then` from that step on.
+
+    GoLore uses singular vectors until noise dominates the gradient, and random vectors afterwards.
+    """
 
     first: Basis
     then: Basis
@@ -234,10 +256,14 @@ class Later(OneSided):
 
 @dataclass(frozen=True)
 class SharedHead(OneSided):
-    """The subspace of one randomly drawn head, shared by all heads of a matrix (GaLore+).
+    """The subspace of one randomly drawn attention head, shared by all heads of a matrix (GaLore+).
 
-    Heads are equal blocks of columns of the turned G. Where one head has fewer columns than the rank, as many heads as
-    are needed stand side by side. Heads without gradient come last. `inner` fits them.
+    Heads are equal blocks of columns of the turned G. Where one head has fewer columns than the rank, the basis is
+    fitted to several heads next to each other. Heads with a zero gradient are drawn last.
+
+    Args:
+        inner: the basis that is fitted to the columns of the drawn heads.
+        heads: number of heads; 1: the whole matrix.
     """
 
     inner: Basis
@@ -253,7 +279,9 @@ class SharedHead(OneSided):
         spans = [(head * width, (head + 1) * width) for head in range(self.heads)]
         sizes = torch.stack([part.largest(block) for part, block in (algebra.columns(g, [span]) for span in spans)])
         order = algebra.told(draw((self.heads,), "head").argsort())
-        order.sort(key=algebra.told(sizes == 0).__getitem__)  # stable: masked heads have no subspace to share
+        order.sort(
+            key=algebra.told(sizes == 0).__getitem__
+        )  # stable; a head with a zero gradient has no subspace to share
         some, block = algebra.columns(g, [spans[head] for head in sorted(order[: -(-rank // width)])])
         return self.inner.fit(some, block, old, rank, draw, at)
 

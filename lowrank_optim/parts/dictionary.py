@@ -1,4 +1,4 @@
-"""Which subspace? The vectors of a fixed orthonormal dictionary that the gradient agrees with most."""
+"""Fill the slot "which subspace?" with the best vectors of a fixed orthonormal dictionary."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ from ..recipe.turn import Turn
 from .basis import OneSided
 from .random import reindex, strongest
 
-_WIDE = 512  # from here on an FFT is faster than a product with the dictionary, on CPU by 3 at 1024 and by 20 at 2048
+_WIDE = 512  # from this width on an FFT beats a product with the dictionary: on CPU by 3 at 1024, by 20 at 2048
 
 
 @dataclass(frozen=True)
 class Dictionary(OneSided):
-    """The r vectors with the largest coefficients `D^T G` (DCT-AdamW). Only their indices are kept.
+    """The r vectors of a dictionary D (m, m) with the largest coefficients `D^T G` (DCT-AdamW).
+
+    The state keeps their indices `(r,)` only.
 
     Args:
-        kind: `"dct2"`, `"dct3"` (cosines; the second is the transpose of the first), `"hadamard"`, `"random"`.
-        power: coefficients are ranked by their sum of squares (2), which minimises the projection error, or of absolute
-            values (1), as published.
-        fast: by FFT, for the cosines; then no n x n dictionary exists, and on CPU, in widths that kernels transform, no
-            vectors of it either. The same numbers to rounding. None: from width 512 on, where that takes less time.
+        kind: "dct2" or "dct3" (cosines; the second is the transpose of the first), "hadamard", or "random".
+        power: 2 ranks vectors by the sum of squares of their coefficients, which minimizes the projection error;
+            1 ranks them by the sum of absolute values, as published.
+        fast: whether coefficients of the cosines come from an FFT. Then no m x m dictionary exists, and on CPU, in
+            widths that the kernels transform, no vectors of it either. The numbers agree to rounding. None: from width
+            512 on, where the FFT takes less time.
     """
 
     kind: str = "dct2"
@@ -47,11 +50,12 @@ class Dictionary(OneSided):
         return {"index": Spec((rank,), steady=True, store=Exact(torch.int32))}
 
     def fit(self, algebra: Algebra, g: Tensor, old: State | None, rank: int, draw: Draw, at: Time) -> dict[str, Tensor]:
+        # A shard holds some columns of G: it adds up the scores of its own columns, each counted on one rank only.
         here = scores(self.kind, algebra.once(g, -1), self.power, self._by_fft(g.shape[0]))
         return {"index": strongest(algebra.total(here, -1), rank)}
 
     def derive(self, algebra: Algebra, g: Tensor, kept: State, rank: int, draw: Draw) -> dict[str, Tensor]:
-        """The chosen vectors, where a transform does not take less time than a product with them."""
+        """Return the chosen vectors P `(m, r)`, or nothing where a fast transform beats a product with them."""
         m = g.shape[-2]
         if transforms(self.kind, g, self._by_fft(m)):
             return {}
@@ -75,7 +79,7 @@ class Dictionary(OneSided):
         return shape[0] * rank
 
     def derive_workspace(self, shape: Shape, rank: int) -> int:
-        return 3 * shape[0] * rank + (32 * shape[0] if self._by_fft(shape[0]) else 0)  # indices, and a table in 64 bits
+        return 3 * shape[0] * rank + (32 * shape[0] if self._by_fft(shape[0]) else 0)  # indices, a table in 64 bits
 
     def fit_workspace(self, m: int, n: int, rank: int) -> int:
         return (min(m * n, 4 * PIECE) if self._by_fft(m) else m * n) + 20 * m
@@ -87,4 +91,5 @@ class Dictionary(OneSided):
         return {key: dictionary(self.kind, shape[0], like.dtype, like.device) for key in self.shared(shape)}
 
     def _by_fft(self, width: int) -> bool:
+        """Whether coefficients in this width come from an FFT."""
         return self.kind in COSINES and (width >= _WIDE if self.fast is None else self.fast)

@@ -1,4 +1,4 @@
-"""Residuals whose length the subspace decides, and the limiter of their growth (Fira, APOLLO)."""
+"""Fill the residual slot with gradients scaled as Adam scales the subspace, and limit their growth (Fira, APOLLO)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,22 @@ from ..recipe.recipe import Clock, Recipe, Residual, State, Update
 from ..recipe.store import Exact, Shape, Spec
 from .store import Float32
 
-HITS = "limiter_hits"  # how often a residual was shortened
+HITS = "limiter_hits"  # state key: how often the residual was shortened
 FLOOR = 1e-3  # root mean square below which a residual says nothing about the size of the next one
-_TINY = 1e-8
+_TINY = 1e-8  # keeps the ratio finite for a column of R that is zero
 
 
 @dataclass(frozen=True)
 class _Limited(Residual):
-    """A residual that may grow by at most the factor `limit` from one step to the next; None: without limit.
+    """A residual that grows at most by a given factor from one step to the next.
 
-    Sizes are those of Adam's directions, about 1 per entry. One below `FLOOR` is not remembered: as published, a zero
-    gradient caps all later residuals at 1 % of growth per step from zero, and freezes them for two thousand steps.
+    Sizes are root mean squares, about 1 as those of Adam's directions. The limiter does not remember a size below
+    `FLOOR`. As published, a zero gradient caps all later residuals at 1 % of growth per step from zero, and so freezes
+    them for two thousand steps.
+
+    Args:
+        granularity: "channel", one ratio per column of the turned matrix, or "tensor", one for the whole matrix.
+        limit: the largest growth factor; None: no limit.
     """
 
     granularity: Literal["channel", "tensor"] = "channel"
@@ -37,12 +42,21 @@ class _Limited(Residual):
         return {"residual_size": Spec((1, 1), store=Float32()), HITS: Spec((1, 1), store=Exact(torch.int32))}
 
     def workspace(self, shape: Shape, coordinates: int) -> int:
-        return 2 * coordinates + 8 * shape[1] + min(shape[0] * shape[1], PIECE)  # the last: squares that are summed
+        return (
+            2 * coordinates + 8 * shape[1] + min(shape[0] * shape[1], PIECE)
+        )  # the last term: squares that are summed
 
     def _ratio(self, algebra: Algebra, d: Tensor, gain: Clock, lengths: Tensor) -> Tensor:
-        """How much the subspace's rule scales a gradient: per column of the turned matrix, or over all.
+        """Return how much the rule in the subspace scales a gradient, `|D| / |R|`.
 
-        lengths: of the columns of R.
+        Args:
+            algebra: of R.
+            d: direction without its gain, `(..., r, n)`.
+            gain: the direction is `gain d`.
+            lengths: norms of the columns of R, `(..., 1, n)`.
+
+        Returns:
+            `(..., 1, n)`, or `(..., 1, 1)` for the granularity "tensor".
         """
         if self.granularity == "channel":
             return algebra.norm(d, -2) * gain / (lengths + _TINY)
@@ -50,7 +64,10 @@ class _Limited(Residual):
         return algebra.norm(d, both) * gain / (algebra.norm(lengths, both) + _TINY)
 
     def _limited(self, st: State, limit: float, size: Tensor) -> Tensor:
-        """What a residual of some size is to be multiplied by, so that it does not grow too fast."""
+        """Return the factor `(..., 1, 1)`, at most 1, that keeps a residual of this size from growing too fast.
+
+        The remembered size and the counter of shortened residuals are updated.
+        """
         before = st["residual_size"]
         most = torch.where(before > 0, limit * before, size)
         shortened = torch.minimum(size, most)
@@ -61,11 +78,11 @@ class _Limited(Residual):
 
 @dataclass(frozen=True)
 class NormScaled(_Limited):
-    """Fira: the rest of the gradient, scaled column by column as much as Adam scales the part in the subspace.
+    """The complement of the gradient, each column scaled as much as Adam scales the part in the subspace (Fira).
 
     Args:
-        code_scale: None for the paper's form; `scale` of the group for that of its authors' code, which takes
-            `G - scale P R` for the rest, and does not multiply it by scale afterwards.
+        code_scale: None: the form of the paper, with the complement `G - P R`. The `scale` of the group: the form of
+            the authors' code, which uses `G - scale P R` and does not multiply it by scale afterwards.
     """
 
     code_scale: float | None = None
@@ -79,12 +96,16 @@ class NormScaled(_Limited):
         if self.limit is not None:
             size = self._size(algebra, inside, g, lengths, factors, part)
             factors = factors * self._limited(st, self.limit, size)
-        # The rest S = G - part P R is not formed: up(D) + S f / part = up(D - R f) + G f / part.
+        # The complement S = G - part P R (m, n) is not formed: P D + S f / part = P (D - R f) + G f / part.
         return Update(torch.addcmul(d * gain, r, factors, value=-1), 1.0, g, factors / part)
 
     @staticmethod
     def _size(algebra: Algebra, inside: Algebra, g: Tensor, lengths: Tensor, factors: Tensor, part: float) -> Tensor:
-        """Of the rest, by Pythagoras: P is orthonormal, so a column of it has `|G_j|^2 - (2 part - part^2) |R_j|^2`."""
+        """Return the root mean square `(..., 1, 1)` of the scaled complement, without forming it.
+
+        P is orthonormal, so by Pythagoras column j of `G - part P R` has the square
+        `|G_j|^2 - (2 part - part^2) |R_j|^2`.
+        """
         squares = algebra.energy(g, -2).unsqueeze(-2) - (2 * part - part**2) * lengths.square()
         columns = squares.clamp_(min=0).sqrt_() * factors
         m, n = algebra.shape(g)
@@ -93,10 +114,12 @@ class NormScaled(_Limited):
 
 @dataclass(frozen=True)
 class Rescaled(_Limited):
-    """APOLLO: the whole gradient, scaled by what Adam does in a random subspace, and nothing else. It is not copied.
+    """The whole gradient, scaled as much as Adam scales its projection to a random subspace (APOLLO).
+
+    The update has no other term, and the gradient is not copied.
 
     Args:
-        front: a factor before the limiter.
+        front: factor on the gradient before the limiter.
     """
 
     front: float = 1.0

@@ -1,4 +1,4 @@
-"""First moment: the average that gives the numerator."""
+"""Fill the slot of the first moment, the average that gives the numerator of the direction."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from ..recipe.turn import Turn
 
 
 def bias_correction(beta: float, t: Clock) -> Clock:
-    """`1 - beta^t`: the weight that an average started at zero has seen after t steps of its own clock."""
+    """Return `1 - beta^t`, the sum of the weights in an average that started at zero t steps ago."""
     return 1 - beta**t
 
 
 @dataclass(frozen=True)
 class EMA(Momentum):
-    """`m <- beta m + (1 - beta) x`, read as `m / (1 - beta^t)` unless `debias` is off."""
+    """The exponential moving average `m <- beta m + (1 - beta) x` of Adam.
+
+    Args:
+        beta: decay.
+        debias: whether the average is read as `m / (1 - beta^t)`.
+    """
 
     beta: float
     debias: bool = True
@@ -39,12 +44,13 @@ class EMA(Momentum):
         st["exp_avg"].zero_()
 
     def gain(self, t: Clock) -> Clock:
+        """Return the bias correction after t steps: the factor on the stored average."""
         return 1 / bias_correction(self.beta, t) if self.debias else 1.0
 
 
 @dataclass(frozen=True)
 class NoMomentum(Momentum):
-    """The numerator is what came in."""
+    """No average: the numerator is the input."""
 
     def spec(self, shape: Shape) -> dict[str, Spec]:
         return {}
@@ -64,7 +70,7 @@ class NoMomentum(Momentum):
 
 @dataclass(frozen=True)
 class HeavyBall(EMA):
-    """`m <- beta m + x`: Polyak's momentum, `1 / (1 - beta)` times as long as the average."""
+    """Polyak's momentum `m <- beta m + x`, which is `1 / (1 - beta)` times as long as the average."""
 
     debias: bool = False
 

@@ -1,4 +1,4 @@
-"""Which subspace? One that the gradient has no say in, or only by the size of its rows."""
+"""Fill the slot "which subspace?" with random vectors, or with rows of the gradient."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .basis import OneSided
 
 @dataclass(frozen=True)
 class Random(OneSided):
-    """Gaussian, drawn anew at each refresh.
+    """A Gaussian matrix P (m, r), drawn again at each refresh.
 
     Args:
-        orthonormal: False: independent entries of variance 1/r, so that `E[P P^T] = I` (Flora, APOLLO). True: the
-            orthonormal basis of their span, uniform over all subspaces (GoLore).
-        kept: False keeps nothing: the matrix is a function of the seed and the number of refreshes, and is drawn at
-            each step.
+        orthonormal: False: independent entries of variance 1/r, so that `E[P P^T] = I` (Flora, APOLLO). True: an
+            orthonormal basis of their span, which is uniform over all subspaces (GoLore).
+        kept: whether the state keeps P. If not, P is drawn at each step, as a function of the seed and of the number of
+            refreshes.
     """
 
     orthonormal: bool = False
@@ -61,20 +61,25 @@ class Random(OneSided):
         return max(drawing, 6 * m * rank + 8 * rank**2) if self.orthonormal else drawing + m * rank
 
     def _drawn(self, algebra: Algebra, g: Tensor, rank: int, draw: Draw) -> Tensor:
+        """Draw P `(m, r)`; of a sharded G, its local rows."""
         x = draw((algebra.shape(g)[0], rank))
         return algebra.orthonormal(x, -2) if self.orthonormal else x.mul_(rank**-0.5)
 
 
 @dataclass(frozen=True)
 class Rows(Basis):
-    """Some rows of the turned G: the largest (`"norm"`: GRASS, SN-SM's top-k) or any (`"random"`: FRUGAL).
+    """A selection of r rows of the turned G. To project is to read these rows, and the state keeps their indices only.
 
-    Projecting is reading them; of the basis only the indices are kept. Where rows are on several ranks, each reads what
-    it has of them, at `rows`, and zeros where it has none (not `mine`).
+    Where the rows of G are spread over ranks, each rank reads its local rows (at the local numbers `rows`) and takes
+    zero for the others (where `mine` is False). A sum over ranks then completes R.
+
+    Args:
+        choose: "norm": the rows of largest norm (GRASS, SN-SM's top-k); "random": any rows (FRUGAL).
+        power: of the norm: 2 for sums of squares, 1 for sums of absolute values.
     """
 
     choose: Literal["norm", "random"]
-    power: int = 2  # of the norm
+    power: int = 2
     indexed: ClassVar[bool] = True
     derives: bool = True
 
@@ -99,7 +104,7 @@ class Rows(Basis):
     def down(self, algebra: Algebra, g: Tensor, st: State) -> Tensor:
         if "mine" not in st:
             return widened(_lines(g, st["index"].long()))
-        if not g.shape[-2]:
+        if not g.shape[-2]:  # this rank holds no rows, but takes part in the sum
             return algebra.completed(widened(g).new_zeros(*st["rows"].shape, g.shape[-1]), st["rows"])
         return algebra.completed(widened(_lines(g, st["rows"])).masked_fill_(~st["mine"], 0), st["rows"])
 
@@ -111,7 +116,7 @@ class Rows(Basis):
             w.zero_()
         elif beta != 1:
             w.mul_(beta)
-        if not w.numel():
+        if not w.numel():  # an empty shard
             return
         index = st["rows"] if "mine" in st else st["index"].long()
         d = d * st["mine"] if "mine" in st else d
@@ -125,12 +130,15 @@ class Rows(Basis):
 
 
 def _lines(g: Tensor, index: Tensor) -> Tensor:
-    """Some rows of a matrix, or of each of a stack."""
+    """Return the rows at `index` `(..., r)` of one matrix, or of each matrix of a stack."""
     return g[index] if g.dim() == 2 else g.gather(-2, index.unsqueeze(-1).expand(*index.shape, g.shape[-1]))
 
 
 def top(scores: Tensor, rank: int) -> Tensor:
-    """The positions of the largest scores, of equal ones the first. They ascend, so that slots keep their vectors."""
+    """Return the positions of the `rank` largest scores, in ascending order. Of equal scores the first wins.
+
+    The order lets a vector that stays selected keep its place among the coordinates where possible.
+    """
     index = scores.new_empty(*scores.shape[:-1], rank, dtype=torch.int32)
     kernel("select_top_")(index, scores)
     return index
@@ -142,6 +150,7 @@ def strongest(energies: Tensor, rank: int) -> Tensor:
 
 
 def reindex(old: Tensor, new: Tensor) -> Reindex:
-    """Of two ascending selections."""
+    """Return the turn between two ascending selections `(r,)`."""
+    # Where each new vector would be in the old selection; -1 where the vector there is another one.
     slot = torch.searchsorted(old, new).clamp_(max=len(old) - 1)
     return Reindex(slot.masked_fill_(old[slot] != new, -1))

@@ -1,4 +1,4 @@
-"""Choices of parts that several papers share: Adam in a subspace, AdamW in full space, schedules, stores."""
+"""Build the parts that several papers share: Adam in a subspace, AdamW in full space, schedules, stores."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ BASES: dict[str, Basis] = {
     "rows": Rows("random"),
 }
 
-ERRORS: dict[str, Store | None] = {  # how error feedback is kept
+ERRORS: dict[str, Store | None] = {  # stores of the error in error feedback
     "none": None, "float32": STORES["float32"], "bfloat16": BFloat16(), "int8": Affine(8), "int4": Affine(4),
 }  # fmt: skip  # fmt: skip
 
 
 def adam(group: dict[str, Any]) -> dict[str, Any]:
-    """Adam's two moments, and lr as it is."""
+    """Return the parts of Adam for a `Recipe`: two moments, and lr unchanged."""
     beta1, beta2 = group["betas"]
     return {
         "momentum": EMA(beta1),
@@ -49,12 +49,12 @@ def adam(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def adamw(group: dict[str, Any]) -> Recipe:
-    """AdamW in full space, for what is not projected."""
+    """Return AdamW in full space, for parameters that are not projected."""
     return Recipe(basis=Identity(), refresh=Never(), residual=Drop(), **adam(group), **stores(group))
 
 
 def subspace(group: dict[str, Any]) -> dict[str, Any]:
-    """Basis, refresh, residual and store of a method with GaLore's options."""
+    """Return basis, refresh, residual, scale and stores of a method with GaLore's options, for a `Recipe`."""
     basis = BASES[group["basis"]]
     return {
         "basis": TwoSided(basis) if group["proj_type"] == "full" else basis,
@@ -66,10 +66,15 @@ def subspace(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def schedule(group: dict[str, Any]) -> Every:
+    """Return the refresh every `update_proj_gap` steps, as the group says."""
     return Every(group["update_proj_gap"], group["moments"], group["stagger"])
 
 
 def stores(group: dict[str, Any]) -> dict[str, Any]:
-    """How state is kept. A basis in few bits would no longer be orthonormal, and it is the smaller part."""
+    """Return the stores of a method, for a `Recipe`.
+
+    With moments in int8 or int4 bases are kept in bfloat16: in fewer bits they would no longer be orthonormal, and they
+    are the smaller part of the state.
+    """
     narrow = group["state_dtype"] in ("int8", "int4")
     return {"store": STORES[group["state_dtype"]], "basis_store": BFloat16(widen_small=True) if narrow else None}

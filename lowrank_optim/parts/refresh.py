@@ -1,4 +1,4 @@
-"""When is the basis refitted, and what becomes of the moments?"""
+"""Fill the slot "when is the basis refitted, and what becomes of the moments?" with schedules."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ Carry = Literal["keep", "rotate", "reset"]
 
 
 def ahead(place: int, gap: int) -> int:
-    """Steps by which turn number `place` of a staggered schedule comes earlier; multiples of the golden ratio spread
-    any number of turns evenly."""
+    """Return by how many steps a staggered schedule refreshes matrix number `place` earlier, below `gap`.
+
+    Multiples of the golden ratio spread any number of matrices evenly.
+    """
     return (place * _GOLDEN & 0xFFFFFFFF) * gap >> 32
 
 
 @dataclass(frozen=True)
 class Every(Refresh):
-    """Every `gap` steps. A refresh that could not happen (a zero gradient) stays due until it does.
+    """A refresh every `gap` steps. A refresh that was impossible (a zero gradient) stays due until it happens.
 
     Args:
         gap: steps between refreshes.
-        moments: `"keep"` reads the old coordinates as if they were new ones, `"rotate"` re-expresses them in the new
-            basis, `"reset"` starts from zero with a clock of their own.
-        stagger: False: all matrices together, before steps 0, gap, 2 gap, ... True: each at its own time, so that no
-            step pays for all of them at once. Only the very first refresh is then common: without a basis there is no
-            step. Turns follow multiples of the golden ratio, which spreads any number of matrices evenly and does not
-            move when parameters are added.
+        moments: "keep" reads the old coordinates as if they were new ones; "rotate" expresses them in the new basis;
+            "reset" starts from zero, with a clock that restarts too.
+        stagger: False refreshes all matrices together, before steps 0, gap, 2 gap, ... True refreshes each matrix at a
+            time of its own, so that no step pays for all of them. Only the first refresh is then common, because there
+            is no step without a basis. The times follow multiples of the golden ratio, which spreads any number of
+            matrices evenly. They do not change when parameters are added.
     """
 
     gap: int
@@ -55,15 +57,19 @@ class Every(Refresh):
         return last < 0 or (step + shift) // gap > (last + shift) // gap
 
     def gap_now(self, counters: Mapping[str, Tensor]) -> int:
+        """Return the present gap of one matrix, which adaptive schedules keep in their counters."""
         return self.gap
 
     def carry_(self, algebra: Algebra, recipe: Recipe, st: State, turn: Turn, t: Clock) -> None:
-        scaling = recipe.scaling if recipe.scaling_in == "subspace" else None  # in full space it knows no basis
+        scaling = (
+            recipe.scaling if recipe.scaling_in == "subspace" else None
+        )  # in full space it does not depend on the basis
         if self.moments == "reset":
             recipe.momentum.reset_(st)
             if scaling:
                 scaling.reset_(st)
         elif self.moments == "rotate":
+            # Only an average of gradients is a mean around which the second moment has a variance.
             averages_gradients = recipe.momentum_of == "gradient" and turn.mixes
             mean = recipe.momentum.mean(st, t) if averages_gradients else None
             if scaling:
@@ -75,7 +81,7 @@ class Every(Refresh):
 
 @dataclass(frozen=True)
 class Never(Every):
-    """For full space, where nothing is ever refitted."""
+    """No refresh at all, for full space, which has no basis to refit."""
 
     gap: int = 1
 
@@ -85,10 +91,11 @@ class Never(Every):
 
 @dataclass(frozen=True)
 class Outside(Never):
-    """Nothing is refitted, but moments begin anew when somebody outside the recipe says so (`restart.py`).
+    """No refresh, but restarts of the moments that code outside of the recipe orders (`engine/restart.py`).
 
     Args:
-        single: entries begin anew one by one, and each has an age; else all of a parameter do, on a common clock.
+        single: True: single entries restart, and each has an age. False: all entries of a parameter restart together,
+            on a common clock.
     """
 
     single: bool = False
@@ -104,13 +111,15 @@ class Outside(Never):
 
 @dataclass(frozen=True)
 class Lazy(Every):
-    """Twice as seldom (`growth`), as soon as the last `queue` refreshes changed little (Q-GaLore).
+    """A gap that grows as soon as the last refreshes have changed the subspace little (Q-GaLore).
 
-    Change is measured by the overlap of whole subspaces, which has no sign to be lost: the authors' code compares the
-    first vectors alone, with their signs.
+    The overlap of whole subspaces measures the change, because it does not depend on signs. The authors' code compares
+    the first vectors only, with their signs.
 
     Args:
-        threshold: mean overlap of the last refreshes from which the gap grows.
+        threshold: mean overlap of the last `queue` refreshes from which the gap grows.
+        queue: number of refreshes in the mean.
+        growth: factor on the gap.
     """
 
     threshold: float = 0.4
@@ -118,6 +127,7 @@ class Lazy(Every):
     growth: int = 2
 
     def counters(self) -> dict[str, Tensor]:
+        # -1 marks the places of refreshes that have not happened yet.
         overlaps = torch.full((self.queue,), -1.0, dtype=torch.float32, device="cpu")
         return {"refresh_gap": torch.tensor(self.gap, device="cpu"), "overlaps": overlaps}
 

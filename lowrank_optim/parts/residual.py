@@ -1,4 +1,4 @@
-"""What of `G - P P^T G`, the part of the gradient outside the subspace?"""
+"""Fill the slot "what does the step make of `G - P P^T G`, the complement of the subspace?"."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..recipe.algebra import Algebra
 from ..recipe.recipe import Clock, Recipe, Residual, State, Update
 from ..recipe.store import Shape, Spec, Store
 
-_NOISE = 16  # units of rounding below which a residual is none
+_NOISE = 16  # units of rounding, relative to the largest entry of G; a smaller residual counts as zero
 
 
 @dataclass(frozen=True)
 class Drop(Residual):
-    """Nothing: the update stays in the subspace (GaLore)."""
+    """The complement is dropped: the update stays in the subspace (GaLore)."""
 
     thin: ClassVar[bool] = True
 
@@ -30,13 +30,15 @@ class Drop(Residual):
 
 @dataclass(frozen=True)
 class Raw(Residual):
-    """The rest as it is: `up(D) + weight (G - up(R))`. Subspace-Momentum (weight 1), Flora (weight 1 - beta1).
+    """The raw complement: the update is `P D + weight (G - P R)`.
 
-    Written as `up(D - weight R) + weight G`, which needs no (m, n) tensor.
+    It is computed as `P (D - weight R) + weight G`, which needs no (m, n) tensor.
 
     Args:
-        corrected: the bias correction of D applies to the rest as well, because it is a part of the same average.
-        clip: the root mean square to which the whole update is shortened, as Adafactor does; None: not.
+        weight: of the complement: 1 in Subspace-Momentum, 1 - beta1 in Flora.
+        corrected: whether the bias correction of D applies to the complement as well, because it belongs to the same
+            average.
+        clip: root mean square to which the whole update is shortened, as Adafactor does; None: it is not shortened.
     """
 
     weight: float = 1.0
@@ -59,15 +61,19 @@ class Raw(Residual):
 
 @dataclass(frozen=True)
 class Sign(Residual):
-    """Its signs, `ratio` times as long as a step of Adam in the subspace: no state, and full rank (FRUGAL).
+    """The signs of the complement, which give an update of full rank without state (FRUGAL).
 
-    What rounding leaves of a gradient that lies in the subspace has no sign.
+    Where a gradient is inside the subspace, rounding leaves small entries of the complement. They count as zero, so
+    that their signs do not become full steps.
+
+    Args:
+        ratio: size of an entry, relative to a step of Adam in the subspace.
     """
 
     ratio: float = 1.0
 
     def workspace(self, shape: Shape, coordinates: int) -> int:
-        return round(2.25 * math.prod(shape)) + 64
+        return round(2.25 * math.prod(shape)) + 64  # the complement, its absolute values, and a mask in bytes
 
     def after(
         self, algebra: Algebra, recipe: Recipe, st: State, g: Tensor, r: Tensor, d: Tensor, gain: Clock
@@ -80,12 +86,12 @@ class Sign(Residual):
 
 @dataclass(frozen=True)
 class ErrorFeedback(Residual):
-    """It is kept and added to the next gradient, so that nothing is lost, only late (DCT-AdamW, LDAdam).
-
-    Costs a tensor of the size of the matrix, which `store` may shrink.
+    """The complement is kept and added to the next gradient, so that it is late but not lost (DCT-AdamW, LDAdam).
 
     Args:
-        momentum: also what the moments lose when they are turned, times this; beta / (1 - beta) makes it exact.
+        store: keeps the error, a tensor of the size of the matrix, possibly in fewer bits.
+        momentum: factor on the loss of the first moment in a change of basis, which is added to the error as well;
+            beta / (1 - beta) makes the feedback exact, 0 leaves it out.
     """
 
     store: Store

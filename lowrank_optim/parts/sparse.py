@@ -1,4 +1,4 @@
-"""The residual of GaLore+: exact Adam on the few entries where the projection errs most."""
+"""Fill the residual slot with exact Adam on the few entries where the projection errs most (GaLore+)."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from ..recipe.store import Exact, Shape, Spec
 from .momentum import EMA
 from .scaling import RMS
 
-_WORK = 1 << 18  # elements of gathered rows of P and columns of D at once
+_WORK = 1 << 18  # elements of P and of D that are gathered at once, about 1 MiB each
 
 
 @dataclass(frozen=True)
 class Sparse(Residual):
-    """`up(D) + weight (U - up(D))` on a sparse set of entries, with U what Adam itself would do there.
+    """The correction `weight (U - P D)` on a fixed sparse set of entries, where U is the direction of Adam itself.
 
-    The set is the largest entries of `|G - P P^T G|` at the first refresh, and stays. Its moments see every gradient
-    since then, whatever becomes of the basis; with weight 1 these entries simply follow Adam. `entries_age` is 0 before
-    that, then 1, and one more with each gradient.
+    The set holds the largest entries of `|G - P P^T G|` at the first refresh. Its moments see every gradient from then
+    on and do not depend on the basis. With weight 1 these entries follow Adam. The state `entries_age` is 0 before the
+    first refresh, 1 at it, and grows by 1 with each gradient.
 
     Args:
         density: share of the entries of a matrix.
+        weight: of the correction.
+        momentum, scaling: the two moments of Adam.
     """
 
     density: float
@@ -54,7 +56,7 @@ class Sparse(Residual):
 
     def workspace(self, shape: Shape, coordinates: int) -> int:
         count, rank = round(self.density * math.prod(shape)), coordinates // shape[1]
-        choosing = 2 * math.prod(shape)  # once, before the first step
+        choosing = 2 * math.prod(shape)  # at the first refresh only
         return max(choosing, coordinates + 12 * count + 3 * min(count * rank, _WORK + rank))
 
     def begin_(self, algebra: Algebra, recipe: Recipe, st: State, basis: State, g: Tensor) -> None:
@@ -82,11 +84,11 @@ class Sparse(Residual):
 
 
 def _entries_of(recipe: Recipe, st: State, d: Tensor, g: Tensor) -> Tensor:
-    """`up(D)` at the entries alone: products of gathered rows of P and columns of D, some at a time."""
-    place, basis, columns = st["entries"].long(), st["basis"], d.mT
+    """Return `P D` at the entries only, `(..., k)`: products of gathered rows of P and columns of D, in pieces."""
+    positions, basis, columns = st["entries"].long(), st["basis"], d.mT
     parts = []
-    for some in torch.split(place, max(1, _WORK // basis.shape[-1]), dim=-1):
-        row, column = some // g.shape[-1], some % g.shape[-1]
+    for piece in torch.split(positions, max(1, _WORK // basis.shape[-1]), dim=-1):
+        row, column = piece // g.shape[-1], piece % g.shape[-1]
         if g.dim() == 2:
             parts.append((basis[row] * columns[column]).sum(-1))
         else:

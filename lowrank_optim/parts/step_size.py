@@ -1,4 +1,4 @@
-"""How does lr become the length of the step?"""
+"""Turn lr into the length of the step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..recipe.recipe import Clock
 
 @dataclass(frozen=True)
 class Constant:
-    """lr itself."""
+    """The step size lr itself."""
 
     reads_weights: ClassVar[bool] = False
 
@@ -23,11 +23,11 @@ class Constant:
 
 @dataclass(frozen=True)
 class Relative:
-    """Adafactor's length.
+    """Adafactor's step size, relative to the size of the weights.
 
     Args:
-        floor: if not None, lr is multiplied by the root mean square of W, taken as at least `floor`.
-        decay: if True, lr is at most `1 / sqrt(step)` before that.
+        floor: lr is multiplied by the root mean square of W, which counts as at least `floor`; None: no factor.
+        decay: whether lr is at most `1 / sqrt(step)` before that.
     """
 
     floor: float | None
@@ -43,6 +43,7 @@ class Relative:
 
 
 def _least(a: Clock, b: Clock) -> Clock:
+    """Return the smaller of two numbers, each a float or a tensor on the device."""
     if isinstance(a, Tensor):
         return a.clamp(max=b)
     return b.clamp(max=a) if isinstance(b, Tensor) else min(a, b)

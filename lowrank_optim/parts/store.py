@@ -1,4 +1,4 @@
-"""How are tensors kept between steps?"""
+"""Fill the slot "how are tensors kept between steps?" with stores of 32 to 4 bits per element."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..recipe.store import Kept, Noise, Shape, Spec, Store
 
 @dataclass(frozen=True)
 class Float32(Store):
-    """As they are: float32, or float64 for float64 parameters."""
+    """Tensors in the dtype of the arithmetic: float32, or float64 for float64 parameters."""
 
     narrow: ClassVar[bool] = False
 
@@ -33,13 +33,13 @@ class Float32(Store):
 
 @dataclass(frozen=True)
 class BFloat16(Store):
-    """Half the bytes, rounded stochastically.
+    """Tensors in bfloat16, rounded stochastically.
 
-    Rounded to nearest, a second moment with beta2 = 0.999 never decays: 0.1 % is less than half of bfloat16's last bit.
-    Unbiased rounding keeps the average right.
+    Rounded to nearest, a second moment with beta2 = 0.999 would never decay, because 0.1 % is less than half of
+    bfloat16's last bit. Unbiased rounding keeps the average right.
 
     Args:
-        widen_small: keep vectors and small matrices in float32, as the stores in fewer bits do.
+        widen_small: whether vectors and small matrices stay in float32, as in the stores of fewer bits.
     """
 
     widen_small: bool = False
@@ -59,12 +59,16 @@ class BFloat16(Store):
 
 @dataclass(frozen=True)
 class _Quantized(Store):
-    """Codes, and some numbers per block. Blocks run along the row-major order of one matrix and never cross it."""
+    """The stores that keep codes and a few float32 numbers per block of elements.
+
+    Blocks follow the row-major order of one matrix, and no block spans two matrices.
+    """
 
     def small(self) -> Store:
         return Float32()
 
     def _layout(self, shape: Shape, codes_per_byte: int, numbers: int) -> tuple[Kept, ...]:
+        """Return the layout for bytes of codes and so many float32 numbers per block."""
         size = math.prod(shape)
         packed = shape if codes_per_byte == 1 else (-(-size // codes_per_byte),)
         per_block = Kept((-(-size // self.block),), torch.float32, self.block)
@@ -73,12 +77,17 @@ class _Quantized(Store):
 
 @dataclass(frozen=True)
 class Int8(_Quantized):
-    """One byte per element and a float32 per 256: the nearest entry of the dynamic map (Dettmers et al. 2022).
+    """Tensors in int8: a code per element, the nearest entry of the dynamic map (Dettmers et al. 2022).
 
-    The number of a block is its largest element with its sign, so that the peak comes back exactly, and a block of
-    moments grows and decays as one. A second moment is never rounded to zero: its first moment spans only the square
-    root of its range, would not vanish with it, and be divided by eps alone. It becomes the smallest positive entry
-    instead, and the update is small.
+    Each block of 256 elements also keeps a float32, its peak: the largest element with its sign. The peak therefore
+    comes back exactly, and a block of moments grows and decays as a whole.
+
+    A second moment is never rounded to zero. Its first moment spans only the square root of its range, so it would not
+    vanish at the same time, and would be divided by eps alone. The second moment becomes the smallest positive entry
+    instead, which makes the update small.
+
+    Args:
+        unsigned: whether the tensor is never negative, as second moments are.
     """
 
     unsigned: bool = False
@@ -108,11 +117,14 @@ class Int8(_Quantized):
 
 @dataclass(frozen=True)
 class Int4(_Quantized):
-    """Half a byte per element and a float32 per 128, the block's largest element with its sign.
+    """Tensors in int4: half a byte per element, and a float32 per block of 128, its largest element with its sign.
 
-    First moments go to the nearest entry of a map of three decades. Second moments go to k / 16, stochastically: what a
-    step adds to them is far below a sixteenth, and would be lost. There is no zero among their levels: a block keeps
-    at least 1/16 of its largest entry in each, so that no entry is divided by nothing.
+    First moments are rounded to the nearest entry of a map of three decades. Second moments are rounded to k / 16 of
+    the peak stochastically, because a step adds far less than a sixteenth, which rounding to nearest would lose. Their
+    levels contain no zero: each entry keeps at least 1/16 of the peak of its block, so no update is divided by zero.
+
+    Args:
+        unsigned: whether the tensor is never negative, as second moments are.
     """
 
     unsigned: bool = False
@@ -145,10 +157,14 @@ class Int4(_Quantized):
 
 @dataclass(frozen=True)
 class Affine(_Quantized):
-    """Equal steps between the least and the largest element of each 256: for numbers whose size varies little.
+    """Tensors in equal steps between the least and the largest element of each block of 256.
 
-    Q-GaLore's bases and DCT-AdamW's error feedback. Least and step are floats, so a block that does not straddle zero
-    keeps its values, which a clamped integer zero point destroys.
+    This suits numbers of similar size: Q-GaLore's bases and DCT-AdamW's error feedback. The least element and the step
+    are floats, so a block whose elements all have one sign keeps its values. An integer zero point that is clamped, as
+    in the published code, destroys such a block.
+
+    Args:
+        bits: 8 or 4 per element.
     """
 
     bits: int
@@ -172,6 +188,7 @@ class Affine(_Quantized):
 
 
 def _flat(codes: Tensor, shape: Shape) -> Tensor:
+    """Return codes `(..., *shape)` as `(..., elements)`."""
     return codes.reshape(*codes.shape[: codes.dim() - len(shape)], -1)
 
 
