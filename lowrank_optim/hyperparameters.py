@@ -1,4 +1,4 @@
-"""What the options and keys of a param group may be, with the message for each value that is refused."""
+"""Check the options and keys of a param group, with a message for each value that is refused."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 from torch import Tensor
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
-# Keys that other code writes into groups: torch itself, its schedulers, and people who label their groups.
+# Keys that other code writes into groups: torch itself, its schedulers, and users who label their groups.
 _FOREIGN_KEYS = {"params", "param_names", "name", "group_name", "initial_lr", "swa_lr", "max_lr", "min_lr"}
 _FOREIGN_KEYS |= {"base_momentum", "max_momentum", "grad_norm", "group_id"}
-# What may be edited in a group that has state; all other options decide what the state is.
+# Options that may be edited in a group that has state. All other options determine the state.
 _FREE = {"lr", "betas", "eps", "weight_decay", "scale", "momentum", "beta2_decay", "d", "sign_scale", "residual_scale"}
 _FREE |= {"rho", "threshold", "growth", "update_proj_gap", "random_after", "stagger", "bf16_update", "nonfinite"}
 _FREE |= {"reset_ratio", "maximize", "foreach", "strict", "capturable", "differentiable", "fused"}
-Check = Callable[[str, Any], None]
+Check = Callable[[str, Any], None]  # raises a ValueError for a value that the option of this name cannot have
 
 
 def _number(low: float, high: float = math.inf, *, open_low: bool = False, hint: str = "") -> Check:
-    """A check for a finite real number in [low, high), or (low, high)."""
+    """Return a check for a finite real number in [low, high), or in (low, high) where `open_low`."""
     interval = f"{'>' if open_low else '>='} {low:g}" + (f" and < {high:g}" if high < math.inf else "")
 
     def check(name: str, value: Any) -> None:
@@ -34,6 +34,8 @@ def _number(low: float, high: float = math.inf, *, open_low: bool = False, hint:
 
 
 def _one_of(*choices: str) -> Check:
+    """Return a check for one of several strings, which suggests the nearest string for a misspelt value."""
+
     def check(name: str, value: Any) -> None:
         if value not in choices:
             near = difflib.get_close_matches(str(value), choices, 1, cutoff=0.5)
@@ -54,6 +56,7 @@ def _flag_or_none(name: str, value: Any) -> None:
 
 
 def _lr(name: str, value: Any) -> None:
+    """Check a number >= 0, which may be a tensor with one element."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     _number(0)(name, value)
@@ -72,7 +75,7 @@ def _beta1(name: str, value: Any) -> None:
 
 
 def _eps(name: str, value: Any) -> None:
-    """One number (Adam), or Adafactor's pair, whose first may be None; None where a method knows its own."""
+    """Check one number (Adam), or a pair whose first may be None (Adafactor). None means the method's own default."""
     if value is None:
         return
     if isinstance(value, (tuple, list)):
@@ -86,6 +89,7 @@ def _eps(name: str, value: Any) -> None:
 
 
 def _rank(name: str, value: Any) -> None:
+    """Check an int >= 1, a fraction in (0, 1], or None."""
     if value is None:
         return
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
@@ -98,6 +102,8 @@ def _rank(name: str, value: Any) -> None:
 
 
 def _whole(low: int) -> Check:
+    """Return a check for an int >= low."""
+
     def check(name: str, value: Any) -> None:
         if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < low:
             raise ValueError(f"{name} must be an int >= {low}, got {value!r}")
@@ -111,7 +117,7 @@ def _whole_or_none(name: str, value: Any) -> None:
 
 
 def _ratio(name: str, value: Any) -> None:
-    """A share above 0, at most 1."""
+    """Check a share above 0 and at most 1."""
     _number(0, math.nextafter(1, 2), open_low=True)(name, value)
 
 
@@ -121,11 +127,13 @@ def _lr_or_none(name: str, value: Any) -> None:
 
 
 def _limit(name: str, value: Any) -> None:
+    """Check a growth factor above 1, or None."""
     if value is not None:
         _number(1, open_low=True, hint="None switches the limiter off")(name, value)
 
 
 def _subset_size(name: str, value: Any) -> None:
+    """Check an int >= 1, "sqrt", or None."""
     if value not in (None, "sqrt"):
         try:
             _whole(1)(name, value)
@@ -134,32 +142,37 @@ def _subset_size(name: str, value: Any) -> None:
 
 
 def _decay(name: str, value: Any) -> None:
+    """Check the exponent of Adafactor's second moment, in [-1, 0)."""
     if not isinstance(value, numbers.Real) or not -1 <= float(value) < 0:
         raise ValueError(f"{name} must be a number in [-1, 0), got {value!r}; Adafactor's is -0.8")
 
 
 def _not_differentiable(name: str, value: Any) -> None:
+    """Check that `differentiable` keeps its default False."""
     _flag(name, value)
     if value:
         raise ValueError(
             "differentiable=True: bases are fitted and state is written in place, without gradients. For a step that "
-            "can be differentiated take one of torch.optim"
+            "can be differentiated use an optimizer of torch.optim"
         )
 
 
 def _fused(name: str, value: Any) -> None:
+    """Check that `fused` keeps its default None."""
     if value is not None:
         raise ValueError(
-            f"{name} must be None, got {value!r}: one kernel for many operations is used wherever there is one, and "
-            "nowhere else can it be"
+            f"{name} must be None, got {value!r}: fused kernels are used wherever they exist, and cannot be forced "
+            "where they do not"
         )
 
 
 def _clip(name: str, value: Any) -> None:
+    """Check how a step during backward clips gradients."""
     if value == "global":
         raise ValueError(
             f"{name}='global': the norm of all gradients is known only when most of them have been used and freed. "
-            "Take clip='delayed' (the norm of the step before), clip='tensor' (of each by itself), or step normally"
+            "Take clip='delayed' (the norm of the step before), clip='tensor' (each gradient by its own norm), or step "
+            "normally"
         )
     _one_of("tensor", "delayed")(name, value)
 
@@ -170,7 +183,7 @@ def _positive_or_none(name: str, value: Any) -> None:
 
 
 def _alpha(name: str, value: Any) -> None:
-    """None where a method knows its own."""
+    """Check a positive number. None stands for the method's own default."""
     if value is not None:
         _number(0, open_low=True)(name, value)
 
@@ -243,7 +256,7 @@ _CHECKS: dict[str, Check] = {
 
 
 def known_keys(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Refuses keys that no code would read: a misspelt option must not be silently without effect."""
+    """Refuse group keys that no code would read, because a misspelt option must not be ignored silently."""
     if not isinstance(group, dict):
         raise TypeError(f"a param group is a dict with the key 'params', got {type(group).__name__}")
     for key in group:
@@ -254,9 +267,11 @@ def known_keys(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
 
 
 def check(group: Mapping[str, Any], choices: Mapping[str, tuple[str, ...]]) -> None:
-    """Checks every number and option in a group, so that overrides and later groups are covered as well.
+    """Check every number and option in a group, so that overrides and later groups are covered as well.
 
-    `choices` are those of the class, where it has its own.
+    Args:
+        group: the whole group, defaults included.
+        choices: options for which the class has choices of its own, which replace the common check.
     """
     for key, value in group.items():
         if key in choices:
@@ -266,21 +281,26 @@ def check(group: Mapping[str, Any], choices: Mapping[str, tuple[str, ...]]) -> N
 
 
 def single(name: str, value: Any) -> Any:
-    """The value, where a method takes one number and another takes a pair."""
+    """Return the value of an option that is one number here, while other methods take a pair."""
     if value is None or isinstance(value, (tuple, list)):
         raise ValueError(f"{name} must be one number here, got {value!r}")
     return value
 
 
 def pair(name: str, value: Any) -> tuple[Any, Any]:
-    """The value, where a method takes a pair and another takes one number."""
+    """Return the value of an option that is a pair here, while other methods take one number."""
     if not isinstance(value, (tuple, list)):
         raise ValueError(f"{name} must be a pair here, got {value!r}; for example (None, 0.001)")
     return value[0], value[1]
 
 
 def compatible(group: Mapping[str, Any], clashes: Iterable[tuple[Mapping[str, tuple[str, ...]], str]]) -> None:
-    """Refuses choices that mean nothing together."""
+    """Refuse choices that mean nothing together.
+
+    Args:
+        group: a group of `Composed`.
+        clashes: (choices by slot, reason). A group clashes whose choice in each of these slots is listed.
+    """
     for clash, reason in clashes:
         if all(group[slot] in choices for slot, choices in clash.items()):
             named = ", ".join(f"{slot}={group[slot]!r}" for slot in clash)
@@ -288,15 +308,17 @@ def compatible(group: Mapping[str, Any], clashes: Iterable[tuple[Mapping[str, tu
 
 
 def snapshot(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What a group says, besides what schedulers write into it."""
+    """Return the options of a group, without the keys that schedulers write, for a later call of `unchanged`."""
     kept = {key: value for key, value in group.items() if key not in _FOREIGN_KEYS and key != "lr"}
     return {**kept, "params": len(group["params"])}
 
 
 def unchanged(now: Mapping[str, Any], before: Mapping[str, Any], fixed: Iterable[str] = ()) -> None:
-    """Refuses edits of a group that cannot take effect any more, instead of ignoring them.
+    """Refuse edits of a group that can no longer take effect, instead of ignoring them.
 
-    `fixed`: options that the state of this method depends on, beside those that any state does.
+    Args:
+        now, before: snapshots of the group.
+        fixed: options on which the state of this method depends, in addition to those that are fixed for all methods.
     """
     for key in before.keys() | now.keys():
         if (key not in _FREE or key in fixed) and now.get(key) != before.get(key):
@@ -307,10 +329,10 @@ def unchanged(now: Mapping[str, Any], before: Mapping[str, Any], fixed: Iterable
 
 
 def heads(value: Any) -> tuple[int, bool]:
-    """LTE: (heads in this process, whether every process has its own)."""
+    """Return the option `heads` of LTE as (heads in this process, whether every process has its own)."""
     if isinstance(value, str):
         if value != "ranks":
-            raise ValueError(f'heads must be an int >= 1 or "ranks" (one in every process), got {value!r}')
+            raise ValueError(f'heads must be an int >= 1 or "ranks" (one head in every process), got {value!r}')
         return 1, True
     _whole(1)("heads", value)
     return value, False
