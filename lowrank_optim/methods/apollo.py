@@ -15,37 +15,38 @@ from .options import ONE_SIDED, OPTIONS, given
 
 
 class APOLLO(LowRankOptimizer):
-    r"""The gradient itself, each column scaled by what Adam does to it in a small random subspace.
+    r"""The gradient itself, each column scaled as Adam scales its projection to a small random subspace.
 
     With G turned so that its projected side m comes first, and P (m, r) of entries N(0, 1/r):
 
-        every update_proj_gap steps:  P <- new random numbers
+        every update_proj_gap steps:  P <- random numbers, drawn again
         R = P^T G;  D = Adam(R), bias-corrected                       (r, n)
         S_j = G_j |D_j| / (|R_j| + 1e-8)                              for each column j
         S <- S min(1, limit size(S_previous) / size(S))               size: root mean square
         W <- (1 - lr weight_decay) W - lr sqrt(scale) S
 
-    Memory: `2 n r` elements per matrix and two numbers: P is drawn again at each step, from the seed and the number of
-    refreshes.
+    Memory: `2 n r` elements per matrix and two numbers. P is not kept: each step draws it again, from the seed and the
+    number of refreshes.
 
     Args:
         params, lr, betas, eps, weight_decay, rank, update_proj_gap, stagger: see `GaLoreAdamW`.
-        scale: multiplies by its square root, as published; the right one grows with m / rank.
+        scale: the update is multiplied by its square root, as published. The right scale grows with m / rank.
         proj_type: the side that is projected: "std", the shorter, "reverse_std", "left" or "right".
-        moments: "keep" or "reset". Turning them would multiply them at each refresh: P is not orthonormal.
-        granularity: "channel", one factor per column of the turned matrix, or "tensor", one for all of it.
+        moments: "keep" or "reset". "rotate" would enlarge them at each refresh, because P is not orthonormal.
+        granularity: "channel", one factor per column of the turned matrix, or "tensor", one for the whole matrix.
         scale_front: multiply by sqrt(scale) before the limiter instead of after it.
         limit: the most that S may grow from one step to the next; None: no limit.
-        store_projection: keep P, `m r` elements more, instead of drawing it at each step, which costs time.
+        store_projection: keep P, for `m r` more elements, instead of drawing it at each step, which costs time.
 
     Example::
 
         opt = lowrank_optim.APOLLO(lowrank_optim.param_groups(model, rank=256), lr=1e-2)
 
-    Differences from the paper and from its authors' code: P is not kept (the code keeps it, the paper counts a
-    seed), the same on every device; bias correction inside the factor (the code: in lr; the same but for the limiter);
-    decay before the update (the code: after); eps after bias correction, 1e-8 (the code: 1e-6); the limiter does not
-    remember sizes below 1e-3, see `FiraAdamW`. `tests/reference/apollo.py` is the algorithm as a loop.
+    Differences from the paper and from its authors' code: P is not kept (the code keeps it, the paper counts a seed)
+    and is the same on every device; bias correction is inside the factor (the code: in lr, which differs only for the
+    limiter); decay comes before the update (the code: after); eps comes after bias correction and is 1e-8 (the code:
+    1e-6); the limiter does not remember sizes below 1e-3, see `FiraAdamW`. `tests/reference/apollo.py` is the algorithm
+    as a loop.
     """
 
     __doc__ = (__doc__ or "") + OPTIONS

@@ -10,7 +10,7 @@ from .apollo import APOLLO
 class APOLLOMini(APOLLO):
     """`APOLLO` with rank 1, one factor for the whole matrix, and scale 128, all as published.
 
-    Memory: `2 n` elements per matrix and two numbers, next to nothing.
+    Memory: `2 n` elements per matrix and two numbers, almost nothing.
 
     Example::
 

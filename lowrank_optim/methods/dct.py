@@ -25,19 +25,19 @@ class DCTAdamW(LowRankOptimizer):
         R = D_I^T A;   E <- A - D_I R;   N = Adam(R)                  (r, n)
         W <- (1 - lr weight_decay) W - lr scale D_I N
 
-    Memory: `2 n r` elements and 2 r int32 per matrix, with error feedback `m n` elements more; and one dictionary,
-    `m m` elements, per width and device, which all matrices share (none where coefficients are found by FFT).
+    Memory: `2 n r` elements and 2 r int32 per matrix, and `m n` more elements with error feedback. All matrices of one
+    width share one dictionary per device, `m m` elements (none where an FFT finds the coefficients).
 
     Args:
         params, lr, betas, eps, weight_decay, rank, scale, stagger: see `GaLoreAdamW`.
         update_proj_gap: steps between selections; 1 as published.
         dictionary: "dct2" or "dct3" (cosines), "hadamard" (Sylvester's for the power of two in m, times a small DCT),
-            "random" (orthogonal), "identity" (rows of the gradient themselves).
-        norm: "l2", which minimises the projection error, or "l1", as published.
-        fft: find the coefficients by FFT and compute the chosen vectors, without a dictionary; cosines only. The same
-            numbers to rounding. None: where it is faster, from width 512 on.
-        moments: "rotate": a vector that stays keeps its moments and its age, a new one begins with its own; "keep"
-            leaves moments in their slots, whose vectors change; "reset" empties them.
+            "random" (orthogonal), "identity" (rows of the gradient itself).
+        norm: "l2", which minimizes the projection error, or "l1", as published.
+        fft: find the coefficients by FFT and compute the chosen vectors, without a dictionary; cosines only. The
+            numbers agree to rounding. None: where the FFT is faster, from width 512 on.
+        moments: "rotate": a vector that stays selected keeps its moments and its age, a new vector begins at zero with
+            its own age; "keep" leaves the moments in place, although their vectors change; "reset" sets them to zero.
         error_feedback: "none", or how E is kept: "float32", "bfloat16", "int8", "int4".
         proj_type: the side that is projected: "std", "reverse_std", "left" or "right".
 
@@ -46,8 +46,9 @@ class DCTAdamW(LowRankOptimizer):
         opt = lowrank_optim.DCTAdamW(model.named_parameters(), lr=1e-3, rank=256)
 
     Differences from the paper and from its authors' code: rotation is on by default (with the code's default, momentum
-    mixes vectors at each step); new vectors correct their bias with their own age (the code: the global step, a first
-    update of 3.16 lr); l2; any mix of widths; correct int4 and int8 of E. `tests/reference/dct.py` is the loop.
+    mixes vectors at each step); new vectors correct their bias with their own age (the code: with the global step, so
+    that the first update is 3.16 lr); l2 is the default; widths may differ between matrices; int4 and int8 of E are
+    correct. `tests/reference/dct.py` is the algorithm as a loop.
     """
 
     __doc__ = (__doc__ or "") + OPTIONS

@@ -15,7 +15,7 @@ from .options import ONE_SIDED, OPTIONS, given
 
 
 class FiraAdamW(LowRankOptimizer):
-    r"""GaLore, and what it drops: the rest of the gradient, scaled as Adam scales the part in the subspace.
+    r"""GaLore plus the complement that it drops, scaled as Adam scales the part of the gradient in the subspace.
 
     With P, R and D as in `GaLoreAdamW`:
 
@@ -25,22 +25,23 @@ class FiraAdamW(LowRankOptimizer):
         W <- (1 - lr weight_decay) W - lr scale (P D + S)
 
     Memory: that of `GaLoreAdamW`, `m r + 2 n r` elements per matrix, and two numbers. S is not formed: its length
-    follows from those of G and R, which takes orthonormality of P for granted (in bfloat16 it holds to about 1e-3).
+    follows from those of G and R if P is orthonormal (in bfloat16 P is orthonormal to about 1e-3).
 
     Args:
         params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, basis, moments, stagger: see `GaLoreAdamW`.
         proj_type: the side that is projected: "std", "reverse_std", "left" or "right".
         limit: the most that S may grow from one step to the next; None: no limit.
-        form: "paper", as above, or "code", the published program: `S = G - scale P R`, not multiplied by scale.
+        form: "paper", as above, or "code", as in the published code: `S = G - scale P R`, not multiplied by scale.
 
     Example::
 
         opt = lowrank_optim.FiraAdamW(lowrank_optim.param_groups(model, rank=128), lr=1e-2, scale=0.25)
 
-    Differences from the paper and from its authors' code: a size below 1e-3 is not remembered by the limiter (as
-    published, a zero gradient caps S at 1 % of growth per step from zero, two thousand steps long); sizes and ratios
-    are taken after bias correction (the code: before); GaLore's differences. The published perplexities presumably come
-    from the code's form, whose S is 1 / scale times as long. `tests/reference/fira.py` is the algorithm as a loop.
+    Differences from the paper and from its authors' code: the limiter does not remember a size below 1e-3 (as
+    published, a zero gradient caps S at 1 % of growth per step from zero, for two thousand steps); sizes and ratios are
+    taken after bias correction (the code: before); and the differences of `GaLoreAdamW`. The published perplexities
+    presumably come from the code's form, whose S is 1 / scale times as long. `tests/reference/fira.py` is the algorithm
+    as a loop.
     """
 
     __doc__ = (__doc__ or "") + OPTIONS

@@ -17,11 +17,11 @@ from .options import ONE_SIDED, OPTIONS, given
 
 
 class Flora(LowRankOptimizer):
-    r"""Momentum kept in a random subspace, which is drawn anew every so often.
+    r"""Momentum kept in a random subspace, which is drawn again every so often.
 
     With G turned so that its projected side m comes first, P (m, r) of entries N(0, 1/r):
 
-        every update_proj_gap steps:  P_old <- P;  P <- new random numbers;  M <- P^T P_old M
+        every update_proj_gap steps:  P_old <- P;  P <- random numbers, drawn again;  M <- P^T P_old M
         U = Adafactor's scaled gradient, see `GaLoreAdafactor`, in full space         (m, n)
         M <- beta1 M + (1 - beta1) P^T U                                              (r, n)
         U <- P (M - (1 - beta1) P^T U) + (1 - beta1) U       the past from M, the present as it is
@@ -30,20 +30,20 @@ class Flora(LowRankOptimizer):
 
     base="adamw" averages G instead, and divides by Adam's full second moment after bias correction.
 
-    Memory: `n r + m + n` elements per matrix (base="adamw": `n r + m n`): P is drawn again at each step from the seed
-    and the number of refreshes. A step holds one (m, n) tensor (base="adamw": two). The rest gets Adafactor with
-    momentum, or AdamW.
+    Memory: `n r + m + n` elements per matrix (base="adamw": `n r + m n`). P is not kept: each step draws it again, from
+    the seed and the number of refreshes. A step holds one (m, n) tensor (base="adamw": two). Parameters that are not
+    projected get Adafactor with momentum, or AdamW.
 
     Args:
         params, lr, weight_decay, rank, scale, stagger: see `GaLoreAdamW`.
-        betas: weight of the momentum; the second is used by base="adamw" only.
+        betas: decays of the momentum and of the second moment; only base="adamw" uses the second.
         eps: None: (None, 1e-3) as in torch.optim.Adafactor, or 1e-8 for base="adamw".
         beta2_decay, d, scale_parameter: see `GaLoreAdafactor`.
         base: "adafactor", as published, or "adamw".
-        update_proj_gap: the paper's kappa. Each transfer multiplies M by about sqrt(1 + (m + 1) / r); a gap that
-            momentum does not outlast is refused, because M would grow without bound.
-        orthonormal: an orthonormal P instead: transfers shrink M by sqrt(r / m), and any gap is stable.
-        store_projection: keep P, `m r` elements more, instead of drawing it at each step, which costs time.
+        update_proj_gap: steps between transfers, the paper's kappa. Each transfer multiplies M by about
+            sqrt(1 + (m + 1) / r). A gap in which momentum fades by less is refused, because M would grow without bound.
+        orthonormal: use an orthonormal P. Transfers then shrink M by sqrt(r / m), and any gap is stable.
+        store_projection: keep P, for `m r` more elements, instead of drawing it at each step, which costs time.
         moments: "rotate" (the paper's transfer), "keep" or "reset".
         proj_type: the side that is projected: "std", "reverse_std", "left" or "right".
 
@@ -51,9 +51,10 @@ class Flora(LowRankOptimizer):
 
         opt = lowrank_optim.Flora(model.named_parameters(), lr=1e-3, rank=256)
 
-    Differences from the paper and from its authors' code: momentum of scaled gradients (the code's rule; the paper: of
-    gradients); the transfer comes before the step; decay with lr (the code: with a); torch's Adafactor; matrices of any
-    ratio of sides; P is the same on every device. `tests/reference/flora.py` is the algorithm as a loop.
+    Differences from the paper and from its authors' code: momentum averages scaled gradients (as in the code; in the
+    paper: gradients); the transfer comes before the step; weights decay with lr (the code: with a); Adafactor is
+    torch's; matrices may have any ratio of sides; P is the same on every device. `tests/reference/flora.py` is the
+    algorithm as a loop.
     """
 
     __doc__ = (__doc__ or "") + OPTIONS
@@ -111,11 +112,13 @@ class Flora(LowRankOptimizer):
 
 
 def _with_eps(group: dict[str, Any]) -> dict[str, Any]:
+    """Return the group with the default eps of base="adamw"."""
     return {**group, "eps": 1e-8 if group["eps"] is None else group["eps"]}
 
 
 def _adafactor(group: dict[str, Any], clip: float | None) -> dict[str, Any]:
-    restarts = group["moments"] == "reset"  # an emptied average must be read with its own clock
+    """Return the parts of Adafactor with momentum, for a `Recipe`."""
+    restarts = group["moments"] == "reset"  # an average that restarts must be read with its own clock
     floor, least = hyperparameters.pair("eps", (None, 1e-3) if group["eps"] is None else group["eps"])
     return {
         "momentum": EMA(group["betas"][0], debias=restarts),

@@ -15,31 +15,31 @@ from .options import ONE_SIDED, OPTIONS, given
 
 
 class FRUGAL(LowRankOptimizer):
-    r"""AdamW on a part of each gradient, and its sign on the rest: full-rank steps with the state of a part.
+    r"""AdamW on a part of each gradient, and sign steps on the rest: full-rank updates with the state of a part.
 
     With G turned so that its projected side m comes first:
 
-        every update_proj_gap steps:  P (m, r) <- r rows of the identity, drawn at random;  moments begin anew
+        every update_proj_gap steps:  P (m, r) <- r rows of the identity, drawn at random;  moments restart
         R = P^T G;   D = Adam(R)                                      (r, n)
         W <- (1 - lr weight_decay) W - lr scale (P D + sign_scale sign(G - P R))
 
-    Memory: `2 n r` elements per matrix and r indices, with moments="rotate" 2 r; `m r` elements instead of the indices
-    where P is dense.
+    Memory: `2 n r` elements per matrix and r indices (2 r with moments="rotate"). A dense P takes `m r` elements
+    instead of the indices.
 
     Args:
         params, lr, betas, eps, weight_decay, update_proj_gap, scale, moments, stagger: see `GaLoreAdamW`.
-        rank: rows with state; as a fraction, the paper's density.
-        sign_scale: step of the rest over that of Adam: 1 for pretraining, 0.1 for fine-tuning, in the paper.
-        basis: "rows", at random; "topk", those of largest norm; "random", "svd" and "rsvd": dense subspaces.
+        rank: number of rows with state; as a fraction, the paper's density.
+        sign_scale: size of the sign step relative to Adam's: in the paper 1 for pretraining, 0.1 for fine-tuning.
+        basis: "rows", random rows; "topk", the rows of largest norm; "random", "svd" and "rsvd": dense subspaces.
         proj_type: the side that is projected: "std", "reverse_std", "left" or "right".
 
     Example::
 
         opt = lowrank_optim.FRUGAL(model.named_parameters(), lr=1e-3, rank=0.25)
 
-    Differences from the paper and from its authors' code: parts of every matrix are active, not whole matrices (the
-    code's default "block" mode, in which state would be created and freed as training goes); restarted moments have
-    their own clock for bias correction. `tests/reference/frugal.py` is the algorithm as a loop.
+    Differences from the paper and from its authors' code: a part of every matrix has state at any time (in the code's
+    default "block" mode whole matrices have it in turn, so state would be created and freed during training); restarted
+    moments have their own clock for bias correction. `tests/reference/frugal.py` is the algorithm as a loop.
     """
 
     __doc__ = (__doc__ or "") + OPTIONS

@@ -25,23 +25,24 @@ class GaLoreAdamW(LowRankOptimizer):
         D = M / (1 - beta1^t) / (sqrt(V / (1 - beta2^t)) + eps)
         W <- (1 - lr weight_decay) W - lr scale P D
 
-    Memory: `m r + 2 n r` elements per matrix, against `2 m n` of AdamW, and some counters. `report()` shows the bytes.
+    Memory: `m r + 2 n r` elements per matrix and a few counters, against `2 m n` of AdamW. `report()` shows the bytes.
 
     Args:
-        params: parameters, `model.named_parameters()` (then embeddings and heads are recognised), or groups, for
+        params: parameters, `model.named_parameters()` (embeddings and heads are then recognized), or groups, for
             example from `lowrank_optim.param_groups(model)`.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW, for all parameters.
-        rank: of P, below the shorter side; an int, or a fraction of it. "auto": 0.25, but where some groups name a
-            rank, the others are not projected, as in the original package. None in a group: not projected.
+        rank: r, below the shorter side: an int, or a fraction of that side. "auto": 0.25; but if any group sets a rank,
+            groups without one are not projected, as in the original package. None in a group: not projected.
         update_proj_gap: steps between refreshes of P.
-        scale: multiplies the projected updates only, so it is the lr of the matrices relative to the rest.
-        proj_type: the side that is projected. "std": the shorter; "reverse_std": the longer; "left": rows; "right":
-            columns; "full": both. With both, R is diagonal at each refresh, and Adam scales the rounding noise off the
-            diagonal up to its own step size unless eps is above it: a weakness of the method, kept.
+        scale: factor on projected updates only: the lr of projected matrices relative to that of other parameters.
+        proj_type: the side that is projected. "std": the shorter side; "reverse_std": the longer side; "left": rows;
+            "right": columns; "full": both. With "full", R is diagonal at each refresh. Adam then scales the rounding
+            noise off the diagonal up to its own step size, unless eps exceeds the noise. The paper's method has this
+            weakness, and it is kept.
         basis: "rsvd", randomized subspace iteration that starts from the previous basis, or "svd", exact.
-        moments: what a refresh does to M and V: "keep" them as they are (the paper), "rotate" them into the new basis,
-            or "reset" them and their clock.
-        stagger: spread the refreshes of different matrices over the steps; False: all at once.
+        moments: what a refresh does to M and V: "keep" leaves them as they are (the paper), "rotate" brings them into
+            the new basis, "reset" sets them to zero and restarts their clock.
+        stagger: spread the refreshes of different matrices over the steps; False: refresh all in the same step.
 
     Example::
 
@@ -52,7 +53,7 @@ class GaLoreAdamW(LowRankOptimizer):
     Differences from the paper and from its authors' code: eps is added after bias correction and defaults to 1e-8 (the
     code: before, 1e-6); weight decay comes before the update (the code: after); signs of singular vectors are fixed;
     scale defaults to 1 (the code: 0.25 in all recipes); refreshes are staggered and randomized by default; the basis
-    is a compact copy (the code keeps all of U or V alive). `tests/reference/galore.py` is the algorithm as a loop.
+    is a compact copy (the code keeps the whole U or V alive). `tests/reference/galore.py` is the algorithm as a loop.
     """
 
     __doc__ = (__doc__ or "") + OPTIONS

@@ -1,4 +1,4 @@
-"""GaLore with Adafactor's factored second moment. Zhao et al. 2024 on Shazeer and Stern 2018."""
+"""GaLore with Adafactor's factored second moment. Zhao et al. 2024, after Shazeer and Stern 2018."""
 
 from __future__ import annotations
 
@@ -28,26 +28,27 @@ class GaLoreAdafactor(LowRankOptimizer):
         a <- a max(eps[1], rms(W))                                       only with scale_parameter
         W <- (1 - lr weight_decay) W - a scale P D
 
-    Memory: `m r + r + n` elements per matrix, `n r` more with beta1. Parameters that are not projected get Adafactor in
-    full space; for vectors and matrices that is torch.optim.Adafactor.
+    Memory: `m r + r + n` elements per matrix, and `n r` more with beta1. Parameters that are not projected get
+    Adafactor in full space, which equals torch.optim.Adafactor for vectors and matrices.
 
     Args:
         params: see `GaLoreAdamW`.
-        lr, beta2_decay, eps, d, weight_decay: as in torch.optim.Adafactor; eps[0]=None is the epsilon of the
-            arithmetic: float32, or float64 for float64 parameters.
-        beta1: of the average of updates; None keeps none. The paper's Adafactor rows use one.
-        scale_parameter, relative_step: see the maths; the benchmark of the paper switches both off.
+        lr, beta2_decay, eps, d, weight_decay: as in torch.optim.Adafactor. eps[0]=None stands for the epsilon of the
+            dtype of the arithmetic: float32, or float64 for float64 parameters.
+        beta1: decay of the average of updates; None: no average. The Adafactor rows in the paper use an average.
+        scale_parameter, relative_step: see the maths. The paper's benchmark switches both off.
         rank, update_proj_gap, scale, proj_type, basis, moments, stagger: see `GaLoreAdamW`.
 
     Example::
 
         opt = lowrank_optim.GaLoreAdafactor(model.named_parameters(), lr=1e-2, rank=128, beta1=0.9)
 
-    Differences from the paper and from its authors' code: torch's formula and defaults (the code: Hugging Face's, with
-    `eps[0]` added to the squared gradient); the average with beta1 is of updates before lr (the code: after it, so that
-    a changing lr acts late), and read with bias correction under moments="reset"; convolutions are matrices and stacks
-    of experts are clipped one by one (torch: the last two dimensions, and the whole tensor). The rest as in
-    `GaLoreAdamW`. `tests/reference/galore.py` is the algorithm as a loop.
+    Differences from the paper and from its authors' code: formula and defaults are torch's (the code: Hugging Face's,
+    with `eps[0]` added to the squared gradient); the average with beta1 is of updates before lr (the code: after lr, so
+    that a change of lr acts late), and is read with bias correction under moments="reset"; convolutions are matrices,
+    and the matrices in a stack of experts are clipped one by one (torch: the last two dimensions are the matrix, and
+    the whole tensor is clipped). All other differences are those of `GaLoreAdamW`. `tests/reference/galore.py` is the
+    algorithm as a loop.
     """
 
     __doc__ = (__doc__ or "") + OPTIONS
@@ -88,7 +89,7 @@ class GaLoreAdafactor(LowRankOptimizer):
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
         (floor, least), beta1 = hyperparameters.pair("eps", group["eps"]), group["beta1"]
-        # An average that a refresh empties must be read with its own clock, or most of the lr would be lost.
+        # An average that restarts at a refresh must be read with its own clock, or most of the lr would be lost.
         restarts = group["moments"] == "reset"
         return Recipe(
             momentum=NoMomentum() if beta1 is None else EMA(beta1, debias=restarts),

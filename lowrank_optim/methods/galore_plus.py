@@ -19,26 +19,27 @@ from .options import ONE_SIDED, OPTIONS, given
 class GaLorePlusAdamW(LowRankOptimizer):
     r"""GaLore with the subspace of one random attention head for all heads, and exact Adam on a few entries.
 
-    The paper's text could not be had: this is a **reconstruction** from its abstract, its reviews and its equations as
-    others quote them. With G turned so that its projected side m comes first, and heads as blocks of its columns:
+    The text of the paper was not available. This is a **reconstruction** from its abstract, its reviews and its
+    equations as quoted in other papers. With G turned so that its projected side m comes first, and heads as blocks of
+    its columns:
 
         every update_proj_gap steps:  P (m, r) <- leading left singular vectors of one random head's columns of G
-                                      (of ceil(r / columns of a head) heads, side by side, if one has too few)
+                                      (of ceil(r / columns of a head) heads together, if one has too few)
         D = Adam(P^T G)                                               (r, n)
         at the first refresh:         O <- the density m n largest entries of |G - P P^T G|
         U_O = Adam(G_O)                                               exact, on these entries alone
         W <- (1 - lr weight_decay) W - lr scale (P D + residual_scale (U - P D)_O)
 
-    Memory: `m r + 2 n r` elements per matrix, and per entry of O two elements and an int32.
+    Memory: `m r + 2 n r` elements per matrix, and two elements and an int32 per entry of O.
 
     Args:
         params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, basis, moments, stagger: see `GaLoreAdamW`.
-        heads: of the matrices of a group; blocks of rows if columns are projected (side "right": query, key and value),
-            blocks of columns if rows are ("left": the output). 1: the whole matrix.
-            `lowrank_optim.param_groups(model, heads=True)` reads heads and sides from the attention modules. The saving
-            needs a rank of at most the width of a head.
+        heads: number of heads in each matrix of a group: blocks of rows if columns are projected (side "right": query,
+            key and value), blocks of columns if rows are projected ("left": the output). 1: the whole matrix.
+            `lowrank_optim.param_groups(model, heads=True)` reads heads and sides from the attention modules. Fitting
+            is cheaper only if the rank is at most the width of a head.
         density: share of the entries that follow Adam exactly.
-        residual_scale: weight of their correction; 1 makes them Adam's.
+        residual_scale: weight of the correction on these entries; with 1 they follow Adam.
         proj_type: the side that is projected: "std", "reverse_std", "left" or "right".
 
     Example::
@@ -46,8 +47,8 @@ class GaLorePlusAdamW(LowRankOptimizer):
         groups = lowrank_optim.param_groups(model, rank=32, heads=True)
         opt = lowrank_optim.GaLorePlusAdamW(groups, lr=1e-3)
 
-    Differences from the paper: unknown, see above. Of the reconstruction: O is chosen at one step, without a warm-up
-    that would need a whole matrix of scores. `tests/reference/galore_plus.py` is the algorithm as a loop.
+    Differences from the paper: unknown, see above. The reconstruction chooses O at one step, without a warm-up that
+    would need a whole matrix of scores. `tests/reference/galore_plus.py` is the algorithm as a loop.
     """
 
     __doc__ = (__doc__ or "") + OPTIONS

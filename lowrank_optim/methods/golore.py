@@ -15,7 +15,7 @@ from .options import ONE_SIDED, OPTIONS, given
 
 
 class GoLoreAdamW(LowRankOptimizer):
-    r"""GaLore until `random_after` steps, then the same in random subspaces.
+    r"""GaLore before step `random_after`, and the same method in random subspaces from that step on.
 
     Late in training the leading singular vectors of a gradient are those of its noise, and GaLore may stand still; a
     uniformly random orthonormal P sees every direction in turn.
@@ -23,21 +23,21 @@ class GoLoreAdamW(LowRankOptimizer):
         refresh before step s:  P (m, r) <- leading left singular vectors of G      s < random_after
                                 P <- orth(Gaussian (m, r))                          else
 
-    All else as in `GaLoreAdamW`. Memory: `m r + 2 n r` elements per matrix.
+    The step itself is that of `GaLoreAdamW`. Memory: `m r + 2 n r` elements per matrix.
 
     Args:
         params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, basis, stagger: see `GaLoreAdamW`.
         random_after: the step from which bases are random; in the paper 80 % of all steps.
-        moments: what a refresh does to the moments; the paper turns them ("rotate").
+        moments: what a refresh does to the moments, see `GaLoreAdamW`; the paper rotates them.
         proj_type: the side that is projected: "std", "reverse_std", "left" or "right".
 
     Example::
 
         opt = lowrank_optim.GoLoreAdamW(model.named_parameters(), lr=1e-3, random_after=int(0.8 * steps))
 
-    Differences from the paper and from its authors' code: turned moments are kept (the code turns a local copy, and
-    loses it with that step's gradient); second moments turn by their variance around the mean; GaLore's differences.
-    `tests/reference/golore.py` is the algorithm as a loop.
+    Differences from the paper and from its authors' code: rotated moments are kept (the code rotates a local copy, and
+    loses it together with the gradient of that step); second moments are rotated by their variance around the mean; and
+    the differences of `GaLoreAdamW`. `tests/reference/golore.py` is the algorithm as a loop.
     """
 
     __doc__ = (__doc__ or "") + OPTIONS

@@ -15,24 +15,24 @@ from .options import ONE_SIDED, OPTIONS, given
 
 
 class LDAdamW(LowRankOptimizer):
-    r"""AdamW in a subspace that moves at every step, with the moments turned along and what is lost fed back.
+    r"""AdamW in a subspace that moves at every step, with rotated moments and error feedback.
 
     With G turned so that its projected side m comes first, E (m, n) the error, M and V Adam's moments:
 
         A = G + E
         B = rho P_old M / (1 - beta1^t) + (1 - rho) A;    P <- orth(B B^T P_old)      the first P is exact: SVD of A
-        C = P^T P_old;    M_old <- M;    M <- C M;    V <- turned by variance around the mean, see `moments`
+        C = P^T P_old;    M_old <- M;    M <- C M;    V <- rotated by variance around the mean, see `moments`
         R = P^T A;        E <- A - P R + beta1 / (1 - beta1) (P_old M_old - P M)
         W <- (1 - lr weight_decay) W - lr scale P Adam(R)
 
-    Memory: `m r + 2 n r` elements per matrix and the error, `m n` elements of its own dtype.
+    Memory: `m r + 2 n r` elements per matrix, and the error: `m n` elements in a dtype of its own.
 
     Args:
         params, lr, eps, weight_decay, rank, scale, moments, stagger: see `GaLoreAdamW`.
-        betas: of Adam; the paper's differ from Adam's.
+        betas: as in Adam; the paper's defaults differ from Adam's.
         update_proj_gap: steps between moves of the subspace.
         rho: weight of the momentum in the power iteration.
-        error_feedback: "float32", "bfloat16", "int8", "int4" (how E is kept), or "none".
+        error_feedback: how E is kept: "float32", "bfloat16", "int8", "int4", or "none" for no error feedback.
         proj_type: the side that is projected: "std", "reverse_std", "left" or "right".
 
     Example::
@@ -41,8 +41,8 @@ class LDAdamW(LowRankOptimizer):
 
     Differences from the paper and from its authors' code: E is state of its own (the code keeps it in `p.grad`, where
     clipping, accumulation and `zero_grad` break it); a negative variance is 0 (the code: its absolute value); square
-    matrices project columns (the code: rows); orthonormalized by CholeskyQR2. `tests/reference/ldadam.py` is the
-    algorithm as a loop.
+    matrices project columns (the code: rows); CholeskyQR2 orthonormalizes. `tests/reference/ldadam.py` is the algorithm
+    as a loop.
     """
 
     __doc__ = (__doc__ or "") + OPTIONS

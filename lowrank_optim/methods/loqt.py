@@ -1,4 +1,4 @@
-"""LoQT: quantized weights, trained in subspaces. Loeschcke et al., NeurIPS 2024, https://arxiv.org/abs/2405.16528"""
+"""LoQT: quantized weights that are trained in subspaces. Loeschcke et al., NeurIPS 2024, https://arxiv.org/abs/2405.16528"""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .options import WEIGHT_OPTIONS, given
 
 class LoQT(WeightSpaceOptimizer):
     __doc__ = (
-        r"""AdamW on one factor of an update to quantized weights; the other follows the gradient, as in GaLore.
+        r"""AdamW on one factor of an update to quantized weights; the other factor follows the gradient, as in GaLore.
 
         W = Q + s B P                           Q (m, n) and P (r, n) quantized, B (m, r) trained; P belongs to the
                                                 shorter side, so W = Q + s P B where n > m
@@ -42,21 +42,23 @@ class LoQT(WeightSpaceOptimizer):
             (Q, B) <- such that Q + s B P is close to W (error compensation),  gradient of B = s G P^T
 
     Memory per weight, m >= n: `m n` and `n r` at 0.56 bytes per element, `4 m r` for B, its gradient and two moments.
-    Before such an update the gradient of the weight is whole: of all weights before the first update, of one after the
-    other later (`stagger`), and with `step_in_backward` never of two at once. torch.compile makes a graph for each set
-    of weights whose gradients are wanted: compile layers one by one, or the model with stagger=False.
-    Under `fully_shard` with base="dense" all of this is sharded, and a new subspace is fitted by sums of r columns.
+    A weight that is due for a new subspace also has a gradient `m n`. Before the first update all weights have this
+    gradient; later they have it one after another (`stagger`), and with `step_in_backward` never two at once.
+    torch.compile makes a graph for each set of weights that need gradients: compile layers one by one, or the model
+    with stagger=False. Under `fully_shard` with base="dense" all these tensors are sharded, and a new subspace is
+    fitted by sums of r columns.
 
     Args:
         rank: of B and P, or a fraction of min(m, n).
-        update_proj_gap: tau, updates between subspaces at first.
-        gap_growth: psi: gaps grow by `[psi^k]`; 1 keeps them at tau.
+        update_proj_gap: tau, the initial number of updates between subspaces.
+        gap_growth: psi. Gaps grow by `[psi^k]`; 1 keeps them at tau.
         scale: s itself, not divided by the rank. Published: 0.4 at 60M, 0.5 at 130M and 350M, 0.25 from 1B on.
         base: how Q and P are kept: "nf4", "int8", or "dense" (the paper's LoQT-nq).
         basis: "rsvd" (subspace iteration) or "svd".
-        compensation: iterations of error compensation; 0: none, B then starts at zero.
-        moments: of B at a new subspace: "reset", with a clock of their own, or "keep" as published.
-        stagger: False: all layers take new subspaces together.
+        compensation: number of iterations of error compensation; 0: no compensation, and B starts at zero.
+        moments: what a new subspace does to the moments of B: "reset", with a clock that restarts too, or "keep", as
+            published.
+        stagger: spread the new subspaces of different layers over the updates; False: all layers together.
 
     Example::
 
@@ -64,9 +66,9 @@ class LoQT(WeightSpaceOptimizer):
 
     Differences from the paper and from its authors' code: no batch is spent on a new subspace (the code takes the
     gradient of a batch with the factors switched off, and trains nothing with it); B's moments are reset, because they
-    belong to the old subspace (the code keeps them); compensation minimizes the distance to W, as the code does and
-    the printed formula, which oscillates, does not; P of wide layers are columns (the code's eigh option takes rows);
-    gaps and compensation are on by default; updates are counted, not forward passes.
+    belong to the old subspace (the code keeps them); compensation minimizes the distance to W, as in the code (the
+    printed formula does not, and oscillates); for wide layers P holds columns (the code's eigh option takes rows);
+    growing gaps and compensation are on by default; updates are counted, not forward passes.
     """
         + WEIGHT_OPTIONS
     )

@@ -1,4 +1,4 @@
-"""Weights as products, with restarts. Glentis et al., "Scalable Parameter and Memory Efficient Pretraining for LLM",
+"""Low-rank weights with restarts. Glentis et al., "Scalable Parameter and Memory Efficient Pretraining for LLM",
 https://arxiv.org/abs/2505.22922"""
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from .options import WEIGHT_OPTIONS, given, restarts_due
 
 class LowRankAdamW(WeightSpaceOptimizer):
     __doc__ = (
-        r"""AdamW on the factors of `W = s B A`, with no other weight, refactorised and restarted from time to time.
+        r"""AdamW on the factors of `W = s B A`, which are the whole weight, with regular refactorizations and restarts.
 
         y = s (x A^T) B^T                       A (r, n), B (m, r), s = alpha / r
         every `refactor_every` updates:         B A = U S V^T,   B <- U sqrt(S),  A <- sqrt(S) V^T
-        every `reset_every` updates:            moments of A and B begin anew
+        every `reset_every` updates:            moments of A and B restart
 
-    Memory per weight: `4 (m + n) r`: factors, their gradients and two moments. Weights have rank r for good.
+    Memory per weight: `4 (m + n) r` for the factors, their gradients and two moments. Each weight always has rank r.
 
     Args:
         rank: of every converted weight, or a fraction of min(m, n).
         alpha: s times the rank.
-        init: "spectral": the best approximation of each weight; "random": both factors drawn, the weight forgotten.
-        refactor_every: updates between refactorisations, which leave the function alone; None: never.
+        init: "spectral": the best approximation of each weight; "random": both factors are drawn, and the initial
+            weight is discarded.
+        refactor_every: updates between refactorizations, which do not change the function of the model; None: never.
         reset_every: updates between resets of the moments, after which lr should recover over some 10 steps, as with
             `JaggedCosine(optimizer, restart_every=reset_every, restart_warmup=10, restart_from=0.001)`; None: never.
 
@@ -35,9 +36,9 @@ class LowRankAdamW(WeightSpaceOptimizer):
 
         opt = lowrank_optim.LowRankAdamW(model, lr=1.5e-3, rank=128)
 
-    Differences from the paper and from its authors' code: refactorisation by two QR and an r x r SVD in float64 instead
-    of the SVD of a dense bfloat16 product (and for low-rank layers the code has none); moments of embeddings and norms
-    are not reset; the initial weight is approximated, not forgotten, unless init="random".
+    Differences from the paper and from its authors' code: refactorization takes two QR and an r x r SVD in float64, not
+    the SVD of a dense bfloat16 product (for low-rank layers the code has no refactorization); moments of embeddings and
+    norms are not reset; the initial weight is approximated, not discarded, unless init="random".
     """
         + WEIGHT_OPTIONS
     )

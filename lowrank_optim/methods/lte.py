@@ -25,29 +25,29 @@ from .options import WEIGHT_OPTIONS, given
 
 class LTE(WeightSpaceOptimizer):
     __doc__ = (
-        r"""AdamW on H low-rank heads beside frozen weights, each on its part of the batch, averaged from time to time.
+        r"""AdamW on H low-rank heads next to frozen weights, each on its part of the batch, with regular averaging.
 
         head h, of H equal parts of the batch:  y = x (W + s (B_h A_h - B'_h A'_h))^T,    s = alpha / r
         every `merge_every` updates:            W <- W + (s / H) sum_h (B_h A_h - B'_h A'_h),   A', B' <- A, B
         evaluation:                             y = x (W + (s / H) sum_h (B_h A_h - B'_h A'_h))^T
 
-    A (H, r, n), B (H, m, r) and their moments go on over merges: a head takes back its own share of W and keeps all of
-    itself, so W is always the first weight plus the mean of `s B' A'`. The sum of heads has rank up to H r.
+    A (H, r, n), B (H, m, r) and their moments continue unchanged over merges, because each head subtracts its own share
+    of W. W is therefore always the first weight plus the mean of `s B' A'`. The sum of heads has rank up to H r.
 
-    Memory per weight: `m n` frozen and `5 (m + n) r H`: factors, their gradients, two moments, and the factors of the
-    last merge. With heads="ranks" H is 1 in every process.
+    Memory per weight: `m n` frozen elements, and `5 (m + n) r H` for the factors, their gradients, two moments, and the
+    factors of the last merge. With heads="ranks" H is 1 in every process.
 
     Args:
         rank: of each head, or a fraction of min(m, n). H r should reach the longer side, or at least the shorter.
-        heads: H, which must divide every batch that is trained on; or "ranks": one in each process of
-            torch.distributed, see below.
+        heads: H, which must divide every training batch; or "ranks": one head in each process of torch.distributed,
+            see below.
         merge_every: updates between merges.
-        alpha: s times the rank. None: twice the rank, the authors' 16 at rank 8. As A begins with rows of norm
-            sqrt(n / r), an update of lr moves the entries of a head's product by s lr at any rank, and the mean over H
+        alpha: s times the rank. None: twice the rank, as the authors' 16 at rank 8. As A begins with rows of norm
+            sqrt(n / r), an update of lr moves the entries of a head's product by s lr at any rank. The mean over H
             heads that do not agree is smaller by up to sqrt(H): at s = 2 four heads move W as AdamW would at this lr.
-            The paper's alpha=4096 at rank 64, s = 64, goes with 32 heads and 0.05 to 0.1 of the dense lr.
+            The paper combines alpha=4096 at rank 64, s = 64, with 32 heads and 0.05 to 0.1 of the dense lr.
         base: how the frozen weight is kept: "dense" in its dtype, "int8" or "nf4" in blocks. Merges into a quantized
-            base round stochastically, which is right on average and noisy: choose a longer `merge_every`.
+            base round stochastically, which is right on average but noisy: choose a longer `merge_every`.
         init: A begins semi-orthogonal, B zero. "code" multiplies A by sqrt(n / r), "paper" by sqrt(m / n).
         reset: what a merge does to the moments of the factors: "keep", as published, or "drop".
 
@@ -59,21 +59,23 @@ class LTE(WeightSpaceOptimizer):
 
         torch.distributed.init_process_group("nccl")
         opt = lowrank_optim.LTE(model, lr=1e-3, rank=64, heads="ranks")
-        ddp = DistributedDataParallel(model)  # of all that is not converted; skip it if nothing of that is trained
+        ddp = DistributedDataParallel(model)  # for parameters that are not converted; omit it if they are not trained
 
-    Factors are never averaged. A merge sends them to all or sums the dense product, whichever is less: 2 r (m + n)
-    elements from each process or 2 m n. In between no process knows what the others learned, so `model.eval()` is
-    W as of the last merge, equal on all; `merge_now()`, called on all, brings it up to date. Each process saves and
-    loads a model and an optimizer of its own. Gradients of factors are a rank's own, so nonfinite="raise" stops the
-    rank that has the bad one, and a GradScaler is refused (use bfloat16). Clip factors and other parameters separately:
-    one norm over both would differ between processes, and with it the parameters that DDP keeps equal.
+    Factors are never averaged. A merge sends the factors to all processes, 2 r (m + n) elements from each, or sums the
+    dense product, 2 m n, whichever is less. Between merges no process knows what the other heads learned, so
+    `model.eval()` uses W as of the last merge, which is equal on all processes. `merge_now()`, called on all of them,
+    brings it up to date. Each process saves and loads its own model and optimizer. Gradients of factors differ between
+    ranks, so nonfinite="raise" stops the rank with the bad gradient, and a GradScaler is refused (use bfloat16). Clip
+    factors and other parameters separately: one norm over both would differ between processes, and so would then the
+    parameters that DDP keeps equal.
 
-    Under DistributedDataParallel and `fully_shard`, heads in one process are cut out of the batch of each rank.
+    Under DistributedDataParallel and `fully_shard`, several heads in one process split the batch of each rank.
 
-    Differences from the paper and from its authors' code: evaluation sees what was learned since the last merge (the
-    code: W alone); W is float32 while it is summed and rounded once; factors of all heads are one parameter, which is
-    skipped as one if its gradient is not finite; no biases of adapters. A mean over the batch makes gradients of heads
-    in one process H times smaller than those of heads on ranks, which Adam does not notice but `eps` may.
+    Differences from the paper and from its authors' code: evaluation includes the updates since the last merge (the
+    code: W alone); W is float32 while it is summed, and rounded once; the factors of all heads are one parameter, which
+    is skipped as a whole if its gradient is not finite; adapters have no biases. A mean over the batch makes the
+    gradients of heads in one process H times smaller than those of heads on ranks. Adam is invariant to that, but for
+    `eps`.
     """
         + WEIGHT_OPTIONS
     )

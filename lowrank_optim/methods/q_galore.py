@@ -17,24 +17,24 @@ _BASIS_STORES = {**STORES, "int8": Affine(8), "int4": Affine(4)}
 
 
 class QGaLoreAdamW(LowRankOptimizer):
-    r"""GaLore with int4 bases, int8 moments, refreshes that become rare where subspaces stand still, and int8 weights.
+    r"""GaLore with int4 bases, int8 moments, int8 weights, and refreshes that become rare where subspaces stand still.
 
     As `GaLoreAdamW`, with
 
-        P kept in int4: equal steps between the least and the largest of each 256 elements, floats both
+        P kept in int4: equal steps between the least and the largest of each 256 elements, both kept as floats
         at each refresh:  o = |P_new^T P_old|^2 / r;   if the mean of `queue` o >= threshold:  gap <- growth gap
 
-    Weights in int8 come from `lowrank_optim.quantize_weights(model)`: they are updated in float32 and rounded
-    stochastically. Any optimizer here can train them.
+    Weights in int8 come from `lowrank_optim.quantize_weights(model)`. They are updated in float32 and rounded
+    stochastically. Every optimizer of this package can train them.
 
-    Memory: `m r / 2 + 2 n r` bytes per matrix, 8 bytes per 256 elements of P and 4 per 256 of the moments.
+    Memory: `m r / 2 + 2 n r` bytes per matrix, 8 bytes per 256 elements of P, and 4 bytes per 256 of the moments.
 
     Args:
         params, lr, betas, eps, weight_decay, rank, scale, basis, moments, stagger: see `GaLoreAdamW`.
-        update_proj_gap: steps between refreshes at first.
+        update_proj_gap: initial number of steps between refreshes.
         threshold: mean overlap of subspaces (0: orthogonal, 1: equal) from which a matrix is refreshed less often.
-        queue: refreshes that the mean is taken over.
-        growth: factor on the gap; 1: never longer.
+        queue: number of refreshes in the mean.
+        growth: factor on the gap; 1: the gap stays.
         basis_dtype: how P is kept: "int4", or "int8", "bfloat16", "float32".
         state_dtype: of the moments; here "int8" by default.
         proj_type: the side that is projected: "std", "reverse_std", "left" or "right".
@@ -44,13 +44,14 @@ class QGaLoreAdamW(LowRankOptimizer):
         lowrank_optim.quantize_weights(model)
         opt = lowrank_optim.QGaLoreAdamW(lowrank_optim.param_groups(model, rank=128), lr=1e-2, scale=0.25)
 
-    Differences from the paper and from its authors' code: overlap of whole subspaces (the code: the signed cosine of
-    the first vectors); a float offset (the code's clamped zero point destroys blocks that do not straddle zero); packed
-    int4 (the code stores it in bytes); AdamW's decay, before the update. `tests/reference/q_galore.py` is the loop.
+    Differences from the paper and from its authors' code: the overlap is that of whole subspaces (the code: the signed
+    cosine of the first vectors); the offset of a block is a float (the code's clamped zero point destroys blocks whose
+    elements all have one sign); int4 is packed (the code stores it in bytes); decay is AdamW's, before the update.
+    `tests/reference/q_galore.py` is the algorithm as a loop.
     """
 
     __doc__ = (__doc__ or "") + OPTIONS
-    fixed = ("update_proj_gap",)  # each matrix has its own by now
+    fixed = ("update_proj_gap",)  # the schedule keeps a gap for each matrix
     choices = {
         "basis": ("rsvd", "svd"), "basis_dtype": tuple(_BASIS_STORES), "proj_type": ONE_SIDED,
     }  # fmt: skip

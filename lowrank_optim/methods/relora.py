@@ -14,39 +14,40 @@ from .options import WEIGHT_OPTIONS, given
 
 class ReLoRA(WeightSpaceOptimizer):
     __doc__ = (
-        r"""AdamW on low-rank factors beside frozen weights, into which they are merged from time to time.
+        r"""AdamW on low-rank factors next to frozen weights, with regular merges into these weights.
 
         y = x W^T + s (x A^T) B^T          W (m, n) frozen, A (r, n) and B (m, r) trained, s = alpha / r
-        every `merge_every` updates:  W <- W + s B A,   A drawn anew,  B <- 0,  moments of A and B reset
+        every `merge_every` updates:  W <- W + s B A,   A drawn again,  B <- 0,  moments of A and B reset
 
-    Each merge adds an update of rank r to W, so the sum of k of them has rank up to k r. Train the model densely for
-    the first quarter or third of the run (any optimizer), then make this one; ramp lr up again after each merge with
-    `JaggedCosine(optimizer, restart_every=merge_every)`. The customary lr is twice that of dense training.
+    Each merge adds an update of rank r to W, so the sum of k merges has rank up to k r. Train the model densely for the
+    first quarter or third of the run (with any optimizer), then create this optimizer. Ramp lr up again after each
+    merge with `JaggedCosine(optimizer, restart_every=merge_every)`. The customary lr is twice that of dense training.
 
-    Memory per weight: `m n` frozen (0.56 bytes per element with base="nf4") and `4 (m + n) r`: factors, their gradients
-    and two moments.
+    Memory per weight: `m n` frozen elements (0.56 bytes per element with base="nf4"), and `4 (m + n) r` for the
+    factors, their gradients and two moments.
 
     Args:
         rank: of the factors, or a fraction of min(m, n).
         merge_every: updates between merges.
         alpha: s times the rank.
         base: how the frozen weight is kept: "dense" in its dtype, "int8" or "nf4" in blocks. Merges into a quantized
-            base round stochastically, which is right on average and noisy. With `fully_shard` such a base is converted
+            base round stochastically, which is right on average but noisy. With `fully_shard` such a base is converted
             with `by_rows=True`.
-        exact_base: with a quantized base, merge into an exact copy in main memory and quantize from that.
-        reset: what a merge does to the moments of the factors: "drop" takes all; "magnitude" all but the largest first
-            moments; "random" any. What is reset has a clock of its own, so the next update is not longer than lr.
-        reset_ratio: share that a partial reset takes.
+        exact_base: with a quantized base, merge into an exact copy in main memory and quantize that copy.
+        reset: what a merge does to the moments of the factors: "drop" resets all entries; "magnitude" all but those
+            with the largest first moments; "random" a random share. Entries that are reset have their own clock, so
+            that their next update is not longer than lr.
+        reset_ratio: share of the entries that a partial reset ("magnitude", "random") takes.
 
     Example::
 
         opt = lowrank_optim.ReLoRA(model, lr=1e-3, rank=128, merge_every=1000)
         schedule = lowrank_optim.JaggedCosine(opt, total_steps=20_000, warmup=500, restart_every=1000)
 
-    Differences from the paper and from its authors' code: only B starts at zero (the code zeroes A as well, and then
-    the first cycle trains neither); resets and merges have one period; a partial reset takes m and v at the same
-    entries, and their age (the code draws two masks and keeps the step count: updates of up to 31.6 lr); merges are
-    computed in float32 and rounded once; no dropout; no trainable scale.
+    Differences from the paper and from its authors' code: only B starts at zero (the code zeroes A as well, so that the
+    first cycle trains neither); resets and merges have the same period; a partial reset takes m, v and the age at the
+    same entries (the code draws two masks and keeps the step count, so that updates reach 31.6 lr); merges are computed
+    in float32 and rounded once; there is no dropout and no trainable scale.
     """
         + WEIGHT_OPTIONS
     )

@@ -16,26 +16,29 @@ from .options import WEIGHT_OPTIONS, given, restarts_due
 
 class SLTrain(WeightSpaceOptimizer):
     __doc__ = (
-        r"""AdamW on thin factors and on a few single entries, which together are the weight.
+        r"""AdamW on thin factors and on a few single entries, whose sum is the weight.
 
         W = s B A + S                           A (r, n), B (m, r), s = alpha / r, S zero outside a fixed support
-        y = x W^T                               W composed in forward and in backward, and never kept
-        dB = s g^T (x A^T),  dA = s (g B)^T x,  dS = (g^T x) at the support     or from g^T x, by rows, if that is less
+        y = x W^T                               W is composed in forward and in backward, and never kept
+        dB = s g^T (x A^T),  dA = s (g B)^T x,  dS = (g^T x) at the support     or all from g^T x, by rows, if cheaper
         every `refactor_every` updates:         B A = U Z V^T,   B <- U sqrt(Z),  A <- sqrt(Z) V^T
-        every `reset_every` updates:            moments of A, B and S begin anew
+        every `reset_every` updates:            moments of A, B and S restart
 
-    The support is drawn once, uniformly, by the name of the layer, and stays; a state dict of the model brings its own.
+    The support is drawn once, uniformly, from the seed and the name of the layer. Loading a state dict of the model
+    loads its support too.
 
-    Memory per weight, with `k = density m n`: `4 ((m + n) r + k)`: what is trained, its gradients and two moments; and
-    4 bytes for each of k places. In passing, one W at a time. The moments of S stay float32 in any `state_dtype`.
+    Memory per weight, with `k = density m n`: `4 ((m + n) r + k)` for the trained tensors, their gradients and two
+    moments, and 4 bytes for each of the k positions. Temporarily one W exists at a time. The moments of S stay float32
+    with any `state_dtype`.
 
     Args:
         rank: of the product, or a fraction of min(m, n).
-        density: share of the entries of each weight that are trained by themselves.
+        density: share of the entries of each weight that S holds.
         alpha: s times the rank.
-        init: "spectral": the best approximation of each weight by the product, and what that misses at the support;
-            "random": A and S uniform in +-1/sqrt(n), B zero, the weight forgotten.
-        refactor_every: updates between refactorisations of the product, which leave the function alone; None: never.
+        init: "spectral": the product is the best approximation of each weight, and S its error at the support;
+            "random": A and S uniform in +-1/sqrt(n), B zero, and the initial weight is discarded.
+        refactor_every: updates between refactorizations of the product, which do not change the function of the model;
+            None: never.
         reset_every: updates between resets of the moments, after which lr should recover over some 10 steps, as with
             `JaggedCosine(optimizer, restart_every=reset_every, restart_warmup=10, restart_from=0.001)`; None: never.
 
@@ -43,12 +46,12 @@ class SLTrain(WeightSpaceOptimizer):
 
         opt = lowrank_optim.SLTrain(model, lr=3e-3, rank=128, density=0.03)
 
-    Differences from the paper and from its authors' code: the initial weight is approximated, not forgotten, unless
-    init="random"; the gradient of W is never formed as a whole; the support is kept in 4 bytes per entry instead of 8
-    and follows from `seed`, not from torch's generator; biases keep the values that they have; no dropout, no trainable
-    scale. Restarts are as in `LowRankAdamW`, at any period, and off by default as in the paper; the code of Glentis et
-    al. computes a dense bfloat16 product and its SVD, and rebuilds the optimizer of all parameters. Decay, off by
-    default, takes S like the factors.
+    Differences from the paper and from its authors' code: the initial weight is approximated, not discarded, unless
+    init="random"; the gradient of W is never formed as a whole; the support takes 4 bytes per entry instead of 8, and
+    follows from `seed`, not from torch's generator; biases keep their values; there is no dropout and no trainable
+    scale. Restarts are as in `LowRankAdamW`, with any period, and off by default as in the paper. The code of Glentis
+    et al. computes a dense bfloat16 product and its SVD, and rebuilds the optimizer of all parameters. Weight decay,
+    off by default, applies to S as to the factors.
     """
         + WEIGHT_OPTIONS
     )

@@ -20,11 +20,11 @@ class SNSMAdamW(LowRankOptimizer):
     With P, R and M as in `SubspaceMomentum` (momentum = beta1), and subsets as in `SubsetNormAdamW`:
 
         U = P M / (1 - beta1^t) + G - P R                             (m, n); t since the last refresh
-        v_i <- beta2 v_i + (1 - beta2) sum of G^2 over subset i       never emptied
+        v_i <- beta2 v_i + (1 - beta2) sum of G^2 over subset i       never reset
         W <- (1 - lr weight_decay) W - lr scale U / (sqrt(v / (1 - beta2^step)) + eps)
 
-    Memory: `m r + n r + n` elements per matrix, n = max(m, n) unless proj_type says otherwise; without `m r`, but r
-    indices, with basis "topk" or "rows". A step holds U and its quotient, two (m, n) tensors.
+    Memory: `m r + n r + n` elements per matrix, where n is the longer side unless proj_type says otherwise. With basis
+    "topk" or "rows" r indices replace `m r`. A step holds U and its quotient, two (m, n) tensors.
 
     Args:
         params, betas, eps, weight_decay, rank, update_proj_gap, scale, stagger: see `GaLoreAdamW`.

@@ -21,15 +21,17 @@ class SubsetNormAdamW(LowRankOptimizer):
         v_i <- beta2 v_i + (1 - beta2) sum of G^2 over subset i       rows of a tall matrix, columns of a wide one
         W <- (1 - lr weight_decay) W - lr scale M / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 
-    Memory: `m n + max(m, n)` elements per matrix, against `2 m n`. Not a subspace method: matrices are served whole.
+    Memory: `m n + max(m, n)` elements per matrix, against `2 m n` of AdamW. This is no subspace method: matrices are
+    updated whole.
 
     Args:
         params, lr, betas, eps, weight_decay: as in torch.optim.AdamW; embeddings, heads and vectors get AdamW itself.
         scale: multiplies the updates of matrices only.
-        subset_size: entries per subset; None: whole rows or columns; "sqrt": about the square root of the size of the
-            matrix. Subsets are runs along the shorter side, and the last of a row or column may be smaller.
-        reduce: "sum" as published: steps shrink by the square root of the subset's size, so the right scale grows with
-            it; "mean": the lr of AdamW stays right.
+        subset_size: entries per subset; None: whole rows or columns; "sqrt": about the square root of the number of
+            entries of the matrix. A subset is a run along the shorter side; the last run of a row or column may be
+            shorter.
+        reduce: "sum", as published: steps shrink by the square root of the subset size, so the right scale grows with
+            it; "mean": an lr that suits AdamW stays right.
 
     Groups: `rank=None` leaves a group to AdamW; any other rank has no meaning here.
 
@@ -37,9 +39,10 @@ class SubsetNormAdamW(LowRankOptimizer):
 
         opt = lowrank_optim.SubsetNormAdamW(model.named_parameters(), lr=1e-3, reduce="mean")
 
-    Differences from the paper and from its authors' code: eps after bias correction, 1e-8 (the code: 1e-6); decay
-    before the update; subsets of a given size run along the shorter side (the code: along the row-major order, with a
-    divisor of the matrix's size, which is 1 for a prime). `tests/reference/subset_norm.py` is the algorithm as a loop.
+    Differences from the paper and from its authors' code: eps comes after bias correction and is 1e-8 (the code: 1e-6);
+    decay comes before the update; subsets of a given size run along the shorter side (the code: along the row-major
+    order, with a size that divides the number of entries, hence 1 for a prime number).
+    `tests/reference/subset_norm.py` is the algorithm as a loop.
     """
 
     __doc__ = (__doc__ or "") + OPTIONS

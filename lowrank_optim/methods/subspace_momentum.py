@@ -15,21 +15,21 @@ from .options import ONE_SIDED, OPTIONS, given
 
 
 class SubspaceMomentum(LowRankOptimizer):
-    r"""SGD with momentum inside a subspace and without outside of it.
+    r"""SGD with momentum inside a subspace, and without momentum outside of it.
 
     With G turned so that its projected side m comes first:
 
-        every update_proj_gap steps:  P (m, r) <- leading left singular vectors of G;  the momentum begins anew
+        every update_proj_gap steps:  P (m, r) <- leading left singular vectors of G;  the momentum restarts
         R = P^T G;    M <- momentum M + (1 - momentum) R              (r, n)
         W <- (1 - lr weight_decay) W - lr scale (P M / (1 - momentum^t) + G - P R)
 
-    Memory: `m r + n r` elements per matrix; `n r` and r indices with basis "topk" or "rows".
+    Memory: `m r + n r` elements per matrix, or `n r` and r indices with basis "topk" or "rows".
 
     Args:
         params, rank, update_proj_gap, scale, stagger: see `GaLoreAdamW`.
-        lr, weight_decay: for all parameters. It is SGD's lr: gradients are not scaled.
+        lr, weight_decay: for all parameters. lr means what it means for SGD, because gradients are not scaled.
         momentum: weight of the old average.
-        basis: "svd", "rsvd", "random"; or rows of the turned matrix: "topk", those of largest norm, "rows", any.
+        basis: "svd", "rsvd", "random"; or rows of the turned matrix: "topk", the rows of largest norm, "rows", random.
         moments: "reset" as published; "rotate" or "keep".
         proj_type: the side that is projected: "std", "reverse_std", "left" or "right".
 
@@ -37,10 +37,11 @@ class SubspaceMomentum(LowRankOptimizer):
 
         opt = lowrank_optim.SubspaceMomentum(model.named_parameters(), lr=0.1, rank=0.25)
 
-    Differences from the paper and from its authors' code: the momentum is emptied before a refresh step uses it (the
-    code: after, so that the step reads old coefficients in the new basis and its gradient is lost); bias correction
-    has its own clock and leaves the complement alone (the code multiplies it by 10 at the first step); the published
-    "topk" takes the longer side, which is `proj_type="reverse_std"`. `tests/reference/subset_norm.py` is the loop.
+    Differences from the paper and from its authors' code: the momentum is reset before a refresh step uses it (the
+    code: afterwards, so that the step reads old coefficients in the new basis and loses its gradient); bias correction
+    has its own clock and does not apply to the complement (the code multiplies the complement by 10 at the first step);
+    the published "topk" takes the longer side, which is `proj_type="reverse_std"`. `tests/reference/subset_norm.py` is
+    the algorithm as a loop.
     """
 
     __doc__ = (__doc__ or "") + OPTIONS
