@@ -1,4 +1,4 @@
-"""LoQT: quantized weights that are trained in subspaces. Loeschcke et al., NeurIPS 2024, https://arxiv.org/abs/2405.16528"""
+"""LoQT: quantized weights, trained in subspaces. Loeschcke et al., NeurIPS 2024, https://arxiv.org/abs/2405.16528"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an optimizer class says about its method; `engine/table.py` asks nothing else of the class."""
+"""Declare what an optimizer class says about its method. `engine/table.py` asks nothing else of the class."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .recipe import Recipe
 
 
 class Method(Protocol):
-    """One paper's rule, as the engine sees it. `LowRankOptimizer` implements it, and says what each default is."""
+    """The rule of one paper, as the engine sees it. `LowRankOptimizer` implements it and documents each default."""
 
     rule: str  # the method in full space, "AdamW" for example
-    ranked: bool  # False: matrices are served whole, so `rank` is not a choice
+    ranked: bool  # False: matrices are updated whole, so `rank` is not a choice
     choices: Mapping[str, tuple[str, ...]]  # options whose values are this method's own
     fixed: tuple[str, ...]  # options that cannot be edited once there is state
     irreplaceable: str  # why no other tensor may be updated in place of a parameter, or ""
@@ -27,13 +27,13 @@ class Method(Protocol):
         """Return the recipe of parameters that are not projected."""
 
     def refuse(self, plan: Plan, group: dict[str, Any]) -> None:
-        """Raise a ValueError for a projected matrix that the method cannot serve."""
+        """Raise a ValueError for a projected matrix that the method cannot update."""
 
     def refuse_group(self, group: dict[str, Any]) -> None:
         """Raise an error for options of a group that are out of range or mean nothing together."""
 
     def refuse_shard(self, plan: Plan, group: dict[str, Any]) -> None:
-        """Raise a NotImplementedError for a sharded parameter that the method cannot serve."""
+        """Raise a NotImplementedError for a sharded parameter that the method cannot update."""
 
     def refuse_nothing(self, reasons: list[tuple[str, str]]) -> None:
         """Raise a ValueError if nothing is low-rank. `reasons`: (name, why it is not projected, or "")."""

@@ -4,18 +4,20 @@
 projected side, of length m, always comes first. `P (m, r)` is a basis of the subspace. One step is six lines of maths:
 
     G = residual.before(G)       (m, n)  error feedback adds what earlier steps lost; any other residual returns G
-    P = basis.fit(G)             (m, r)  only when `refresh.due` says so; `refresh.carry_` then treats the moments
+    P = basis.fit(G)             (m, r)  only when `refresh.due` says so; `refresh.carry_` then brings the moments along
     R = basis.down(G)            (r, n)  the coordinates of G in the subspace, P^T G
     D = scaling(momentum(R))     (r, n)  the direction; for Adam m / sqrt(v)
     S = residual.after(G, R, D)  (m, n)  what the step makes of the complement G - P R
     W = (1 - lr weight_decay) W - lr scale (P D + S)
 
+`P D` stands for the direction in full space, which `basis.add_up_` adds to W. `residual.after` returns the sum
+`P D + S` unevaluated, as an `Update`, because forming it would take another (m, n) tensor.
+
 Six of the parts fill the six slots of a method: basis, refresh, momentum, scaling, residual and store. The store
 (protocol: `recipe/store.py`) keeps every tensor that outlives the step. A seventh part, the step size, turns lr into
 the length of the step. `Recipe` holds the choice, and a method is nothing else. Two switches of `Recipe` change the
 fourth line: `scaling_in` says whether the scaling sees R or all of G, `momentum_of` whether it comes after the average
-or before. `residual.after` returns the sum `P D + S` unevaluated, as an `Update`, because forming it would take another
-(m, n) tensor. The engine (`engine/update.py`) runs these lines for every method and never asks which part it holds.
+or before. The engine (`engine/update.py`) runs these lines for every method and never asks which part it holds.
 
 All parts obey these rules:
 
@@ -29,7 +31,8 @@ All parts obey these rules:
   with R: `(b, 1, 1)` where the matrices of a batch restarted at different times, `(r, 1)` where single coordinates did.
   Bias correction must use `t` and not a step count of its own.
 - **Parts write to the state and to W only.** No other argument may be written to: G may be the memory of `p.grad`.
-- **Every rule is odd**: -G gives -U. The engine ascends (`maximize`) by changing the sign of the step.
+- **Every rule is odd**: the gradient -G gives the negative of the update. The engine ascends (`maximize`) by changing
+  the sign of the step.
 - **`algebra` computes what a part needs of a gradient** (`recipe/algebra.py`). A part never reduces over a whole
   gradient by itself, because the gradient may be a shard. A part asks `algebra.shape` for lengths, and the algebra of
   `basis.inside` for reductions over tensors of the shape of R.
