@@ -1,4 +1,4 @@
-"""One head per process: what the processes tell each other."""
+"""Exchange the factors of low-rank heads between processes, where every process trains one head."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def place() -> tuple[int, int]:
-    """(rank, number of processes)."""
+    """Return (rank, number of processes); raise a ValueError without torch.distributed."""
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
             'heads="ranks" gives every process one head, and torch.distributed is not initialised; call '
@@ -18,7 +18,11 @@ def place() -> tuple[int, int]:
 
 
 def gathered(tensors: list[Tensor]) -> list[Tensor]:
-    """Each tensor (1, ...) of every process, (N, ...), in the order of ranks; sent together."""
+    """Return the tensors of all N processes: each (1, ...) becomes (N, ...), in the order of ranks.
+
+    All processes call it, with tensors of the same shapes and dtype.
+    """
+    # One all-gather for all tensors: (elements,) from each process becomes (N, elements).
     own = torch.cat([x.flatten() for x in tensors])
     everyone = own.new_empty(dist.get_world_size() * own.numel())
     dist.all_gather_into_tensor(everyone, own)
@@ -27,20 +31,21 @@ def gathered(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def summed_(x: Tensor) -> Tensor:
-    """The sum of x over all processes, in place, the same bits everywhere: one process adds up, all get its result."""
+    """Replace x by its sum over all processes, with the same bits on each of them."""
+    # An all-reduce may add in another order on each process. Here rank 0 adds up, and all processes get its result.
     dist.reduce(x, 0)
     dist.broadcast(x, 0)
     return x
 
 
 def anywhere(flag: bool, device: torch.device) -> bool:
-    """Whether it is so on any process."""
+    """Whether `flag` is true on any process. All processes call it; `device` is where the backend works."""
     answer = torch.tensor(float(flag), device=device)
     dist.all_reduce(answer, dist.ReduceOp.MAX)
     return bool(answer)
 
 
 def same_everywhere(x: Tensor) -> bool:
-    """Whether a number, `()` in float64, is the same on all processes."""
+    """Whether a number, a tensor `()` in float64, is the same on all processes. All processes call it."""
     (all_,) = gathered([x.view(1)])
     return bool((all_ == all_[0]).all())

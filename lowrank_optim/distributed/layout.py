@@ -1,7 +1,9 @@
-"""How a parameter and its state lie over processes: what of them is here, and which algebra fits.
+"""Describe how a parameter and its state are spread over processes: the local part, and the algebra that fits it.
 
-Everything above this folder works on what is here, a plain tensor. State that has the cut side of its matrix is cut as
-the matrix is, and kept as a DTensor, so that checkpoints know; all other state is the same on every rank.
+Everything above this folder works on the local part, which is a plain tensor. A state tensor that has the cut side of
+its matrix is cut in the same way. It is kept as a DTensor, so that checkpoints know its layout. All other state is the
+same on every rank. `Layout` describes an ordinary tensor, `Replicated` and `Cut` describe DTensors, and `fragments.py`
+adds the layouts of ranges in flat tensors.
 """
 
 from __future__ import annotations
@@ -25,116 +27,166 @@ from .lockstep import Peers, ranks, total
 from .pieces import Piece, peers_of, pieces
 from .shards import Meter, Shards, Traffic
 
-_BATCH = -3
+_BATCH = -3  # the key of a cut batch dimension, next to -2 and -1 for the sides of the turned matrix
 
 
 class Layout:
-    """Here is all of it, an ordinary tensor."""
+    """The layout of an ordinary tensor, which this process holds whole; and the questions that every layout answers.
 
-    sharded = False  # True: a step needs all ranks
-    key: tuple[Any, ...] = ()  # equal where matrices can be stacked
+    Attributes:
+        sharded: whether a step of the parameter needs all ranks.
+        key: equal for layouts whose matrices can be stacked in one chunk.
+    """
+
+    sharded = False
+    key: tuple[Any, ...] = ()
+
+    # -- the tensors of a step -----------------------------------------------------------------------------------------
 
     def here(self, x: Tensor) -> Tensor:
-        """A parameter, its gradient or a tensor of its state, as far as it is here; the same memory."""
+        """Return the local part of a parameter, of its gradient or of a state tensor, in the same memory."""
         return x
 
     def enter(self, x: Tensor) -> Tensor:
-        """What is here of a parameter, in the shape of `plan`."""
+        """Return the local part of a parameter in the shape that `plan` gives; in the same memory if possible."""
         return self.here(x)
 
     def enter_gradient(self, x: Tensor) -> Tensor:
+        """Return the local part of a gradient in the shape that `plan` gives."""
         return self.enter(x)
 
     def leave_(self, p: Tensor, x: Tensor) -> None:
-        """Writes what `enter` gave back to the parameter, where it is other memory."""
+        """Write `x`, the changed result of `enter(p)`, to the parameter where `enter` has copied it."""
 
     def here_all(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the local parts of all state tensors of a parameter, in the same memory."""
         return state
 
+    # -- the matrices of a stack ---------------------------------------------------------------------------------------
+
     def first(self, plan: Plan) -> int:
-        """The number of the first matrix of the batch that is here."""
+        """Return the index of the first local matrix of the batch. `plan` is that of the whole parameter."""
         return 0
 
     def most(self, plan: Plan) -> int:
-        """Elements that a process has of the parameter, or the most that any has."""
+        """Return the number of elements of the largest local part on any rank, which all ranks agree on."""
         return math.prod(plan.shape)
 
     @property
     def counts_apart(self) -> bool:
-        """True: others have other matrices of a batch, and know what has become of those."""
+        """Whether the matrices of one stack are spread over ranks.
+
+        Each rank then knows the refresh counters of its own matrices only, until `tell_all_` is called.
+        """
         return False
 
     def tell_all_(self, state: dict[str, Tensor]) -> None:
-        """Brings the counters of all matrices of a batch up to date, which every process keeps."""
+        """Update the counters of the matrices of other ranks in the state of a stack. All ranks call it.
+
+        Counters are plain tensors `(batch,)` with an entry for each matrix of the whole stack, on every rank.
+        """
+
+    # -- shapes --------------------------------------------------------------------------------------------------------
 
     def plan(self, plan: Plan) -> Plan:
-        """The plan of what is here."""
+        """Return the plan of the local part: its shape, batch and matrix."""
         return plan
 
     def matrix(self, plan: Plan) -> Shape:
-        """The shape of the whole matrix, for `Recipe.spec`; a side that is cut is a `Side`."""
+        """Return the shape of the whole turned matrix, for `Recipe.spec`. A side that is cut is a `Side`."""
         return plan.matrix
 
     def weight(self, plan: Plan) -> Shape:
-        """The shape of what is here of the parameter, as a matrix that is not turned, for `number`."""
+        """Return the shape of the local part as a natural (not turned) matrix, for `number`."""
         return plan.matrix
 
     def spec(self, spec: dict[str, Spec]) -> dict[str, Spec]:
-        """The shapes of what is here, from those of the whole."""
+        """Return the specs with local shapes, given those of whole tensors."""
         return spec
 
     def zeros(self, batch: Shape, shape: Shape, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        """A new tensor of state: one of `shape`, as `matrix` led to it, for each matrix."""
+        """Return a new state tensor of zeros.
+
+        Args:
+            batch: leading dimensions of the whole stack of matrices, () for a single matrix.
+            shape: for one whole matrix, as a part asked for it. Sides that are cut are `Side`.
+        """
         return torch.zeros(batch + shape, dtype=dtype, device=device)
 
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
     def gather(self, x: Tensor) -> Tensor | None:
-        """The whole of a tensor of state, a copy on the CPU of rank 0; None on other ranks. All ranks call it."""
+        """Return a copy of the whole state tensor on the CPU of rank 0, and None on other ranks. All ranks call it."""
         return None if others() else x.detach().to("cpu", copy=True)
 
     def part(self, whole: Tensor, ours: Tensor) -> Tensor:
-        """What of a whole tensor belongs where `ours` is, in its dtype and layout; new memory. All ranks call it."""
+        """Return the part of a whole tensor that belongs in the place of `ours`. All ranks call it.
+
+        Args:
+            whole: all of the state tensor, on every rank.
+            ours: the state tensor of this rank. The result has its dtype, device and layout, and new memory.
+        """
         return like(whole, ours)
 
     def within(self, whole: Tensor, shape: Shape) -> Tensor:
-        """What is here of the state of a matrix in a flat tensor, a view; `shape` as it is kept, with cut sides."""
+        """Return a view of the local part of a whole state tensor, for a matrix in flat tensors.
+
+        Args:
+            whole: the state tensor of one matrix, with any leading dimensions.
+            shape: its shape as it is stored, where cut sides are `Side`. `once` and `border` take the same.
+        """
         return whole
 
     def once(self, x: Tensor, shape: Shape) -> Tensor | None:
-        """Of such state, what this process speaks for where others have it too; None: nothing."""
+        """Return the elements of a local state tensor `x` that this rank adds when the state is put together.
+
+        Every element of the whole is added by exactly one of the ranks that have it. None means that this rank adds
+        nothing. For matrices in flat tensors.
+        """
         return x
 
     @property
     def begin(self) -> int:
-        """The number of the first element that is here of a matrix in flat tensors."""
+        """The index, in its matrix, of the first local element of a matrix in flat tensors."""
         return 0
 
     def border(self, x: Tensor, shape: Shape) -> Tensor | None:
-        """Of such state, the row that another process speaks for, if there is one."""
+        """Return the row of a local state tensor `x` that another rank adds (see `once`), or None."""
         return None
 
+    # -- random numbers, collectives, reports --------------------------------------------------------------------------
+
     def number(self, shape: Shape, element: int, several: bool) -> int | Places:
-        """The number in the whole tensor of an element of what is here of it, `shape` as from `spec`; `several`: of
-        tensors of that shape one after the other."""
+        """Return the global index of a local element, for counter-based random numbers.
+
+        Args:
+            shape: local shape of one tensor, as `spec` returns it.
+            element: index in the local tensor, row-major.
+            several: whether several tensors of that shape are stored one after another.
+
+        Returns:
+            The index, or the rule that gives the indices of this element and of those after it.
+        """
         return element
 
     def algebra(self, layouts: Sequence[Layout]) -> Algebra:
-        """Of matrices with these layouts, which are equal but for what they count."""
+        """Return the algebra of a chunk of matrices with these layouts, which differ in their meters only."""
         return WHOLE
 
     @property
     def place(self) -> str:
-        """What of a DTensor is here, in words."""
+        """The local part of a sharded parameter in words, such as "8 of 32 rows"."""
         return ""
 
     @property
     def sent(self) -> tuple[float | None, float | None]:
-        """Bytes handed to collectives per step and per refresh, on average."""
+        """Average bytes that this rank hands to collectives per step and per refresh. None: none so far."""
         return None, None
 
 
 @dataclass(frozen=True, eq=False)
 class Replicated(Layout):
-    """A DTensor that every rank has whole."""
+    """The layout of a DTensor that every rank holds whole."""
 
     def here(self, x: Tensor) -> Tensor:
         return local(x)
@@ -152,13 +204,17 @@ class Replicated(Layout):
 
 @dataclass(frozen=True, eq=False)
 class Cut(Replicated):
-    """A DTensor of which others have a part.
+    """The layout of a DTensor that is cut along one dimension or more.
 
     Attributes:
-        pieces: what is here of each side that is cut: of the turned matrix, -2 and -1, or of a batch of matrices, -3.
-        natural: the dimensions of the parameter that these are; `rows`: the one that counts rows.
-        everyone: those who have any other part; `both`: those who have one of the same matrix, where both of its sides
-            are cut.
+        mesh, placements: of the DTensor.
+        pieces: the local piece of each dimension that is cut. Keys are -2 and -1 for the sides of the turned matrix,
+            and -3 for the batch.
+        natural: the dimension of the parameter that each key of `pieces` stands for.
+        rows: the dimension of the parameter that counts rows; dimensions before it are the batch.
+        everyone: the ranks that have any part of the parameter.
+        both: the ranks that have parts of the same matrix, if both of its sides are cut; else None.
+        meter: counts the bytes that are sent for this parameter.
     """
 
     mesh: Any
@@ -179,10 +235,12 @@ class Cut(Replicated):
         return self.pieces[_BATCH].start * math.prod(plan.batch[1:]) if _BATCH in self.pieces else 0
 
     def most(self, plan: Plan) -> int:
+        # The longest piece of each dimension, and not the local one: all ranks must divide work into equal chunks.
         longest = {self.natural[side]: piece.most for side, piece in self.pieces.items()}
         return math.prod(longest.get(i, size) for i, size in enumerate(plan.shape))
 
     def plan(self, plan: Plan) -> Plan:
+        # The same local lengths three times: by dimension of the parameter, of the turned matrix, and of the batch.
         here = {side: piece.length for side, piece in self.pieces.items()}
         natural = {self.natural[side]: length for side, length in here.items()}
         shape = tuple(natural.get(i, size) for i, size in enumerate(plan.shape))
@@ -201,6 +259,7 @@ class Cut(Replicated):
     def here_all(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         if _BATCH not in self.pieces:
             return super().here_all(state)
+        # Counters (batch,) are whole plain tensors on every rank; here only the local matrices (local batch,) count.
         mine = self._matrices()
         return {key: local(x) if hasattr(x, "device_mesh") or not x.dim() else x[mine] for key, x in state.items()}
 
@@ -210,6 +269,7 @@ class Cut(Replicated):
 
     def tell_all_(self, state: dict[str, Tensor]) -> None:
         mine, peers = self._matrices(), self.pieces[_BATCH].peers
+        # Every rank sends its own entries within zeros (batch,), so their sum has the current entries of all ranks.
         for x in state.values():
             if x.dim() and not hasattr(x, "device_mesh"):
                 own = torch.zeros_like(x)
@@ -217,9 +277,10 @@ class Cut(Replicated):
                 x.copy_(total(own, peers))
 
     def spec(self, spec: dict[str, Spec]) -> dict[str, Spec]:
-        return {key: one._replace(shape=self._shape_here(one.shape)) for key, one in spec.items()}
+        return {key: entry._replace(shape=self._shape_here(entry.shape)) for key, entry in spec.items()}
 
     def zeros(self, batch: Shape, shape: Shape, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        # A side of the matrix may be at any dimension of a state tensor, so each cut side says where it is.
         cut = {side.which: len(batch) + i for i, side in enumerate(shape) if isinstance(side, Side)}
         here = list(batch + tuple(map(int, self._shape_here(shape))))
         if _BATCH in self.pieces:
@@ -228,13 +289,16 @@ class Cut(Replicated):
         return self._distributed(x, batch + tuple(map(int, shape)), cut) if cut else x
 
     def number(self, shape: Shape, element: int, several: bool) -> int | Places:
+        # Random numbers are a function of the global row-major index. Then every cut draws what one process draws.
         first = self._piece(shape[0]) if shape else None
         last = self._piece(shape[-1]) if len(shape) > 1 else None
         width = last.whole if last else math.prod(shape[1:])
         base = first.start * width if first else 0
         if last:
+            # Columns are cut: after `length` local elements of a row, the other columns are skipped.
             run, gap, base = last.length, last.whole - last.length, base + last.start
         elif first and several:
+            # Rows of each of several tensors are cut: after the local rows, the other rows are skipped.
             run, gap = first.length * width, (first.whole - first.length) * width
         else:
             return base + element
@@ -242,21 +306,23 @@ class Cut(Replicated):
 
     def algebra(self, layouts: Sequence[Layout]) -> Algebra:
         sides = {side: piece for side, piece in self.pieces.items() if side != _BATCH}
-        return self._shards(sides, [cast(Cut, one).meter for one in layouts]) if sides else WHOLE
+        # With only the batch cut, each local matrix is whole.
+        return self._shards(sides, [cast(Cut, layout).meter for layout in layouts]) if sides else WHOLE
 
     def _shards(self, sides: Mapping[int, Piece], meters: Sequence[Meter]) -> Algebra:
+        """Return the algebra for matrices with these cut sides, which counts on these meters."""
         return Shards(sides, self.both, Traffic(meters))
 
     def cut_blocks(self, spec: dict[str, Spec]) -> list[str]:
-        """State that is cut and quantized in blocks, which a cut would divide."""
-        cut = [key for key, one in spec.items() if any(isinstance(side, Side) for side in one.shape)]
+        """Return the keys of state that is both cut and quantized in blocks, because a cut would divide a block."""
+        cut = [key for key, entry in spec.items() if any(isinstance(side, Side) for side in entry.shape)]
         return [key for key in cut if cast(Store, spec[key].store).block > 1]
 
     @property
     def place(self) -> str:
         words = {self.rows - 1: "matrices", self.rows: "rows", self.rows + 1: "columns"}
         return ", ".join(
-            f"{one.length} of {one.whole} {words[self.natural[side]]}" for side, one in self.pieces.items()
+            f"{piece.length} of {piece.whole} {words[self.natural[side]]}" for side, piece in self.pieces.items()
         )
 
     @property
@@ -264,26 +330,35 @@ class Cut(Replicated):
         return self.meter.sent
 
     def _matrices(self) -> slice:
-        """Which of a batch are here."""
+        """Return the range of local matrices in the first dimension of the batch."""
         piece = self.pieces[_BATCH]
         return slice(piece.start, piece.start + piece.length)
 
     def _piece(self, side: int) -> Piece | None:
+        """Return the local piece of a length in a shape, or None if the length is not that of a cut side."""
         return self.pieces[side.which] if isinstance(side, Side) else None
 
     def _shape_here(self, shape: Shape) -> Shape:
+        """Return a shape with the lengths of local pieces. Cut sides stay `Side`."""
         pieces = [(side, self._piece(side)) for side in shape]
         return tuple(side if piece is None else Side(piece.length, cast(Side, side).which) for side, piece in pieces)
 
     def _distributed(self, x: Tensor, shape: Shape, cut: Mapping[int, int]) -> Tensor:
-        """A DTensor of which x is what is here; `cut`: its dimensions that are sides of the matrix, by side."""
+        """Return a state tensor as a DTensor.
+
+        Args:
+            x: its local part.
+            shape: of the whole state tensor.
+            cut: the dimension of the state tensor at which each cut side of the matrix is, by side.
+        """
         from torch.distributed.tensor import Replicate
 
+        # A mesh dimension that cuts a side of the parameter cuts the state where that side is, if the state has it.
         where = {self.natural[side]: dim for side, dim in cut.items()}
         placements: list[Any] = []
-        for one in self.placements:
-            dim = None if one.is_replicate() else where.get(one.dim)
-            placements.append(Replicate() if dim is None else moved(one, dim))
+        for placement in self.placements:
+            dim = None if placement.is_replicate() else where.get(placement.dim)
+            placements.append(Replicate() if dim is None else moved(placement, dim))
         return from_local(x, self.mesh, placements, shape)
 
 
@@ -291,17 +366,21 @@ HERE = Layout()
 
 
 def layout_of(p: Tensor, plan: Plan) -> Layout:
-    """Raises a NotImplementedError for a DTensor that is laid out in a way that nobody here understands."""
+    """Return the layout of a parameter; raise a NotImplementedError for a DTensor with an unsupported layout."""
     if not hasattr(p, "device_mesh"):
         return HERE
     dtensor = cast(Any, p)
     placements, mesh = tuple(dtensor.placements), dtensor.device_mesh
-    if all(one.is_replicate() for one in placements):
+    if all(placement.is_replicate() for placement in placements):
         return Replicated()
     shard_checks.layout(plan.name, placements)
     cut = pieces(plan.shape, mesh, placements)
+    # `pieces` assumes that torch cuts into equal parts, the last ones shorter. The local tensor shows whether it did.
     if any(local(p).shape[natural] != piece.length for natural, piece in cut.items()):
-        raise NotImplementedError(f"{plan.name} is cut into {placements}, but not into equal parts")
+        raise NotImplementedError(
+            f"{plan.name} is sharded with the placements {placements}, but not into equal parts. Shard it with "
+            "fully_shard, parallelize_module or distribute_tensor"
+        )
     natural = {dimension(plan, i): i for i in cut}
     sides = {side: cut[i] for side, i in natural.items()}
     shard_checks.cut_stack(plan.name, bool(plan.batch), len(sides.keys() & {-2, -1}))
@@ -310,14 +389,20 @@ def layout_of(p: Tensor, plan: Plan) -> Layout:
 
 
 def _both(mesh: Any, placements: Sequence[Any], natural: Mapping[int, int]) -> Peers | None:
-    """Those who have another part of the same matrix, where both of its sides are cut."""
-    sides = {at for side, at in natural.items() if side != _BATCH}
-    inside = [None if one.is_replicate() or one.dim not in sides else one for one in placements]
+    """Return the ranks that have parts of the same matrix if both of its sides are cut; else None."""
+    sides = {dim for side, dim in natural.items() if side != _BATCH}
+    # None marks mesh dimensions that cut the batch or nothing: their ranks have other matrices, or the same part.
+    inside = [None if placement.is_replicate() or placement.dim not in sides else placement for placement in placements]
     return peers_of(mesh, inside) if len(sides) == 2 else None
 
 
 def algebra_of_rows(layout: Layout, turned: bool) -> Algebra:
-    """Of a matrix that is cut by its rows, if at all, or of what is here of it transposed."""
+    """Return the algebra of a matrix that is cut by rows, if at all.
+
+    Args:
+        layout: of the matrix.
+        turned: whether the algebra is for the transposed matrix, whose columns are then cut.
+    """
     if not isinstance(layout, Cut):
         return WHOLE
     (piece,) = layout.pieces.values()
@@ -325,12 +410,16 @@ def algebra_of_rows(layout: Layout, turned: bool) -> Algebra:
 
 
 def others() -> bool:
-    """Is this another rank than 0?"""
+    """Whether this process is a rank other than 0."""
     return ranks()[0] > 0
 
 
 def dimension(plan: Plan, natural: int) -> int:
-    """The dimension of the turned matrix that a dimension of the parameter is."""
+    """Return the key in `Cut.pieces` (-3, -2 or -1) for dimension `natural` of a parameter.
+
+    Raises:
+        NotImplementedError: the dimension is neither the first one of a batch nor a side of the matrix.
+    """
     if len(plan.matrix) == 1:
         return -1
     rows = len(plan.batch)
@@ -339,8 +428,9 @@ def dimension(plan: Plan, natural: int) -> int:
         return _BATCH
     if natural > rows and len(plan.shape) > rows + 2:
         raise NotImplementedError(
-            f"{plan.name} {plan.shape} is read as a matrix {plan.matrix}, and cut along dimension {natural}, which is "
-            "no side of it. Shard dimension 0 (the default of fully_shard)"
+            f"{plan.name} {plan.shape} is read as a matrix {plan.matrix}, and sharded along dimension {natural}, which "
+            "is not a side of that matrix. Shard dimension 0 (the default of fully_shard)"
         )
+    # A turned matrix has its columns first, so a row of the parameter is then the last side.
     is_row = natural == rows
     return -2 if is_row != (plan.side == "right") else -1

@@ -1,4 +1,10 @@
-"""The algebra of rows that two neighbours may both have, as where ZeRO cuts within a row."""
+"""Implement the algebra of matrices whose neighboring ranks may share a row, because ZeRO has cut inside it.
+
+A rank works on every row that its range of elements touches (see `fragments.py`). Where a cut divides a row, the row is
+the last one of a rank and the first one of the next rank. Products of rows are fine that way, but sums over ranks would
+count the shared row twice. So the rank that does *not* have the first element of the row drops it: `twice` is 1 there,
+and each method narrows its operands by that row before it sums.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +22,14 @@ from .shards import Shards, Traffic, dims
 
 
 class Overlapping(Shards):
-    """Shards whose first row may also be the last of another: sums leave out a row that does not begin here.
+    """The algebra of shards whose first row may also be the last row of another rank, which then counts it.
 
     Args:
-        twice: rows at the beginning that are counted elsewhere, 0 or 1.
-        mine: the elements of something like the whole matrix that no other process has, None if it is nothing like it;
-            None: here are some columns of a matrix.
+        pieces, both, traffic: see `Shards`. A piece includes the shared rows; a row is a column of the turned matrix
+            if side -1 is cut.
+        twice: the number of leading local rows that another rank counts, 0 or 1.
+        mine: a function that returns the elements of a tensor (..., m', n') that are in the range of this rank, and
+            None for a tensor of another shape. It is None where the algebra is for chosen columns of a matrix.
     """
 
     def __init__(
@@ -42,9 +50,10 @@ class Overlapping(Shards):
         return super().sketch(self._once(g, -1, -1), self._once(thin, -1, -2))
 
     def random_sketch(self, g: Tensor, width: int, drawn: Drawn) -> Tensor:
+        # `drawn` counts rows of the random matrix (n', width) from the first local column; the narrowed G starts later.
         once = self._once(g, -1, -1)
         skipped = g.shape[-1] - once.shape[-1]
-        return super().random_sketch(once, width, lambda some: drawn(slice(some.start + skipped, some.stop + skipped)))
+        return super().random_sketch(once, width, lambda rows: drawn(slice(rows.start + skipped, rows.stop + skipped)))
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         return super().inner(self._once(x, -1, -1), self._once(y, -1, -2))
@@ -53,7 +62,7 @@ class Overlapping(Shards):
         own = None if self._mine is None or factors is not None else self._mine(x)
         if own is None:
             return super().size(x, factors)
-        # Here x may be the weight, of which this process has the elements of its own range and no others.
+        # x may be the weight, of which this rank has the elements of its own range only, also in edge rows.
         total = self._completed(own.double().square().sum(-1)[..., None, None], *self.pieces)
         count = math.prod(map(int, self.shape(x)))
         return (total / count).sqrt().to(torch.promote_types(x.dtype, torch.float32))
@@ -62,7 +71,7 @@ class Overlapping(Shards):
         return super().energy(self.once(x, dim), dim, power)
 
     def norm(self, x: Tensor, dim: int | tuple[int, ...], factors: Tensor | None = None) -> Tensor:
-        if factors is not None and factors.shape[-1] > 1:  # one per column
+        if factors is not None and factors.shape[-1] > 1:  # (..., 1, n'): a factor for each column
             factors = self._once(factors, -1, -1)
         return super().norm(self._counted(x, dim), dim, factors)
 
@@ -73,6 +82,7 @@ class Overlapping(Shards):
         return self._once(g, dim, dim)
 
     def completed(self, r: Tensor, rows: Tensor) -> Tensor:
+        # R (r, n) was made of local rows. The ones that come from the shared row are added by the other rank.
         if -2 in self.pieces:
             r = r.masked_fill((rows < self.twice).unsqueeze(-1), 0)
         return super().completed(r, rows)
@@ -84,6 +94,7 @@ class Overlapping(Shards):
         shards, block = super().columns(g, spans)
         if -1 not in self.pieces:
             return self, block
+        # The shared column is counted twice in the chosen ones only if it is among them.
         start = self.pieces[-1].start
         twice = self.twice if any(first <= start < last for first, last in spans) else 0
         return type(self)(cast(Shards, shards).pieces, None, self.traffic, twice), block
@@ -97,6 +108,7 @@ class Overlapping(Shards):
         return total, first
 
     def _joined(self, y: Tensor, side: int) -> Tensor:
+        # As in `Shards`, but the rows that remain after the shared one are the last rows of the piece.
         y = self._once(y, side, -2)
         piece = self.pieces[side]
         whole = y.new_zeros(*y.shape[:-2], piece.whole, y.shape[-1])
@@ -105,10 +117,16 @@ class Overlapping(Shards):
         return self._completed(whole, side)
 
     def _counted(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-        for one in self.pieces.keys() & dims(dim):
-            x = self._once(x, one, one)
+        """Return x (..., m', n') without the shared row along the dimensions that are to be summed."""
+        for side in self.pieces.keys() & dims(dim):
+            x = self._once(x, side, side)
         return x
 
     def _once(self, x: Tensor, side: int, dim: int) -> Tensor:
-        """Without the row that is counted elsewhere, if dimension `dim` of x is that side of the matrix, and cut."""
+        """Return x without the row that another rank counts, as a view; x itself if there is none.
+
+        Args:
+            x: a tensor whose dimension `dim` runs along a side of the matrix.
+            side: that side, -2 or -1. x stays as it is if the side is not cut.
+        """
         return x.narrow(dim, self.twice, x.shape[dim] - self.twice) if self.twice and side in self.pieces else x

@@ -1,4 +1,4 @@
-"""Which part of each dimension of a DTensor is in this process, and who has the other parts."""
+"""Compute which part of each dimension of a DTensor is local, and which ranks have the other parts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from .lockstep import Peers
 
 @dataclass(frozen=True)
 class Piece:
-    """What is here of one dimension.
+    """The local part of one dimension that is cut.
 
     Attributes:
-        whole, start, length: all of it, and what is here.
-        most: the length of the longest piece; the same on all ranks, as what decides how work is divided must be.
-        place, count: its number among all pieces, in their order, and how many there are.
-        peers: those who have the others.
+        whole: the length of the whole dimension.
+        start: the index of the first local entry in it.
+        length: the number of local entries; it may be 0.
+        most: the length of the longest piece of any rank. It decides how work is divided, so it is equal on all ranks.
+        place: the index of this piece among all pieces, in ascending order of `start`.
+        count: the number of pieces.
+        peers: the ranks that have the pieces, this one included.
     """
 
     whole: int
@@ -32,45 +35,57 @@ class Piece:
     peers: Peers
 
     def within(self, first: int, last: int) -> tuple[int, int]:
-        """Where in this piece numbers `first` to `last` of the dimension begin and end."""
-        return tuple(min(max(at - self.start, 0), self.length) for at in (first, last))  # type: ignore[return-value]
+        """Return (first, last + 1), in local indices, of the part of a global range that is in this piece.
+
+        `first` and `last` delimit the global range in the same way: `last` is excluded.
+        """
+        return tuple(min(max(end - self.start, 0), self.length) for end in (first, last))  # type: ignore[return-value]
 
 
 def pieces(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> dict[int, Piece]:
-    """The dimensions of a DTensor that are cut, by their number."""
+    """Return the local piece of each dimension of a DTensor that is cut, by dimension.
+
+    Args:
+        shape: of the whole DTensor.
+        mesh, placements: its device mesh, and one placement for each dimension of the mesh.
+    """
+    # Several dimensions of the mesh may cut one dimension of the tensor, as FSDP and tensor parallelism do together.
     cuts: dict[int, list[int]] = {}
-    for at, one in enumerate(placements):
-        if not one.is_replicate():
-            cuts.setdefault(one.dim % len(shape), []).append(at)
-    return {dim: _piece(shape[dim], mesh, _order(placements, some)) for dim, some in cuts.items()}
+    for mesh_dim, placement in enumerate(placements):
+        if not placement.is_replicate():
+            cuts.setdefault(placement.dim % len(shape), []).append(mesh_dim)
+    return {dim: _piece(shape[dim], mesh, _order(placements, mesh_dims)) for dim, mesh_dims in cuts.items()}
 
 
 def peers_of(mesh: Any, placements: Sequence[Any]) -> Peers:
-    """Those who have any other part of a DTensor; a placement of None counts as replicated."""
-    return _peers(mesh, [at for at, one in enumerate(placements) if one is not None and not one.is_replicate()])
+    """Return the ranks that have the parts of a DTensor; a placement of None counts as replicated."""
+    return _peers(mesh, [i for i, cut in enumerate(placements) if cut is not None and not cut.is_replicate()])
 
 
 def ranges(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> tuple[slice, ...]:
-    """What of a whole tensor is here."""
+    """Return the index of the local part in the whole tensor: one slice for each dimension."""
     cut = pieces(shape, mesh, placements)
     every = (cut.get(i) for i in range(len(shape)))
-    return tuple(slice(None) if one is None else slice(one.start, one.start + one.length) for one in every)
+    return tuple(slice(None) if piece is None else slice(piece.start, piece.start + piece.length) for piece in every)
 
 
 def _order(placements: Sequence[Any], cuts: list[int]) -> list[int]:
-    """Dimensions of the mesh in the order in which they have cut one dimension of a tensor.
+    """Return mesh dimensions in the order in which they have cut one dimension of a tensor.
 
-    That is their own order, but for `_StridedShard`: FSDP comes to it when tensor parallelism, which is on a later
-    dimension of the mesh, has cut it already.
+    That is ascending order, except for `_StridedShard`. FSDP uses it where tensor parallelism has cut the dimension
+    already, although the mesh dimension of tensor parallelism comes after that of FSDP.
     """
-    later = [at for at in cuts if type(placements[at]).__name__ == "_StridedShard"]
-    return [at for at in cuts if at not in later] + later
+    later = [mesh_dim for mesh_dim in cuts if type(placements[mesh_dim]).__name__ == "_StridedShard"]
+    return [mesh_dim for mesh_dim in cuts if mesh_dim not in later] + later
 
 
 def _piece(whole: int, mesh: Any, order: list[int]) -> Piece:
+    """Return the local piece of a dimension of length `whole` after the cuts of some mesh dimensions, in order."""
     start, length, most, place, count = 0, whole, whole, 0, 1
-    for at in order:
-        parts, mine = mesh.size(at), mesh.get_local_rank(at)
+    # Each cut divides the current piece into chunks of ceil(length / parts), as torch.chunk does. The last chunks may
+    # be shorter or empty, and the first one is always a longest one, so `most` follows the first chunks.
+    for mesh_dim in order:
+        parts, mine = mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim)
         size, most = -(-length // parts), -(-most // parts)
         skipped = min(size * mine, length)
         start, length = start + skipped, min(size, length - skipped)
@@ -79,20 +94,29 @@ def _piece(whole: int, mesh: Any, order: list[int]) -> Piece:
 
 
 def _peers(mesh: Any, dims: list[int]) -> Peers:
+    """Return the ranks of the submesh that contains this rank and spans the given mesh dimensions."""
     if len(dims) == 1:
         return Peers(mesh.get_group(dims[0]), mesh.device_type)
+    # Fix the coordinate of this rank in all other mesh dimensions. Each `select` drops one dimension, so later ones
+    # have moved forward by the number dropped before.
     ranks = mesh.mesh
-    for i, at in enumerate(i for i in range(mesh.ndim) if i not in dims):
-        ranks = ranks.select(at - i, mesh.get_local_rank(at))
+    for dropped, mesh_dim in enumerate(i for i in range(mesh.ndim) if i not in dims):
+        ranks = ranks.select(mesh_dim - dropped, mesh.get_local_rank(mesh_dim))
     return Peers(_group(tuple(sorted(ranks.flatten().tolist())), dist.group.WORLD), mesh.device_type)
 
 
 @functools.lru_cache(maxsize=64)
 def _group(ranks: tuple[int, ...], world: Any) -> dist.ProcessGroup:
-    """One group over several dimensions of a mesh: sums over one after the other may differ in their last bits.
+    """Return one process group for ranks that span several mesh dimensions.
 
-    All ranks of a mesh come here for the same parameters in the same order, when an optimizer is made.
+    A sum over one mesh dimension and then over the next may differ from a single sum in its last bits. All ranks of a
+    mesh call this for the same parameters in the same order, when an optimizer is made.
+
+    Args:
+        ranks: global ranks, ascending.
+        world: the default group. It is part of the cache key, so that a new default group gets new subgroups.
     """
     if len(ranks) == world.size():
         return cast(dist.ProcessGroup, world)
+    # Only members of the group enter `new_group`: other ranks of the mesh make the groups of their own submeshes.
     return cast(dist.ProcessGroup, dist.new_group(list(ranks), use_local_synchronization=True))

@@ -1,4 +1,4 @@
-"""The algebra of a matrix of which others have the rest: thin partial results, completed over ranks."""
+"""Implement the algebra of a matrix that is cut over ranks: thin partial results, completed by sums over ranks."""
 
 from __future__ import annotations
 
@@ -22,12 +22,19 @@ from . import lockstep
 from .lockstep import Peers
 from .pieces import Piece
 
-_MOST_ROUNDS = 30  # of `leading`
+_MOST_ROUNDS = 30  # of subspace iteration in `leading`
 
 
 @dataclass
 class Meter:
-    """What one parameter has handed to collectives: bytes, and in how many messages. `between` leaves refreshes out."""
+    """Counters of what one parameter has handed to collectives.
+
+    Attributes:
+        steps, refreshes: how many of each were counted.
+        between: bytes sent in steps, without those of refreshes.
+        refreshing: bytes sent in refreshes.
+        messages_between, messages_refreshing: the numbers of sums behind these bytes.
+    """
 
     steps: int = 0
     refreshes: int = 0
@@ -38,15 +45,16 @@ class Meter:
 
     @property
     def sent(self) -> tuple[float | None, float | None]:
-        """Per step and per refresh, on average; None where there was none yet."""
+        """Average bytes per step and per refresh; None before the first one."""
         per_step = self.between / self.steps if self.steps else None
         return per_step, self.refreshing / self.refreshes if self.refreshes else None
 
 
 class Traffic:
-    """What the matrices of one chunk send in one step, for their meters."""
+    """The sums that the matrices of one chunk send in one step, counted on their meters."""
 
     def __init__(self, meters: Sequence[Meter]) -> None:
+        """Begin a step of the parameters with these meters."""
         self.meters = meters
         self._in_refresh, self._refreshed = False, False
         for meter in meters:
@@ -54,6 +62,7 @@ class Traffic:
 
     @contextmanager
     def refreshing(self) -> Iterator[None]:
+        """Count the sums inside the context as those of a refresh. A step has one refresh per meter at most."""
         for meter in self.meters:
             meter.refreshes += not self._refreshed
         self._in_refresh = self._refreshed = True
@@ -61,10 +70,12 @@ class Traffic:
         self._in_refresh = False
 
     def total(self, x: Tensor, peers: Peers, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """Return the sum of x over the peers, and count it."""
         self.note(x)
         return lockstep.total(x, peers, op)
 
     def note(self, x: Tensor) -> None:
+        """Count a sum. The bytes of a stack (b, ...) are shared evenly by the parameters of the chunk."""
         for meter in self.meters:
             if self._in_refresh:
                 meter.refreshing += x.nbytes / len(self.meters)
@@ -75,14 +86,19 @@ class Traffic:
 
 
 class Shards(Algebra):
-    """Every rank has some rows (-2) of the turned matrix, or some columns (-1), or some columns of some rows.
+    """The algebra of a matrix of which every rank has a block of rows, a block of columns, or a block of both.
 
-    Where rows are cut, so are the rows of a basis. Where columns are cut, so are those of R. What is not cut is the
-    same on all ranks, and what is computed from it is computed everywhere, from the same bits.
+    Let m' and n' be the local lengths of the turned matrix G (m, n). Where rows (-2) are cut, the basis (m', r) is cut
+    in the same way; where columns (-1) are cut, the coordinates R (r, n') are. A tensor with no cut side is the same on
+    all ranks, and every rank computes on it for itself, from the same bits.
+
+    Each method computes on the local part and then sums over the side that the product runs along. For example
+    `P^T G` runs along rows, so `project` adds up (r, n') over the ranks that have the other rows.
 
     Args:
-        pieces: of the sides that are cut.
-        both: who has the other parts, where both are.
+        pieces: the local piece of each side that is cut, by side.
+        both: the ranks that have parts of the matrix if both sides are cut; else None.
+        traffic: counts the sums.
     """
 
     def __init__(self, pieces: Mapping[int, Piece], both: Peers | None, traffic: Traffic) -> None:
@@ -105,6 +121,7 @@ class Shards(Algebra):
     # -- sums ----------------------------------------------------------------------------------------------------------
 
     def largest(self, g: Tensor) -> Tensor:
+        # A rank without elements takes part, with the neutral element of a maximum of absolute values.
         largest = super().largest(g) if g.numel() else g.new_zeros(g.shape[:-2])
         return self._completed(largest, -2, -1, op=dist.ReduceOp.MAX)
 
@@ -122,7 +139,8 @@ class Shards(Algebra):
         norm = super().norm(x, dim, factors)
         if not self.pieces.keys() & dims(dim):
             return norm
-        return self._completed(norm.double().square(), *dims(dim)).sqrt().to(norm.dtype)  # whose squares may not fit
+        # Norms are added up as squares, in float64, because the square of a float32 norm may overflow float32.
+        return self._completed(norm.double().square(), *dims(dim)).sqrt().to(norm.dtype)
 
     def mean(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         if not self.pieces.keys() & dims(dim):
@@ -156,13 +174,15 @@ class Shards(Algebra):
     def columns(self, g: Tensor, spans: Sequence[tuple[int, int]]) -> tuple[Algebra, Tensor]:
         if -1 not in self.pieces:
             return self, super().columns(g, spans)[1]
+        # The chosen columns, put together, are a matrix of their own, with a piece of its own on this rank:
+        # `before` chosen columns are on ranks before it.
         piece = self.pieces[-1]
         here = [piece.within(*span) for span in spans]
         whole = sum(last - first for first, last in spans)
         before = sum(min(last, piece.start) - min(first, piece.start) for first, last in spans)
         length = sum(last - first for first, last in here)
-        some = {-1: replace(piece, whole=whole, start=before, length=length, most=whole)}
-        return type(self)({**self.pieces, **some}, self.both, self.traffic), beside([g[..., a:b] for a, b in here])
+        chosen = {-1: replace(piece, whole=whole, start=before, length=length, most=whole)}
+        return type(self)({**self.pieces, **chosen}, self.both, self.traffic), beside([g[..., a:b] for a, b in here])
 
     # -- lines ---------------------------------------------------------------------------------------------------------
 
@@ -173,6 +193,7 @@ class Shards(Algebra):
         if -2 not in self.pieces:
             return super().places(index)
         piece = self.pieces[-2]
+        # Rows of other ranks get a valid local index all the same; the mask `mine` marks them as absent.
         here = index.long() - piece.start
         mine = (here >= 0) & (here < piece.length)
         return here.clamp(0, max(0, piece.length - 1)), mine
@@ -194,26 +215,33 @@ class Shards(Algebra):
     def signed(self, basis: Tensor, side: int = -2) -> Tensor:
         if side not in self.pieces:
             return ops.fix_signs(basis)
+        # Each rank finds, for each column, the first entry of (nearly) largest magnitude in its rows: (..., r). A table
+        # (..., count, r) with one row per piece collects these entries. Its rows are in the order of the pieces, so that
+        # among (nearly) equal entries the first one of the whole matrix decides, as without a cut.
         piece = self.pieces[side]
         peaks = basis.new_zeros(*basis.shape[:-2], piece.count, basis.shape[-1])
-        if piece.length:  # its own row, in the order of the pieces, so that the first of equal entries decides
+        if piece.length:
             peaks[..., piece.place, :] = leading_entries(basis).squeeze(-2)
         pivot = leading_entries(self._completed(peaks, side))
         return basis * torch.where(pivot < 0, -1.0, 1.0).to(basis.dtype)
 
     def leading(self, g: Tensor, rank: int) -> Tensor:
-        """Subspace iteration until it stays: a factorisation would need all of G in one place, or its Gram matrix.
+        """Return the leading left singular vectors, (m', n') -> (m', rank), by subspace iteration until it converges.
 
-        Many thin messages, together more than G where singular values hardly differ.
+        A factorization would need all of G, or its Gram matrix, on one rank. The iteration sends many thin messages
+        instead; where singular values hardly differ, they add up to more bytes than G has.
         """
         m, n = self.shape(g)
-        width = int(min(rank + 8, m, n))
+        width = int(min(rank + 8, m, n))  # a few columns more than the rank make the iteration converge faster
         shape, start = self.own((n, width))
 
-        def drawn(some: slice) -> Tensor:
-            return ops.normal(shape, 0, ops.stream_of("leading", 0), g.device, start, some).to(g.dtype)
+        def drawn(rows: slice) -> Tensor:
+            # Some rows of a Gaussian matrix (n, width), a function of their global indices.
+            return ops.normal(shape, 0, ops.stream_of("leading", 0), g.device, start, rows).to(g.dtype)
 
         basis = subspace_iteration(self, g, self.random_sketch(g, width, drawn), width, 2)
+        # Below this angle, two rounds differ by rounding errors only. All ranks compute the same angle, and stop
+        # together.
         enough = 8 * math.sqrt(rank) * torch.finfo(g.dtype).eps
         for _ in range(_MOST_ROUNDS):
             old, basis = basis, subspace_iteration(self, g, basis, width, 2)
@@ -222,16 +250,18 @@ class Shards(Algebra):
         return basis[:, :rank].contiguous()
 
     def right(self, r: Tensor, rank: int) -> Tensor:
-        """Of the triangle that a QR factorisation leaves."""
+        """Return the leading right singular vectors of R (r, n'), (n', rank), by a QR factorization of R^T."""
         if -1 not in self.pieces:
             return super().right(r, rank)
+        # R^T = Q T with Q (n', r) and T (r, r). The singular vectors of the small T, the same on all ranks, give those
+        # of R^T when multiplied by Q.
         q = self.orthonormal(r.mT.contiguous(), -1)
         small, values, _ = torch.linalg.svd(self.inner(r, q).mT.double())
         settle_(small, values, eps=torch.finfo(q.dtype).eps, keep=rank)
         return self.signed(q @ small[..., :rank].to(q.dtype), -1)
 
     def _angle(self, old: Tensor, new: Tensor) -> Tensor:
-        """Sine of the angle between two subspaces."""
+        """Return the Frobenius norm of the part of `new` (m', k) outside the span of `old`: a sine of their angle."""
         lost, _ = self._lines(-2)
         return lost(lambda rest: rest.double().square().sum(), new - old @ self.project(old, new)).sqrt()
 
@@ -241,10 +271,11 @@ class Shards(Algebra):
         return self.traffic.refreshing()
 
     def each(self, work: Callable[..., None], items: Iterable[Any]) -> None:
+        # The sums of all items are sent together.
         lockstep.together([partial(work, item) for item in items])
 
     def _completed(self, x: Tensor, *sides: int, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        """The sum over the ranks that have other parts of some sides."""
+        """Return the sum of x over the ranks that have the other pieces of some sides; x itself if none is cut."""
         cut = [side for side in sides if side in self.pieces]
         if not cut:
             return x
@@ -253,7 +284,12 @@ class Shards(Algebra):
         return self.traffic.total(x, peers, op)
 
     def _lines(self, side: int) -> tuple[Callable[..., Tensor], int]:
-        """What sums over the rows (-2) or columns (-1), and the number of the first one here."""
+        """Return how the operators of `ops` reach over a cut: a sum over rows (-2) or columns (-1), and an index.
+
+        Returns:
+            A function that is given a local reduction and its thin arguments, and returns its value over all ranks;
+            and the global index of the first local row or column.
+        """
 
         def total(summed: Callable[..., Tensor], *thin: Tensor) -> Tensor:
             return self._completed(summed(*thin), side)
@@ -261,15 +297,18 @@ class Shards(Algebra):
         return total, self.pieces[side].start if side in self.pieces else 0
 
     def _joined(self, y: Tensor, side: int) -> Tensor:
-        """All rows of a thin matrix, on every rank."""
+        """Return all rows of a thin matrix, (..., m', k) -> (..., m, k), on every rank."""
+        # Each rank sends its rows within zeros. A sum of those is a gather that can share a collective with other sums.
         piece = self.pieces[side]
         whole = y.new_zeros(*y.shape[:-2], piece.whole, y.shape[-1])
         whole[..., piece.start : piece.start + piece.length, :] = y
         return self._completed(whole, side)
 
     def _count(self, x: Tensor, dims: tuple[int, ...]) -> int:
+        """Return the number of elements of the whole matrix along some dimensions of its local part x."""
         return math.prod([self.pieces[dim].whole if dim in self.pieces else x.shape[dim] for dim in dims])
 
 
 def dims(dim: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Return one dimension or several as a tuple."""
     return (dim,) if isinstance(dim, int) else dim

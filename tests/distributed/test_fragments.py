@@ -508,13 +508,13 @@ def no_full_state(rank):
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("kahan", 'tall is kept in 16 bits in flat tensors, with bf16_update="kahan"'),
+        ("kahan", 'tall is stored in 16 bits in flat tensors, with bf16_update="kahan"'),
         ("ranks differ", r"ranks have different state \(basis of w"),
         ("some ranks", "w is in flat tensors of 1 of 3 ranks"),
         ("blocks", 'quantized in blocks that depend on the number of ranks.*"bfloat16"'),
         ("capturable", "capturable=True of GaLoreAdamW does not work under a wrapper"),
         ("copy", "cannot be copied or pickled"),
-        ("other pieces", "of other pieces of the parameters"),
+        ("other pieces", "has other ranges of the parameters than this rank"),
         ("wrong map", "does not match its master weights.*round_robin_gradients to false"),
     ],
 )

@@ -331,7 +331,7 @@ def test_singular_vectors_of_shards(results):
 
 def test_other_layouts(results):
     found = results["layouts"]
-    assert "Shard and Replicate are understood" in found["partial"]
+    assert "only Shard and Replicate are supported" in found["partial"]
     assert found["noise"] == 0
     assert max(found[key] for key in found if key not in ("partial", "noise", "exact")) < 1e-12, found
 
