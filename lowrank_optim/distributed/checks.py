@@ -61,6 +61,7 @@ def cut(method: str, plan: Plan, sides: Iterable[int], why: Mapping[int, str], b
             f"{method} cannot update {plan.name} {plan.shape}, which is sharded along its {direction}: {why[side]}. "
             f"Give it to a group with rank=None{turn}, or use DistributedDataParallel"
         )
+    # Blocks of a shard begin at its first element, so other numbers of ranks would give other bits.
     for key in blocks:
         raise NotImplementedError(
             f"{method} cannot update {plan.name} {plan.shape}: its {key} is sharded, and would be quantized in blocks "
@@ -114,6 +115,7 @@ def can_be_copied(method: str, in_pieces: bool) -> None:
 
 def flat(method: str, shape: Sequence[int], known: bool) -> None:
     """Refuse a tensor in the place of parameters unless it is a flat tensor of a `known` wrapper."""
+    # FSDP1 gives a flattened tensor as well, but without the attributes that say what it holds.
     if not known or len(shape) != 1:
         what = "a flattened 1-D tensor" if len(shape) == 1 else f"a tensor {tuple(shape)}"
         raise NotImplementedError(

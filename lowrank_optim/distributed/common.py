@@ -37,6 +37,7 @@ class Common:
     """
 
     def __init__(self, plans: Mapping[Tensor, Plan], layouts: Mapping[Tensor, Layout]) -> None:
+        # `everyone` also contains ranks whose local part is empty: they have to enter the same collectives.
         self.plans = plans
         self.groups: dict[Peers, list[Tensor]] = {}
         for p, layout in layouts.items():
@@ -72,6 +73,7 @@ class Common:
 
     def anywhere(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank. All ranks call it."""
+        # A flag that one group has raised is handed on to the sums of the next group.
         for peers in self.groups:
             flag = bool(total(torch.tensor([int(flag)], device="cpu"), peers, dist.ReduceOp.MAX))
         return flag

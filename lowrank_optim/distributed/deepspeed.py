@@ -62,6 +62,7 @@ def later(params: Sequence[Tensor]) -> list[Tensor]:
     zero = next((cast(Any, p)._z3_optimizer for p in params if hasattr(p, "_z3_optimizer")), None)
     if zero is None:
         return []
+    # A group may have several sub-groups, each with a flat tensor. The lists that say so are in equal order.
     own = {id(p) for p in params}
     with _known_attributes():
         groups = zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
@@ -134,6 +135,7 @@ def _of_stage_3(zero: Any, flat: Tensor) -> Iterator[Range]:
 
 def _refuse(params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
     """Refuse features of DeepSpeed that change which elements the flat tensors hold, or when they hold them."""
+    # Stage 3 keeps its optimizer in the first attribute, the other stages in the second.
     for p in params:
         for feature, used, instead in _features(
             p, getattr(p, "_z3_optimizer", getattr(p, "_zero_optimizer", None)), group
@@ -143,6 +145,8 @@ def _refuse(params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
 
 def _features(p: Any, zero: Any, group: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     """Yield (name of an unsupported feature, whether it is used, what to do instead)."""
+    # An attribute may be missing where a stage or version does not have the feature, so each one has a default. ZenFlow
+    # and SuperOffload have optimizer classes of their own, and are known by these.
     kind = type(zero).__name__
     nvme = getattr(zero, "swap_optimizer", False) or getattr(zero, "params_in_nvme_and_cpu", False)
     yield "round_robin_gradients", getattr(zero, "round_robin_gradients", False), "set it to false"

@@ -78,6 +78,7 @@ def place_(x: Tensor, index: Tensor, rows: Tensor) -> None:
 
 def _numbers_here(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Return the positions in `index` of the rows that are local, and their local row indices."""
+    # Local rows are contiguous, so a row is local if its index relative to the first one is in range.
     here = index - first_row(x)
     mine = ((here >= 0) & (here < len(local(x)))).nonzero().squeeze(-1)
     return mine, here[mine]
@@ -85,6 +86,7 @@ def _numbers_here(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 def _summed(x: Tensor, example: Tensor) -> Tensor:
     """Return the sum of x over the ranks that have the parts of a DTensor. All ranks call it."""
+    # Through lockstep, unlike `full_tensor`, so that tasks share one collective.
     dtensor = cast(Any, example)
     return total(x, peers_of(dtensor.device_mesh, dtensor.placements))
 

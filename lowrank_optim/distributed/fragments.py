@@ -129,6 +129,9 @@ class _Fragment(Cut):
         """The number of leading local rows (0 or 1) that an earlier rank has as well, and counts in sums."""
         return 0
 
+    # State is kept for the local entries of each cut dimension, the shared row included. To put the whole state
+    # together, each rank adds what only it counts (`once`); the second copy of a shared row is its `border`.
+
     def zeros(self, batch: Shape, shape: Shape, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         return torch.zeros(batch + tuple(map(int, self._shape_here(shape))), dtype=dtype, device=device)
 
@@ -162,6 +165,7 @@ class Stretch(_Fragment):
         return self._shape_here(self.matrix(plan))
 
     def within(self, whole: Tensor, shape: Shape) -> Tensor:
+        # State of the whole parameter has its shape, such as (b, m, n); a stretch counts its elements as one line.
         return super().within(whole.reshape(-1) if cut_dimensions(shape) else whole, shape)
 
     @property
@@ -193,6 +197,8 @@ class TouchedRows(_Fragment):
 
     def enter(self, x: Tensor) -> Tensor:
         """Return the range as whole rows (rows, width), with zeros in place of elements of other ranks."""
+        # A range of whole rows is a view. Otherwise rows are copied, and the elements of other ranks stay zero: their
+        # updates are computed and never written.
         if self._partly:
             rows = x.new_zeros(self.piece.length * self.width)
             rows[self._own] = x
@@ -208,6 +214,7 @@ class TouchedRows(_Fragment):
         return rows
 
     def leave_(self, p: Tensor, rows: Tensor) -> None:
+        # `rows` is a copy where the range has a part of a row only; else it is the memory of p.
         if self._partly:
             p.copy_(rows.view(-1)[self._own])
 
@@ -216,6 +223,7 @@ class TouchedRows(_Fragment):
 
     @property
     def twice(self) -> int:
+        # The range begins inside its first row, so an earlier rank has the first element of that row.
         return int(self.skipped > 0)
 
     @property
@@ -238,6 +246,7 @@ class TouchedRows(_Fragment):
             (..., elements), or None if x has another shape.
         """
         shape = self.piece.length, self.width
+        # A caller may ask with the update or the weight (m', n'), but also with a thin tensor such as R.
         if tuple(x.shape[-2:]) != (shape[::-1] if self.side == -1 else shape):
             return None
         return (x.mT if self.side == -1 else x).reshape(*x.shape[:-2], -1)[..., self._own]
@@ -323,6 +332,7 @@ def fragments(
         plans, elementwise, keys: of each parameter, see `cut`.
         device: of the flat tensor.
     """
+    # Each process group is asked once for its peers and for the position of this process.
     groups = {own.group: peers_in(own.group, device) for own in ranges}
     seats = {group: Seat(dist.get_rank(group), dist.get_world_size(group), peers) for group, peers in groups.items()}
     yield from cut(ranges, _everywhere(ranges, device), [seats[own.group] for own in ranges], plans, elementwise, keys)
@@ -364,6 +374,7 @@ def cut(
 
 def _of_stack(own: Range, all_: list[tuple[int, int]], plan: Plan, key: str, seat: Seat) -> Iterator[Fragment]:
     """Yield a fragment for each matrix of a stack: the whole matrix, or the rows that the local range touches."""
+    # `among` keeps the size of the whole stack, which decides how state is stored, for each of its matrices.
     size = math.prod(plan.matrix)
     part = replace(plan, shape=plan.shape[-2:], batch=(), among=plan.count)
     for number in range(plan.count):
@@ -396,6 +407,7 @@ def _stretch(own: Range, all_: list[tuple[int, int]], size: int, seat: Seat) -> 
 def _rows(own: Range, all_: list[tuple[int, int]], plan: Plan, seat: Seat) -> TouchedRows:
     """Return the layout of the rows of one matrix that the local range touches; `all_`: the ranges of all ranks."""
     height, width = plan.matrix[::-1] if plan.side == "right" else plan.matrix
+    # Local rows include those that are shared. The piece of a rank with an empty range is empty as well.
     touched = [_touched(start, length, width) for start, length in all_]
     start, stop = _touched(own.start, own.length, width)
     piece = Piece(height, start, stop - start, max(b - a for a, b in touched), *seat)

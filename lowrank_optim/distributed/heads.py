@@ -40,6 +40,7 @@ def summed_(x: Tensor) -> Tensor:
 
 def anywhere(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is true on any process. All processes call it; `device` is where the backend works."""
+    # A flag is sent as float32, which every backend can reduce.
     answer = torch.tensor(float(flag), device=device)
     dist.all_reduce(answer, dist.ReduceOp.MAX)
     return bool(answer)

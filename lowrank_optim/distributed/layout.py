@@ -229,9 +229,11 @@ class Cut(Replicated):
 
     @property
     def key(self) -> tuple[Any, ...]:  # type: ignore[override]
+        # Equal pieces mean equal local shapes, and sums over the same ranks.
         return *self.pieces.items(), self.both
 
     def first(self, plan: Plan) -> int:
+        # Only the first batch dimension can be cut; each of its entries stands for prod(batch[1:]) matrices.
         return self.pieces[_BATCH].start * math.prod(plan.batch[1:]) if _BATCH in self.pieces else 0
 
     def most(self, plan: Plan) -> int:
@@ -253,6 +255,7 @@ class Cut(Replicated):
         return tuple(Side(n, i) if i in self.pieces else n for i, n in zip(sides, plan.matrix, strict=True))
 
     def weight(self, plan: Plan) -> Shape:
+        # Noise of weights is indexed in the natural matrix, so that it does not depend on the projected side.
         shape = self._shape_here(self.matrix(plan))
         return shape[::-1] if plan.side == "right" else shape
 
@@ -292,6 +295,7 @@ class Cut(Replicated):
         # Random numbers are a function of the global row-major index. Then every cut draws what one process draws.
         first = self._piece(shape[0]) if shape else None
         last = self._piece(shape[-1]) if len(shape) > 1 else None
+        # `width`: elements of a whole row. `base`: global index of the first local row.
         width = last.whole if last else math.prod(shape[1:])
         base = first.start * width if first else 0
         if last:
@@ -305,6 +309,7 @@ class Cut(Replicated):
         return Places(element, base, run, gap) if run else 0
 
     def algebra(self, layouts: Sequence[Layout]) -> Algebra:
+        # Layouts of one chunk have the same pieces (see `key`), so those of `self` stand for all.
         sides = {side: piece for side, piece in self.pieces.items() if side != _BATCH}
         # With only the batch cut, each local matrix is whole.
         return self._shards(sides, [cast(Cut, layout).meter for layout in layouts]) if sides else WHOLE
@@ -369,6 +374,7 @@ def layout_of(p: Tensor, plan: Plan) -> Layout:
     """Return the layout of a parameter; raise a NotImplementedError for a DTensor with an unsupported layout."""
     if not hasattr(p, "device_mesh"):
         return HERE
+    # A DTensor with replicas only needs no collectives: every rank has the same whole gradient.
     dtensor = cast(Any, p)
     placements, mesh = tuple(dtensor.placements), dtensor.device_mesh
     if all(placement.is_replicate() for placement in placements):
@@ -381,6 +387,7 @@ def layout_of(p: Tensor, plan: Plan) -> Layout:
             f"{plan.name} is sharded with the placements {placements}, but not into equal parts. Shard it with "
             "fully_shard, parallelize_module or distribute_tensor"
         )
+    # From dimensions of the parameter to sides of the turned matrix: -2, -1, or -3 for the batch.
     natural = {dimension(plan, i): i for i in cut}
     sides = {side: cut[i] for side, i in natural.items()}
     shard_checks.cut_stack(plan.name, bool(plan.batch), len(sides.keys() & {-2, -1}))

@@ -111,6 +111,7 @@ def together(works: Sequence[Work]) -> None:
     The first error ends all works and is raised here. A work may call `together` itself: it then sleeps until the
     nested works have ended, and their sums are sent with those of the outer works.
     """
+    # The same call serves code inside and outside of tasks: the thread says which scheduler, if any, it works for.
     lockstep = getattr(_this, "lockstep", None)
     if len(works) == 1:
         # A single work needs no thread of its own. Inside a task its sums still join those of the other tasks.
@@ -158,6 +159,7 @@ class _Lockstep:
                 else:
                     self._deliver()
                     continue
+                # From here until `_stopped` is released, only the thread of the task runs.
                 self._stopped.acquire()
                 if self._error is not None:
                     raise self._error
@@ -166,6 +168,7 @@ class _Lockstep:
             self._over = True
             for sleeper in list(self._asleep):
                 sleeper.release()
+            # A thread must not outlive the step: it may hold tensors, and it could touch them later.
             for thread in self._threads:
                 thread.join()
 
@@ -198,6 +201,7 @@ class _Lockstep:
         """Hand over to the calling thread, and return when `until` is released. Raise `_Abandoned` after an error."""
         if self._over:  # a `finally` or a context manager of an abandoned task asks for a sum
             raise _Abandoned
+        # First announce the semaphore, so that an error can wake this thread; then let the caller go on.
         self._asleep.add(until)
         self._stopped.release()
         until.acquire()
@@ -220,6 +224,7 @@ class _Lockstep:
 
     def _do(self, work: Work, family: _Family | None) -> None:
         """Run one task, keep its error for `run`, and wake the task that began it if it was the last of its family."""
+        # The first error counts. The caller raises it, because an exception in a thread would only be printed.
         try:
             work()
         except Exception as error:

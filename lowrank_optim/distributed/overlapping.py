@@ -43,6 +43,9 @@ class Overlapping(Shards):
         super().__init__(pieces, both, traffic)
         self.twice, self._mine = twice, mine
 
+    # Products that are summed over the cut side: both operands lose the shared row, or column, along that side. The
+    # results, such as R (r, n'), have the shape that they have in `Shards`.
+
     def project(self, basis: Tensor, g: Tensor) -> Tensor:
         return super().project(self._once(basis, -2, -2), self._once(g, -2, -2))
 
@@ -67,6 +70,9 @@ class Overlapping(Shards):
         count = math.prod(map(int, self.shape(x)))
         return (total / count).sqrt().to(torch.promote_types(x.dtype, torch.float32))
 
+    # Reductions: x loses the shared row only along dimensions that are summed. Norms of rows that are not summed over,
+    # for example, are complete on both ranks that share a row.
+
     def energy(self, x: Tensor, dim: int, power: int = 2) -> Tensor:
         return super().energy(self.once(x, dim), dim, power)
 
@@ -88,6 +94,7 @@ class Overlapping(Shards):
         return super().completed(r, rows)
 
     def projected(self) -> Algebra:
+        # Where columns are cut, R (r, n') shares a column as G does. Where rows are cut, R is whole on every rank.
         return self if -1 in self.pieces else WHOLE
 
     def columns(self, g: Tensor, spans: Sequence[tuple[int, int]]) -> tuple[Algebra, Tensor]:
@@ -100,6 +107,7 @@ class Overlapping(Shards):
         return type(self)(cast(Shards, shards).pieces, None, self.traffic, twice), block
 
     def _lines(self, side: int) -> tuple[Callable[..., Tensor], int]:
+        # Operators of `ops` sum over rows of their thin arguments (m', k): the shared row is dropped before.
         complete, first = super()._lines(side)
 
         def total(summed: Callable[..., Tensor], *thin: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ class Traffic:
     @contextmanager
     def refreshing(self) -> Iterator[None]:
         """Count the sums inside the context as those of a refresh. A step has one refresh per meter at most."""
+        # A chunk may come here several times in a step, which is one refresh all the same.
         for meter in self.meters:
             meter.refreshes += not self._refreshed
         self._in_refresh = self._refreshed = True
@@ -76,6 +77,7 @@ class Traffic:
 
     def note(self, x: Tensor) -> None:
         """Count a sum. The bytes of a stack (b, ...) are shared evenly by the parameters of the chunk."""
+        # Each parameter is charged its share of the bytes, but a whole message: alone, it would send one as well.
         for meter in self.meters:
             if self._in_refresh:
                 meter.refreshing += x.nbytes / len(self.meters)
@@ -107,9 +109,11 @@ class Shards(Algebra):
     # -- products ------------------------------------------------------------------------------------------------------
 
     def project(self, basis: Tensor, g: Tensor) -> Tensor:
+        # (m', r) and (m', n') -> (r, n'): the product runs along rows.
         return self._completed(super().project(basis, g), -2)
 
     def sketch(self, g: Tensor, thin: Tensor) -> Tensor:
+        # (m', n') and (n', k) -> (m', k): this product and the next two run along columns.
         return self._completed(super().sketch(g, thin), -1)
 
     def random_sketch(self, g: Tensor, width: int, drawn: Drawn) -> Tensor:
@@ -126,6 +130,7 @@ class Shards(Algebra):
         return self._completed(largest, -2, -1, op=dist.ReduceOp.MAX)
 
     def size(self, x: Tensor, factors: Tensor | None = None) -> Tensor:
+        # The root mean square divides by the number of elements of the whole matrix, not of the local part.
         both = (-2, -1) if x.dim() > 1 else (-1,)
         return self.norm(x, both, factors) / math.sqrt(self._count(x, both))
 
@@ -145,6 +150,7 @@ class Shards(Algebra):
     def mean(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         if not self.pieces.keys() & dims(dim):
             return super().mean(x, dim)
+        # Means of pieces of unequal length cannot be averaged; sums can be added up.
         return self._completed(x.sum(dim=dim, keepdim=True), *dims(dim)) / self._count(x, dims(dim))
 
     def mean_squares(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,6 +160,7 @@ class Shards(Algebra):
     # -- shapes --------------------------------------------------------------------------------------------------------
 
     def shape(self, g: Tensor) -> tuple[int, int]:
+        # A cut side carries its piece, so that `own` can tell which part of a random matrix is local.
         m, n = (
             g.shape[side] if piece is None else Side(piece.whole, side, piece)
             for side, piece in ((side, self.pieces.get(side)) for side in (-2, -1))
@@ -161,6 +168,7 @@ class Shards(Algebra):
         return m, n
 
     def own(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+        # Random matrices have the cut side first, as (m, k) or (n, k): local rows are contiguous, from this index on.
         first, *rest = shape
         if not isinstance(first, Side):
             return shape, 0
@@ -168,6 +176,7 @@ class Shards(Algebra):
         return (piece.length, *map(int, rest)), piece.start * math.prod(rest)
 
     def projected(self) -> Algebra:
+        # R (r, n') has no side of length m, so of the cuts only that of columns remains.
         columns = {d: piece for d, piece in self.pieces.items() if d == -1}
         return type(self)(columns, None, self.traffic) if columns else WHOLE
 
@@ -199,9 +208,12 @@ class Shards(Algebra):
         return here.clamp(0, max(0, piece.length - 1)), mine
 
     def completed(self, r: Tensor, rows: Tensor) -> Tensor:
+        # Each row of R is a row of G on one rank and zero on the others.
         return self._completed(r, -2)
 
     # -- bases ---------------------------------------------------------------------------------------------------------
+    # The operators of `ops` on a thin matrix (m', k) need nothing of other ranks but sums over rows, such as the Gram
+    # matrix (k, k). They take a function that completes such a sum (see `_lines`).
 
     def orthonormal(self, y: Tensor, side: int) -> Tensor:
         return ops.orthonormalize(y, *self._lines(side))
@@ -243,6 +255,7 @@ class Shards(Algebra):
         # Below this angle, two rounds differ by rounding errors only. All ranks compute the same angle, and stop
         # together.
         enough = 8 * math.sqrt(rank) * torch.finfo(g.dtype).eps
+        # The additional columns help to converge; only the first `rank` ones have to.
         for _ in range(_MOST_ROUNDS):
             old, basis = basis, subspace_iteration(self, g, basis, width, 2)
             if float(self._angle(old[:, :rank], basis[:, :rank])) <= enough:
@@ -276,6 +289,7 @@ class Shards(Algebra):
 
     def _completed(self, x: Tensor, *sides: int, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         """Return the sum of x over the ranks that have the other pieces of some sides; x itself if none is cut."""
+        # A rank that differs in an uncut side has the same x, and must not be counted again.
         cut = [side for side in sides if side in self.pieces]
         if not cut:
             return x

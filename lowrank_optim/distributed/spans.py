@@ -57,6 +57,7 @@ def span(w: Tensor, width: int) -> Span:
 
     `w` may be whole, a DTensor that is sharded by rows, or a parameter that stage 3 of DeepSpeed ZeRO has partitioned.
     """
+    # Stage 3 keeps the local range in `ds_tensor`, padded at its end; the padding is no part of the weight.
     shard = getattr(w, "ds_tensor", None)
     if shard is None:
         return Span(local(w), first_row(w) * width)
