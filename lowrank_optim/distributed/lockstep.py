@@ -201,7 +201,7 @@ class _Lockstep:
         """Hand over to the calling thread, and return when `until` is released. Raise `_Abandoned` after an error."""
         if self._over:  # a `finally` or a context manager of an abandoned task asks for a sum
             raise _Abandoned
-        # First announce the semaphore, so that an error can wake this thread; then let the caller go on.
+        # First announce the semaphore, so that an error can wake this thread; then let the caller run.
         self._asleep.add(until)
         self._stopped.release()
         until.acquire()

@@ -1,4 +1,4 @@
-"""Which linear layers of a model are meant, where their weights are to be replaced."""
+"""Choose the linear layers of a model whose weights are to be replaced."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from ..recipe.weights import is_packed
 def linears(
     model: nn.Module, include: Iterable[str] = (), exclude: Iterable[str] = (), *, to: str
 ) -> dict[str, list[nn.Linear]]:
-    """The names of the weights, each with the layers that share it: not the head, nor what is tied to an embedding.
+    """Return the chosen weights by name, each with the linear layers that share it.
 
-    Weights that are quantized already are left out.
+    Left out are the output head, weights that are tied to an embedding, and weights that are quantized already.
 
     Args:
         model: any module.
-        include, exclude: regular expressions, searched in names of parameters, that decide before anything else; in all
-            names of a weight that is shared.
-        to: what is to be done with them, a verb for the messages.
+        include, exclude: regular expressions, searched in names of parameters, that decide before any other rule. For
+            a shared weight, they are searched in all its names.
+        to: a verb for the messages, such as "convert".
 
     Raises:
-        ValueError: a pattern that matches nothing, a chosen weight that something other than linear layers uses, or
-            nothing left.
+        ValueError: a pattern matches nothing, a chosen weight is also used by a module that is no linear layer, or
+            nothing is left to choose.
     """
+    # By identity, because several layers may hold the same weight.
     users: dict[int, list[nn.Linear]] = {}
     for module in model.modules():
         weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
@@ -44,20 +45,21 @@ def linears(
     names: dict[int, list[str]] = {}
     for name, p in candidates:
         names.setdefault(id(p), []).append(name)
-    for key, own in names.items():
-        wanted = any(_any_match(include, name) for name in own) or rules[key] != "plain"
-        if wanted and not any(_any_match(exclude, name) for name in own):
-            chosen[own[0]] = users[key]
+    for key, all_names in names.items():
+        wanted = any(_any_match(include, name) for name in all_names) or rules[key] != "plain"
+        if wanted and not any(_any_match(exclude, name) for name in all_names):
+            chosen[all_names[0]] = users[key]
     if not chosen:
         raise ValueError(
-            "every nn.Linear is excluded, the head, or tied to an embedding; name some in `include`. Layers of other "
+            "every nn.Linear is excluded, the head, or tied to an embedding; name layers in `include`. Layers of other "
             "classes, such as the Conv1D of GPT-2, stay as they are"
         )
+    # A module of another class, such as an embedding, would keep the old weight.
     for name, layers in chosen.items():
-        others = [type(m).__name__ for m in model.modules() for p in m._parameters.values() if p is layers[0].weight]
-        if len(others) != len(layers):
+        holders = [type(m).__name__ for m in model.modules() for p in m._parameters.values() if p is layers[0].weight]
+        if len(holders) != len(layers):
             raise ValueError(
-                f"{name} is shared by {', '.join(others)}; to {to} it, only linear layers may use it. "
+                f"{name} is shared by {', '.join(holders)}; to {to} it, only linear layers may use it. "
                 "Take it out of `include`, or untie it first"
             )
     return chosen

@@ -1,4 +1,4 @@
-"""Linear layers whose weight is a product of thin factors, with or without a frozen weight below it."""
+"""Provide linear layers whose weight is a product of thin factors, with or without a frozen base under it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ from .rows import KINDS, ByteRows
 
 
 def _as_it_is(w: Tensor) -> Tensor:
+    """Return w itself, the dense base."""
     return w
 
 
+# How a base is made of a weight (m, n), by the name that users give.
 BASES: dict[str, Callable[[Tensor], Tensor]] = {
     "dense": _as_it_is,
     "int8": Int8Weight.quantize,
@@ -35,15 +37,18 @@ BASES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class ReparameterizedLinear(nn.Module, abc.ABC):
-    """`y = x W^T + b` for a weight W (m, n) that is kept in another form. Takes the place of an `nn.Linear`.
+    """A layer `y = x W^T + b` whose weight W (m, n) is stored in another form. It takes the place of an `nn.Linear`.
 
-    Reading `weight` composes W and is differentiable, so modules that use a layer's weight and not the layer (torch's
-    attention, fast paths) still work, at the price of a dense W. There is no parameter of that name.
+    Reading `weight` composes W and is differentiable. Modules that read a layer's weight instead of calling the layer
+    (torch's attention, fast paths) therefore still work, at the price of a dense W. There is no parameter `weight`.
 
     Args:
-        plain: gives shapes, dtype, device, the bias (the same parameter) and the weight to start from.
-        rank: a number below min(m, n), or a fraction of it.
-        name: in its model, which with `seed` decides its random numbers, equal on all ranks and devices.
+        plain: the layer to replace. It gives shapes, dtype, device, the weight to start from, and the bias, which stays
+            the same parameter.
+        rank: an int below min(m, n), or a fraction of it.
+        name: the name of the layer in its model. It decides the random numbers together with `seed`; they are equal on
+            all ranks and devices.
+        seed: of the random numbers.
     """
 
     factors: ClassVar[tuple[str, ...]]  # names of the parameters that are trained in place of W; the first one leads
@@ -61,7 +66,7 @@ class ReparameterizedLinear(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def dense(self) -> Tensor:
-        """W (m, n) in the working dtype (float32, or float64 for float64 layers), as a function of the factors."""
+        """Return W (m, n) in the working dtype (float32, or float64 for float64 layers), differentiable."""
 
     @property
     def weight(self) -> Tensor:
@@ -70,23 +75,24 @@ class ReparameterizedLinear(nn.Module, abc.ABC):
 
     @property
     def leader(self) -> nn.Parameter:
-        """The first factor. Layers that share their weight have it in common."""
+        """The first factor, by which layers that share their weight are recognized."""
         return cast(nn.Parameter, getattr(self, self.factors[0]))
 
     @abc.abstractmethod
     def refuse_shards(self) -> None:
-        """Raises a NotImplementedError where this layer is sharded in a way in which it cannot be restarted."""
+        """Raise a NotImplementedError if the layer is sharded in such a way that it cannot be restarted."""
 
     def made_with(self) -> dict[str, Any]:
-        """The options that this layer was made with, as far as it still has them."""
+        """Return the options that the layer was made with, as far as it still stores them."""
         return {"rank": self.rank}
 
     def check_complete(self) -> None:
-        """Raises a RuntimeError where the layer does not hold all that it has learned."""
+        """Raise a RuntimeError if other ranks hold updates of W that this layer does not have yet."""
 
     def to_linear(self) -> nn.Linear:
-        """A plain layer of the same function, up to one rounding of W to the dtype of the factors."""
+        """Return a plain layer of the same function, up to one rounding of W to the dtype of the factors."""
         self.check_complete()
+        # On the meta device, so that no memory is taken before W is there.
         plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         with torch.no_grad():
             plain.weight = nn.Parameter(self.weight.detach())
@@ -94,20 +100,23 @@ class ReparameterizedLinear(nn.Module, abc.ABC):
         return plain.train(self.training)
 
     def restart_workspace(self) -> int:
-        """Elements that a restart of this layer holds at once; for `estimate_memory`."""
+        """Return the number of elements that a restart of the layer holds at once; for `estimate_memory`."""
         return 0
 
     def describe(self) -> str:
-        """What `report()` remarks on the layer."""
+        """Return the remark on the layer in `report()`, or ""."""
         return ""
 
     def extra_repr(self) -> str:
-        """As of nn.Linear, and what is special."""
+        """Return the text of `nn.Linear`, followed by rank and remark."""
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{shape}, rank={self.rank}" + (f", {self.describe()}" if self.describe() else "")
 
     def _drawn(self, shape: tuple[int, ...], fan_in: int, purpose: str, count: int, device: Any) -> Tensor:
-        """What torch draws for linear layers, uniform in +-1/sqrt(fan_in); number `count` of its purpose."""
+        """Return random numbers as torch draws them for linear layers, uniform in +-1/sqrt(fan_in).
+
+        They are a function of the layer's key, of the purpose (such as "A") and of `count`, the index of the draw.
+        """
         if torch.device(device).type == "meta":
             return torch.empty(shape, device="meta")
         unit = ops.uniform(shape, self.key, ops.stream_of(purpose, count), device)
@@ -115,7 +124,7 @@ class ReparameterizedLinear(nn.Module, abc.ABC):
 
 
 class ProductLinear(ReparameterizedLinear):
-    """What layers share that have a product `s B A`, `A (r, n)`, `B (m, r)`, `s = alpha / r`, in their weight."""
+    """The common part of layers with a product `s B A`, `A (r, n)`, `B (m, r)`, `s = alpha / r`, in their weight."""
 
     B: nn.Parameter
     A: nn.Parameter
@@ -126,17 +135,19 @@ class ProductLinear(ReparameterizedLinear):
 
     @torch.no_grad()
     def balance_(self) -> None:
-        """Shares the singular values of the product out evenly between the factors; the function stays.
+        """Divide the singular values of the product evenly between the factors; the function stays the same.
 
-        Of a sharded layer, all ranks call it, and both factors are gathered.
+        All ranks call it for a sharded layer, and both factors are gathered.
         """
         working, (b, a) = working_dtype(self.B), (whole(self.B), whole(self.A))
-        if bool(a.isfinite().all() and b.isfinite().all()):  # else there is nothing to save
+        # Factors that are not finite have no decomposition, and are left as they are.
+        if bool(a.isfinite().all() and b.isfinite().all()):
             b, a = balance(b.to(working), a.to(working))
             local(self.B).copy_(part(b, self.B))
             local(self.A).copy_(part(a, self.A))
 
     def _split(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Return balanced factors B (m, r), A (r, n) for which `s B A` is the best approximation of w of rank r."""
         shapes = (self.out_features, self.rank), (self.rank, self.in_features)
         if w.is_meta:
             return w.new_empty(shapes[0]), w.new_empty(shapes[1])
@@ -145,21 +156,21 @@ class ProductLinear(ReparameterizedLinear):
 
 
 class LowRankLinear(ProductLinear):
-    r"""`W = base + s B A` with `A (r, n)`, `B (m, r)` trained, `s = alpha / r` and a frozen base, or none.
+    r"""A layer `W = base + s B A` with trained `A (r, n)`, `B (m, r)`, `s = alpha / r`, and a frozen base or none.
 
-    With a base: A uniform in +-1/sqrt(n), B zero, so that the function is the one of `plain`. Without, `init` says how
-    W becomes a product: "spectral" takes its best approximation of rank r, balanced (`B^T B = A A^T`); "random" draws
-    both factors and forgets W, as published for training from scratch.
+    With a base, A is uniform in +-1/sqrt(n) and B is zero, so the function is that of `plain`. Without a base, `init`
+    says how W becomes a product. "spectral" takes the best approximation of rank r, balanced (`B^T B = A A^T`).
+    "random" draws both factors and discards W, as published for training from scratch.
 
     Args:
         plain, rank, name, seed: see `ReparameterizedLinear`.
         alpha: s times the rank.
         base: "dense" (in the dtype of `plain`), "int8" (1.03 bytes per element), "nf4" (0.56), or "none".
-        exact_base: with a quantized base, also keep an exact copy on the CPU, in float32, where merges add up without
-            being rounded away. It is saved with the layer and never moves to the device.
-        by_rows: with a quantized base, keep it as a matrix of bytes (uint8), which `fully_shard` can share out: blocks
-            end with their row. Layers of which n is not a multiple of the block take a little more.
-        init: without a base.
+        exact_base: with a quantized base, also keep an exact copy on the CPU, in float32. Merges add up there without
+            being rounded away. The copy is saved with the layer and never moves to the device.
+        by_rows: with a quantized base, keep it as a matrix of bytes (uint8) whose blocks end with their row, so that
+            `fully_shard` can shard it. It takes a little more memory if n is not a multiple of the block.
+        init: "spectral" or "random", used without a base only.
     """
 
     factors = ("B", "A")
@@ -196,7 +207,7 @@ class LowRankLinear(ProductLinear):
         self.B, self.A = (nn.Parameter(x.to(w.dtype).contiguous()) for x in (b, a))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., n) to (..., m)."""
+        """Return y (..., m) for x (..., n)."""
         thin = linear(x, self.A) * self.scale
         if self.base is None:
             return linear(thin, self.B, self.bias)
@@ -207,24 +218,27 @@ class LowRankLinear(ProductLinear):
         return product if self.base is None else unpacked(self._below(self.base), product.dtype) + product
 
     def _below(self, base: Tensor) -> Tensor:
-        """The base, or some rows of it, as a weight."""
+        """Return the base, or local rows of it, as a weight: rows of bytes become a quantized weight."""
         return base if self.rows is None else self.rows.weight(base, self.B.dtype)
 
     def _product(self) -> Tensor:
+        """Return `s B A` (m, n) in the working dtype."""
         working = working_dtype(self.B)
         return self.scale * (self.B.to(working) @ self.A.to(working))
 
     @torch.no_grad()
     def merge_(self, count: int, stochastic: bool = True) -> None:
-        """Moves the product into the base and starts the factors anew: the function stays, up to one rounding.
+        """Add the product to the base and restart the factors; the function stays the same up to one rounding.
+
+        All ranks call it for a sharded layer: A (r, n) is gathered, and the base never is.
 
         Args:
-            count: number of this merge, from 1; decides the new A. Of a sharded layer, all ranks call it: A (r, n) is
-                gathered, and the base never.
-            stochastic: round to bfloat16 or to int8 so that small products survive on average; else to nearest.
+            count: index of this merge, from 1. It decides the new A and the noise of rounding.
+            stochastic: round to bfloat16 or to packed codes so that small products survive on average; else to nearest.
         """
         if self.base is None:
             raise RuntimeError("a layer without a base has nothing to merge into")
+        # The local elements of the product are added to those of the base, under FSDP2 and ZeRO-3 as well.
         working = working_dtype(self.B)
         here, stream = span(self.base, self.in_features), ops.stream_of("merge", count)
         product = here.of_product(local(self.B).to(working), whole(self.A).to(working)).mul_(self.scale)
@@ -243,8 +257,9 @@ class LowRankLinear(ProductLinear):
         layer_checks.shards_of_rows(LowRankLinear.__name__, self.kind if codes else "", self.exact is not None, cut)
 
     def restart_workspace(self) -> int:
-        if self.base is None:  # two orthonormal bases and what replaces the factors
+        if self.base is None:  # `balance_`: two orthonormal bases and the new factors
             return 3 * self.rank * (self.out_features + self.in_features)
+        # `merge_`: the product and the sum (m, n), and the rounded weight where factors are in bfloat16.
         return (2 + (self.B.dtype == torch.bfloat16)) * self.out_features * self.in_features
 
     def describe(self) -> str:
@@ -253,22 +268,28 @@ class LowRankLinear(ProductLinear):
         return f"{self.kind} base" + (", exact copy on the CPU" if self.exact is not None else "")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """With the exact base, where there is one: no buffer, because it stays on the CPU in its own dtype."""
+        """Save the layer, including the exact base if there is one.
+
+        The exact base is no buffer, because `model.to(...)` would move and cast it.
+        """
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.exact is not None:
             destination[prefix + "exact"] = self.exact
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Load the layer, including the exact base; its key may be missing if `strict` is False."""
         saved = None if self.exact is None else state_dict.pop(prefix + "exact", None)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if self.exact is not None and self.base is not None:
             if saved is None:
                 _, _, missing, _, _ = rest
                 missing.append(prefix + "exact")
+                # Without strict, take the loaded base. Else the next merge would add to the weight of another model.
                 below = self._below(self.base)
-                saved = unpacked(below, self.exact.dtype)  # not strict: never merge into another model's weight
+                saved = unpacked(below, self.exact.dtype)
             self.exact.copy_(saved)
 
     def _random(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Return random factors B (m, r), A (r, n), both drawn as torch draws linear layers."""
         (m, n), r = w.shape, self.rank
         return self._drawn((m, r), r, "B", 0, w.device), self._drawn((r, n), n, "A", 0, w.device)

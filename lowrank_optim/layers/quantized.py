@@ -1,12 +1,13 @@
-"""Weights in few bits that are tensors to torch: `Int8Weight`, for training, and `NF4Weight`, for bases that stay.
+"""Provide weights in few bits that are tensors to torch: `Int8Weight` for training, `NF4Weight` for frozen bases.
 
-Writing to one rounds stochastically, so that updates below one step survive on average.
+An optimizer of this package writes to them with stochastic rounding, so that updates below one quantization step
+survive on average.
 
 References: Zhang et al., "Q-GaLore: quantized GaLore with INT4 projection and layer-adaptive low-rank gradients",
 arXiv 2407.08296 (8 bits); Dettmers et al., "QLoRA: efficient finetuning of quantized LLMs", arXiv 2305.14314 (NF4).
-Differences from the first: a block's grid starts at a float32 number and not at a clamped integer, the grid is made
-anew at each update, and the noise is a function of parameter, step and element. From the second: the numbers of the
-blocks stay in float32 (no double quantization).
+Differences from the first: a block's grid starts at a float32 number and not at a clamped integer, the grid is
+computed again at each update, and the noise is a function of parameter, step and element. Difference from the second:
+the numbers of the blocks stay in float32 (no double quantization).
 """
 
 from __future__ import annotations
@@ -39,27 +40,27 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _aten = torch.ops.aten
-_MANY = 1 << 24  # elements that are packed at once on accelerators
+_MANY = 1 << 24  # number of elements that are packed at once on accelerators
 
 
 class QuantizedWeight(Tensor):
-    """A weight `(..., m, n)` that keeps each matrix as one row-major line of codes, and numbers for blocks of it; or,
-    made with `by_rows=True`, each row as such a line.
+    """A weight `(..., m, n)` that is stored as lines of codes, with numbers for each block of a line.
 
-    To torch it is a tensor of its `dtype` (its gradient is a plain one), and any operation reads its values. Writing is
-    `copy_`, which rounds to nearest, or `pack_`; every other in-place operation is refused, because rounded to nearest
-    the updates of a usual optimizer would vanish. Views are copies: what is written to them is lost.
+    A line is a whole matrix in row-major order or, with `by_rows=True`, a row.
 
-    `F.linear` keeps the codes for backward, not the values.
+    For torch it is a tensor of its `dtype` with a plain gradient, and any operation reads its values. It is written to
+    by `copy_`, which rounds to nearest, and by `pack_`. Every other in-place operation is refused, because the updates
+    of a usual optimizer would vanish if they were rounded to nearest. Views are copies: values written to them are
+    lost. `F.linear` saves the codes for backward, not the values.
 
-    A subclass says what it consists of, and how a line becomes that and back.
+    A subclass defines the inner tensors, and how lines are encoded to them and decoded.
 
     Args:
         inner: the tensors of `per`, in its order, `(..., ceil(m n / per))`, or `(..., m, ceil(n / per))` by rows.
-        shape, dtype: what it is to torch.
+        shape, dtype: those of the weight for torch.
     """
 
-    per: ClassVar[dict[str, int]]  # its inner tensors by name, and how many elements share one entry of them
+    per: ClassVar[dict[str, int]]  # the inner tensors by name, and how many elements share an entry of each
 
     @staticmethod
     def __new__(cls, *inner: Tensor, shape: torch.Size, dtype: torch.dtype) -> Self:
@@ -70,70 +71,78 @@ class QuantizedWeight(Tensor):
 
     @classmethod
     def encode(cls, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The inner tensors for lines `(..., k)`, rounded to nearest, or by uniform noise so that `E[result] = x`."""
+        """Return the inner tensors for lines `(..., k)`.
+
+        Without noise, values are rounded to nearest. With uniform noise `(..., k)` they are rounded up or down, so that
+        `E[result] = x`.
+        """
         raise NotImplementedError
 
     def decode(self, k: int, dtype: torch.dtype) -> Tensor:
-        """The lines `(..., k)` again."""
+        """Return the values of the lines, `(..., k)` in `dtype`."""
         raise NotImplementedError
 
     @classmethod
     def quantize(cls, x: Tensor, by_rows: bool = False) -> Self:
-        """The nearest such weight to a plain one, of its dtype."""
+        """Return a plain weight quantized to nearest, with the same dtype for torch."""
         return cls(*cls.encode(x.detach() if by_rows else _flat(x.detach())), shape=x.shape, dtype=x.dtype)
 
     def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The values as a plain tensor, by default of its own dtype; outside autograd."""
+        """Return the values as a plain tensor in `dtype` (None: the weight's own), outside autograd."""
         return self.decode(self._line, dtype or self.dtype).view(self.shape)
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        """As `unpack`, and within autograd: a gradient of the values is one of the weight."""
+        """Return the values as a plain tensor in `dtype`, inside autograd: their gradient is that of the weight."""
         return cast(Tensor, _Read.apply(self, dtype))  # type: ignore[no-untyped-call]
 
     def pack_(self, x: Tensor, key: int, stream: Stream, first: int = 0) -> None:
-        """Overwrites it by `x`, each element rounded up or down so that `E[result] = x`.
+        """Overwrite the weight by `x`, each element rounded up or down so that `E[result] = x`.
 
         Args:
-            x: any floating-point dtype, finite, in the weight's shape.
-            key, stream: what the noise is a function of, besides the element's number in row-major order.
-            first: number of the first element, where others have the rows before.
+            x: finite, in any floating-point dtype and the shape of the weight.
+            key, stream: the noise is a function of these and of the element's row-major index.
+            first: index of the first element in the whole weight, where other ranks have the rows before it.
         """
         if x.shape != self.shape:
             raise ValueError(f"pack_ needs a tensor of shape {tuple(self.shape)}, got {tuple(x.shape)}")
         torch.autograd.graph.increment_version(self)  # backward through an older value is an error, as for any tensor
         k = self._line
         new, inner = x.detach().reshape(-1, k), [(t.view(-1, t.shape[-1]), self.per[name]) for name, t in self._inner()]
-        size = PIECE if x.device.type == "cpu" else max(k, 1)  # whole blocks, whose noise stays in cache
-        some = max(1, (PIECE if x.device.type == "cpu" else _MANY) // max(k, 1))  # lines at once, where they are short
-        for i in range(0, len(new), some):
+        # Noise and intermediate values are made for `lines` lines of `size` elements at a time. On a CPU they then stay
+        # in the cache. A piece is a multiple of every block, so pieces begin with blocks.
+        size = PIECE if x.device.type == "cpu" else max(k, 1)
+        lines = max(1, (PIECE if x.device.type == "cpu" else _MANY) // max(k, 1))
+        for i in range(0, len(new), lines):
             for start in range(0, k, size):
-                values = new[i : i + some, start : start + size]
+                values = new[i : i + lines, start : start + size]
                 noise = uniform_noise(tuple(values.shape), key, stream, first + i * k + start, x.device)
                 for (target, per), piece in zip(inner, self.encode(values, noise), strict=True):
-                    target[i : i + some, start // per : start // per + piece.shape[-1]] = piece
+                    target[i : i + lines, start // per : start // per + piece.shape[-1]] = piece
 
     def stored_bytes(self) -> int:
-        """Bytes of the codes and of what their blocks share."""
+        """Return the number of bytes of the codes and of the numbers of their blocks."""
         return sum(x.numel() * x.element_size() for _, x in self._inner())
 
     def parts(self) -> list[Tensor]:
-        """What it consists of, in the order of `per`; in the same memory."""
+        """Return the inner tensors in the order of `per`, in the same memory."""
         return [x for _, x in self._inner()]
 
     @property
     def by_rows(self) -> bool:
-        """Is a line of codes a row, and not a matrix?"""
+        """Whether a line of codes is a row, and not a whole matrix."""
         return self.dim() > 1 and self._inner()[0][1].dim() == self.dim()
 
     @property
     def _line(self) -> int:
-        """Elements of one line of codes."""
+        """The number of elements of a line of codes."""
         return self.shape[-1] if self.by_rows else self.shape[-2:].numel()
 
     def _inner(self) -> list[tuple[str, Tensor]]:
+        """Return the inner tensors with their names."""
         return [(name, getattr(self, name)) for name in self.per]
 
     def _map(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> Self:
+        """Return a weight of the same class and shape whose inner tensors are changed by a function."""
         return type(self)(*(change(x) for _, x in self._inner()), shape=self.shape, dtype=dtype or self.dtype)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -152,11 +161,13 @@ class QuantizedWeight(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        # First the methods that torch does not dispatch to `__torch_dispatch__`: these read memory or write to it.
         if func in _READERS:
             return func(args[0].detach().unpack(), *args[1:], **(kwargs or {}))
         if func in _WRITERS and isinstance(args[0], QuantizedWeight):
             raise _refusal(_WRITERS[func], args[0])
         with torch._C.DisableTorchFunctionSubclass():
+            # `F.linear` is caught here, above autograd, so that codes are saved for backward instead of values.
             if func is linear:
                 return _linear(*args, **(kwargs or {}))
             if func is Tensor.share_memory_:
@@ -171,15 +182,16 @@ class QuantizedWeight(Tensor):
             return _SPECIAL[func](*args, **kwargs)
         if func._schema.is_mutable:
             _refuse_writes(func, args, kwargs)
+        # Any other operation sees plain values.
         args, kwargs = tree_map_only(QuantizedWeight, QuantizedWeight.unpack, (args, kwargs))
         return func(*args, **kwargs)
 
 
 class Int8Weight(QuantizedWeight):
-    """A weight `(..., m, n)` in one byte per element, and 8 bytes per block of 256: 1.03 bytes per element.
+    """A weight `(..., m, n)` in one byte per element and 8 bytes per block of 256: 1.03 bytes per element.
 
-    What `quantize_weights` makes, for optimizers of this package to train. A value is `low + scale * code`: 256 equal
-    steps from the least to the largest of its block.
+    `quantize_weights` makes it, and optimizers of this package train it. A value is `low + scale * code`: a grid of 256
+    equal steps from the smallest to the largest value of its block.
 
     Inner tensors: `codes` uint8, one per element; `scale` and `low` float32, one per block.
     """
@@ -198,19 +210,19 @@ class Int8Weight(QuantizedWeight):
 
 
 class NF4Weight(QuantizedWeight):
-    """A weight `(..., m, n)` in half a byte per element, and 4 bytes per block of 64: 0.5625 bytes per element.
+    """A weight `(..., m, n)` in half a byte per element and 4 bytes per block of 64: 0.5625 bytes per element.
 
-    For the base of a low-rank layer, which is written to when factors are merged into it and rests in between. A value
-    is `absmax * nf4_map()[code]`. Codes and values are those of bitsandbytes; only in a byte the first code is the
-    lower half here, the upper there.
+    It is meant for the base of a low-rank layer, which changes only when factors are merged into it. A value is
+    `absmax * nf4_map()[code]`. Codes and values are those of bitsandbytes, except for the order in a byte: here the
+    first code is the lower half, there it is the upper half.
 
-    Rounded to nearest, as `copy_` does, a merge loses what is less than half a step, 4 to 15 % of a block's largest,
-    and loses it again at every merge. `pack_` keeps all of it in expectation: its noise is independent from element to
-    element and averages out in a product, which a low-rank update does not. Where something else makes up for the
-    rounding (LoQT fits its factor to what is left), nearest leaves the least to make up for.
+    Rounded to nearest, as by `copy_`, a merge loses every change below half a step (4 to 15 % of the largest magnitude
+    of a block), and loses it again at every merge. `pack_` keeps changes in expectation: its noise is independent
+    between elements and averages out in a product, whereas a low-rank update does not. Where the error of rounding is
+    compensated (LoQT fits its factor to it), rounding to nearest leaves the smallest error to compensate.
 
-    `quantize_weights` does not make these: with 16 values in a block, the noise of an update at every step would be far
-    larger than the updates. An optimizer that is given one does write to it, by `pack_`.
+    `quantize_weights` does not make these weights: with 16 values in a block, the noise of an update at every step
+    would be far larger than the updates. An optimizer that is given such a weight writes to it by `pack_`.
 
     Inner tensors: `codes` uint8, two to a byte; `absmax` float32, one per block.
     """
@@ -230,28 +242,29 @@ class NF4Weight(QuantizedWeight):
 
 
 def quantize_weights(model: nn.Module, *, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> nn.Module:
-    """Replaces the weights of linear layers by `Int8Weight`, in place; make the optimizer after it.
+    """Replace the weights of linear layers by `Int8Weight`, in place. Make the optimizer afterwards.
 
     The output head stays as it is, and so does a weight that is also an embedding. Weights that linear layers share
     stay shared.
 
     Args:
         model: any module.
-        include, exclude: regular expressions, searched in names of parameters, that decide before anything else.
+        include, exclude: regular expressions, searched in names of parameters, that decide before any other rule.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: no module.
-        ValueError: a pattern that matches nothing, an included weight that something other than linear layers uses, a
-            weight that is not finite, or nothing to quantize. The model is then unchanged.
+        TypeError: `model` is no module.
+        ValueError: a pattern matches nothing, an included weight is also used by a module that is no linear layer, a
+            weight is not finite, or there is nothing to quantize. The model is then unchanged.
 
     Example::
 
         model = lowrank_optim.quantize_weights(model)
     """
     checks.module(model)
+    # All weights are checked before the first is replaced, so that an error leaves the model unchanged.
     chosen = linears(model, include, exclude, to="quantize")
     for name, layers in chosen.items():
         weight = layers[0].weight
@@ -266,7 +279,7 @@ def quantize_weights(model: nn.Module, *, include: Iterable[str] = (), exclude: 
 
 
 class _Read(torch.autograd.Function):
-    """The values."""
+    """The values of a weight as a plain tensor, through which gradients pass unchanged."""
 
     @staticmethod
     def forward(ctx: Any, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
@@ -280,7 +293,7 @@ class _Read(torch.autograd.Function):
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T + b."""
+    """The product y = x W^T + b, which saves x and the codes, and decodes W again in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -294,7 +307,7 @@ class _Linear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            # hooks on saved tensors, such as those that offload them, may hand back a plain copy
+            # Hooks on saved tensors, such as those that offload them, may hand back a plain copy.
             plain = weight.unpack(grad.dtype) if isinstance(weight, QuantizedWeight) else weight.to(grad.dtype)
             grad_x = grad @ plain
         if ctx.needs_input_grad[1]:
@@ -305,7 +318,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002 (torch's name)
-    """`F.linear`, also under autocast, with any of its arguments quantized."""
+    """Compute `F.linear`, also under autocast, with any of its arguments quantized."""
     if not isinstance(weight, QuantizedWeight):
         return linear(input, weight, bias)
     device, dtype = input.device.type, weight.dtype
@@ -316,11 +329,12 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def _flat(x: Tensor) -> Tensor:
-    """Each matrix as one row-major line."""
+    """Return `(..., m, n)` as lines `(..., m n)`, one for each matrix."""
     return x.flatten(-2) if x.dim() > 1 else x.view(-1)
 
 
 def _copy_(target: QuantizedWeight, source: Tensor, non_blocking: bool = False) -> QuantizedWeight:
+    """Overwrite a weight: by the codes of a source of the same kind, else by the source's values rounded to nearest."""
     same = type(source) is type(target) and source.shape == target.shape and source.by_rows == target.by_rows
     if not same:
         plain = source.unpack() if isinstance(source, QuantizedWeight) else source
@@ -331,13 +345,14 @@ def _copy_(target: QuantizedWeight, source: Tensor, non_blocking: bool = False) 
 
 
 def _to_copy(weight: QuantizedWeight, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
-    """Another device or floating-point dtype keeps the codes."""
+    """Return a copy on another device or in another dtype; with floating-point dtypes the codes stay the same."""
     if dtype is not None and not dtype.is_floating_point:
         return weight.unpack().to(dtype)
     options = {key: value for key, value in options.items() if key in ("device", "non_blocking")}
     return weight._map(lambda x: x.to(copy=True, **options), dtype)
 
 
+# Operators that work on the codes. All others work on plain values.
 _SPECIAL: dict[Any, Callable[..., Any]] = {
     _aten.detach.default: lambda weight: weight._map(lambda x: x),
     _aten.alias.default: lambda weight: weight._map(lambda x: x),
@@ -346,12 +361,13 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     _aten._to_copy.default: _to_copy,
 }
 
-# Methods that torch does not dispatch: they read memory, write to a view (here a copy) or exchange memory.
+# Methods that torch does not dispatch: they read memory, write to a view (which is a copy here) or exchange memory.
 _READERS = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__}
 _WRITERS = {Tensor.__setitem__: "assignment to elements", Tensor.data.__set__: "assignment to .data"}  # type: ignore[attr-defined]
 
 
 def _refuse_writes(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Raise if an in-place operator would write to a quantized weight, as its schema tells."""
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[i] if i < len(args) else kwargs.get(argument.name)
@@ -361,10 +377,11 @@ def _refuse_writes(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
 
 
 def _refusal(name: str, weight: Tensor) -> RuntimeError:
+    """Return the error for an operation that would write to a quantized weight."""
     return RuntimeError(
         f"{name} would write to an {type(weight).__name__}, where small updates vanish if they are rounded to nearest. "
         "Train it with an optimizer of lowrank_optim; to overwrite it use copy_ (rounds to nearest) or pack_ "
-        "(stochastically); to average weights, average plain ones, as lowrank_optim.merge gives them"
+        "(stochastically); to average weights, average plain weights, as lowrank_optim.merge returns them"
     )
 
 

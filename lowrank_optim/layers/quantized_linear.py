@@ -1,4 +1,4 @@
-"""A linear layer with a quantized weight, of which one thin factor trains in a quantized subspace (LoQT)."""
+"""Provide a linear layer with a quantized weight, of which a thin factor trains in a quantized subspace (LoQT)."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from .linear import BASES, ReparameterizedLinear
 
 
 class QuantizedLinear(ReparameterizedLinear):
-    r"""`W = Q + s B P` with a quantized base Q, a quantized orthonormal P that is fitted to gradients, and B trained.
+    r"""A layer `W = Q + s B P` with a quantized base Q, a quantized orthonormal P fitted to gradients, and trained B.
 
-    P belongs to the shorter side of W, as in GaLore: `P (r, n)`, `B (m, r)` where n <= m; else `W = Q + s P B` with
-    `P (m, r)`, `B (r, n)`. B and P are zero at first, so the function is that of the quantized weight.
+    P belongs to the shorter side of W, as in GaLore: `P (r, n)` and `B (m, r)` if n <= m. Otherwise it is on the left,
+    `W = Q + s P B` with `P (m, r)` and `B (r, n)`. B and P are zero at first, so the function is that of the quantized
+    weight.
 
     Args:
         plain, rank, name, seed: see `ReparameterizedLinear`.
         scale: s itself, not divided by the rank.
-        base: how Q and P are kept: "nf4" (0.56 bytes per element), "int8" (1.03) or "dense".
+        base: how Q and P are stored: "nf4" (0.56 bytes per element), "int8" (1.03) or "dense".
     """
 
     factors = ("B",)
@@ -52,7 +53,7 @@ class QuantizedLinear(ReparameterizedLinear):
         self.B = nn.Parameter(w.new_zeros(trained))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., n) to (..., m)."""
+        """Return y (..., m) for x (..., n)."""
         first, second = (self.P, self.B) if self.right_singular else (self.B, self.P)
         return linear(x, self.base, self.bias) + linear(linear(x, first) * self.scale, second)
 
@@ -61,20 +62,23 @@ class QuantizedLinear(ReparameterizedLinear):
 
     @torch.no_grad()
     def refit_(self, fit: Callable[[Tensor], Tensor], g: Tensor, iterations: int, algebra: Algebra = WHOLE) -> Tensor:
-        """Moves the product into the base and takes a new subspace; the function stays up to what rounding leaves.
+        """Add the product to the base and fit a new subspace; the function stays the same up to rounding.
 
         Args:
-            fit: gives the leading left singular vectors `(k, r)` of a matrix with k rows.
-            g: gradient of W (m, n), finite and not zero; of a sharded layer, the rows of it that are here.
-            iterations: of error compensation, see `compensate`.
-            algebra: of matrices like that which `fit` is given.
+            fit: returns the leading left singular vectors `(k, r)` of a matrix with k rows.
+            g: gradient of W (m, n), finite and not zero; for a sharded layer, its local rows.
+            iterations: number of rounds of error compensation, see `compensate`.
+            algebra: of the matrices that `fit` is given.
 
         Returns:
             The gradient of the new B: the coordinates of g.
         """
+        # A sharded W has local rows. On the left of the product, the factor (m, r) has the same rows and stays local;
+        # on the right, the factor (r, n) is needed whole.
         old = (self.B, whole(self.P)) if self.right_singular else (whole(self.B), self.P)
         w, g = self._composed(local(self.base), *map(local, old)), g.to(working_dtype(self.B))
-        basis = fit(g.mT).mT if self.right_singular else fit(g)  # what is here of the rows of P where W is wide
+        # P (r, n) is the same on all ranks, and each stores its part. P (m, r) of a wide W has the local rows of W.
+        basis = fit(g.mT).mT if self.right_singular else fit(g)
         local(self.P).copy_(part(basis, self.P) if self.right_singular else basis)
         p = self.scale * self._turned(unpacked(whole(self.P) if self.right_singular else local(self.P), w.dtype))
         target, b = compensate(self._turned(w), p, self._rounded, iterations, algebra)
@@ -90,14 +94,18 @@ class QuantizedLinear(ReparameterizedLinear):
         layer_checks.shards_of_rows(QuantizedLinear.__name__, "", False, [self.base, self.P, self.B])
 
     def restart_workspace(self) -> int:
-        """W and its gradient in the working dtype, what quantizing leaves, one iteration more of both, and the SVD."""
+        """Return the number of elements that a refit holds at once.
+
+        These are W and its gradient in the working dtype, the error of quantizing, both once more in an iteration of
+        `compensate`, and the SVD.
+        """
         return 8 * self.out_features * self.in_features
 
     def describe(self) -> str:
         return f"{self.kind} base and basis"
 
     def _composed(self, base: Tensor, b: Tensor, p: Tensor) -> Tensor:
-        """W, or some rows of it, in the working dtype."""
+        """Return W, or its local rows, in the working dtype; differentiable."""
         working = working_dtype(b)
         b, p = b.to(working), unpacked(p, working)
         product = b @ p if self.right_singular else p @ b
@@ -105,15 +113,19 @@ class QuantizedLinear(ReparameterizedLinear):
         return cast(Tensor, base + self.scale * product)
 
     def _own(self, b: Tensor) -> Tensor:
-        """What is here of a turned B: its rows follow those of W where it is not turned, else all of it was summed."""
+        """Return the local part of B, given the result of a computation on turned matrices.
+
+        B (m, r) has the local rows of W already. B (r, n), from a turned computation, is a sum over ranks, the same on
+        all of them, and each takes its part.
+        """
         return b if self.right_singular else part(b.mT, self.B)
 
     def _turned(self, x: Tensor) -> Tensor:
-        """As if P were always on the right: `W = Q + s B P` with P (r, k)."""
+        """Return x transposed if P is on the left, so that turned matrices have P (r, k) on the right: `Q + s B P`."""
         return x if self.right_singular else x.mT
 
     def _rounded(self, x: Tensor) -> Tensor:
-        """A turned weight as the base would keep it."""
+        """Return a turned weight rounded as the base would store it."""
         w = self._turned(x).to(self.B.dtype)
         return self._turned(unpacked(self.quantize(w), x.dtype))
 
@@ -121,12 +133,18 @@ class QuantizedLinear(ReparameterizedLinear):
 def compensate(
     w: Tensor, p: Tensor, rounded: Callable[[Tensor], Tensor], iterations: int, algebra: Algebra = WHOLE
 ) -> tuple[Tensor, Tensor]:
-    """(T, B) with `rounded(T) + B P` close to w (m, n), for P (r, n): B makes up for what rounding loses, in part.
+    """Return (T, B) with `rounded(T) + B P` close to w: B compensates a part of the error of rounding.
 
-    Alternates `B = (w - rounded(T)) P^+` and `T = w - B P` from T = w, and keeps the best pair, the first of
-    those that rounding makes equal. The error of the first
-    pair is that of rounding times about sqrt(1 - r / n). With 0 iterations B is zero. `algebra`: of transposed w, where
-    others have some of it.
+    It alternates `B = (w - rounded(T)) P^+` and `T = w - B P`, beginning with T = w, and keeps the best pair. Among
+    pairs whose errors differ by rounding only, the first one is kept. The error of the first pair is that of rounding
+    times about sqrt(1 - r / n). With 0 iterations B is zero.
+
+    Args:
+        w: (m, n).
+        p: P (r, n).
+        rounded: returns a matrix like w as the base stores it.
+        iterations: the number of rounds.
+        algebra: of the transpose of w, if w is sharded.
     """
     inverse = _pseudo_inverse(p, algebra)
     target, best = w, (w, w.new_zeros(len(w), len(p)))
@@ -143,9 +161,11 @@ def compensate(
 
 
 def _pseudo_inverse(p: Tensor, algebra: Algebra) -> Tensor:
-    """`P^T (P P^T)^-1` for P (r, n); by its singular values where quantizing has taken its full rank."""
+    """Return `P^T (P P^T)^-1` (n, r) for P (r, n)."""
     wide = p.double()
     gram = algebra.total(wide @ wide.mT, -2)
+    # Quantizing may have made rows of P dependent. Cholesky then fails, or a pivot is no larger than rounding errors, and
+    # the pseudo-inverse by singular values is taken instead.
     factor, info = torch.linalg.cholesky_ex(gram)
     pivots, lengths = factor.diagonal().square(), gram.diagonal()
     if bool(info) or not bool((pivots > lengths * (TIE * torch.finfo(gram.dtype).eps)).all()):

@@ -1,4 +1,4 @@
-"""Linear layers whose weight is a product of thin factors and a few entries of its own."""
+"""Provide linear layers whose weight is the sum of a product of thin factors and a sparse matrix."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ from ..recipe.weights import working_dtype
 from . import checks as layer_checks
 from .linear import ProductLinear
 
-_SPARSE = 1 / 8  # density at which a product costs as much as its elements one by one
-_PIECE = 1 << 22  # elements of the dense gradient that exist at once
+_SPARSE = 1 / 8  # density at which computing single elements costs as much as the whole product
+_PIECE = 1 << 22  # number of elements of the dense gradient that exist at once
 
 
 class SparseLowRankLinear(ProductLinear):
-    r"""`W = s B A + S` with `A (r, n)`, `B (m, r)`, `s = alpha / r`, and S zero but for `values` at fixed places.
+    r"""A layer `W = s B A + S` with `A (r, n)`, `B (m, r)`, `s = alpha / r`, and S zero except for `values`.
 
-    W is composed in forward, again in backward, and never kept: for backward are saved the input and what is trained.
-    The gradient of W never exists as a whole.
+    W is composed in forward, again in backward, and never kept: for backward, the input and the trained parameters are
+    saved. The gradient of W never exists as a whole.
 
-    The places are drawn once, any as likely as any other, and never change: `support (nnz,)`, sorted row-major
-    positions, is a buffer (int32, which 2^31 elements of W outgrow), and a state dict brings its own.
+    The positions of the values are drawn once, uniformly, and never change. They are the buffer `support (nnz,)`:
+    sorted row-major indices in int32, or in int64 if W has 2^31 elements or more. A state dict contains the
+    support, and loading it replaces the support of the layer.
 
-    Memory: `(m + n) r + nnz` elements and 4 bytes for each of the nnz places; in passing, W. DistributedDataParallel
-    would send the places with every forward: give it `broadcast_buffers=False`, for they are the same on all ranks.
+    Memory: `(m + n) r + nnz` elements, 4 bytes for each of the nnz positions, and temporarily W.
+    DistributedDataParallel would send the positions in every forward; give it `broadcast_buffers=False`, because they
+    are the same on all ranks.
 
     Args:
         plain, rank, name, seed: see `ReparameterizedLinear`.
-        density: nnz is the whole part of `density * m * n`.
+        density: nnz is the integer part of `density * m * n`.
         alpha: s times the rank.
         init: "spectral" takes the best approximation of rank r of the weight of `plain`, balanced (`B^T B = A A^T`),
-            and what that misses at the support; "random" draws A and the values uniform in +-1/sqrt(n), starts with B
-            zero, and forgets the weight, as published.
+            and the error of that at the support. "random" draws A and the values uniform in +-1/sqrt(n), starts with B
+            zero, and discards the weight, as published.
     """
 
     factors = ("B", "A", "values")
@@ -74,7 +76,8 @@ class SparseLowRankLinear(ProductLinear):
         self._cuts: tuple[Tensor, int, int, list[int]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., n) to (..., m)."""
+        """Return y (..., m) for x (..., n)."""
+        # Under autocast, W is composed in the dtype that `F.linear` would compute in.
         dtype, kind = self.B.dtype, x.device.type
         bias: Tensor | None = self.bias
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -92,15 +95,16 @@ class SparseLowRankLinear(ProductLinear):
         return {**super().made_with(), "density": self.density}
 
     def restart_workspace(self) -> int:
-        return 3 * self.rank * (self.out_features + self.in_features)  # two orthonormal bases, and the new factors
+        return 3 * self.rank * (self.out_features + self.in_features)  # two orthonormal bases and the new factors
 
     def describe(self) -> str:
         return f"{100 * self.support.numel() / (self.out_features * self.in_features):.1f} % sparse"
 
     def refuse_shards(self) -> None:
-        """Nothing: factors are gathered where they are refactorised, and entries stay where they are."""
+        """Refuse nothing: a restart gathers the factors, and leaves the sparse entries where they are."""
 
     def _places(self, count: int, device: torch.device) -> Tensor:
+        """Return `count` sorted positions in W, drawn without replacement: the support."""
         total = self.out_features * self.in_features
         dtype = torch.int32 if total < 1 << 31 else torch.int64
         if device.type == "meta":
@@ -108,10 +112,12 @@ class SparseLowRankLinear(ProductLinear):
         return ops.sample(total, count, self.key, ops.stream_of("support", 0)).to(device, dtype)
 
     def _pieces(self) -> Iterator[tuple[int, int, int, int]]:
-        """(first row, first row of the next, first entry, first entry of the next) of pieces of W.
+        """Yield (first row, last row + 1, first entry, last entry + 1) of consecutive blocks of rows of W.
 
-        Where the entries are cut is read once, and again when the support was written to or moved.
+        Entries are counted in `values` and `support`.
         """
+        # Finding the entries of each block is a search in the support and, on accelerators, a host wait. The result is
+        # kept until the support is replaced or written to, as its version tells.
         rows = max(1, _PIECE // self.in_features)
         firsts = [*range(0, self.out_features, rows), self.out_features]
         support, version, cuts = self.support, self.support._version, self._cuts
@@ -121,7 +127,7 @@ class SparseLowRankLinear(ProductLinear):
         return ((*row, *entry) for row, entry in zip(pairwise(firsts), pairwise(cuts[3]), strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies read for themselves where their support is cut: versions of a tensor are not copied with it."""
+        """Return the attributes for copies, without the kept blocks: the version of a tensor is not copied with it."""
         return {**self.__dict__, "_cuts": None}
 
 
@@ -129,7 +135,7 @@ Pieces = Callable[[], Iterator[tuple[int, int, int, int]]]
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T + b."""
+    """The product y = x W^T + b, which saves x and the trained parameters, and composes W again in backward."""
 
     @staticmethod
     def forward(
@@ -144,13 +150,15 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, b, a, values, support = ctx.saved_tensors  # x is None where it is of no use
+        x, b, a, values, support = ctx.saved_tensors  # x is None if no gradient needs it
         of_x, of_b, of_a, of_values, of_bias = ctx.needs_input_grad[:5]
         grad_x = grad_b = grad_a = grad_values = grad_bias = None
         with full_precision([grad]):
             g = grad.reshape(-1, grad.shape[-1])
             if of_x:
                 grad_x = grad @ _composed(b, a, values, support, ctx.scale, grad.dtype)
+            # With G = g^T x the gradient of W (m, n), g (tokens, m) and x (tokens, n), the gradients are s G A^T of B,
+            # s B^T G of A, and G at the support. They come either from G, block by block, or without it.
             rows = x.reshape(-1, x.shape[-1]) if of_b or of_a or of_values else x
             if of_b and of_a and of_values and _whole_is_less(g, rows, b, support):
                 grad_b, grad_a, grad_values = _from_whole(g, rows, b, a, support, ctx.scale, ctx.pieces())
@@ -168,14 +176,18 @@ class _Linear(torch.autograd.Function):
 
 
 def _composed(b: Tensor, a: Tensor, values: Tensor, support: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """W (m, n), rounded once."""
+    """Return W (m, n) in `dtype`, rounded once."""
     flat = torch.zeros(b.shape[0] * a.shape[1], dtype=dtype, device=b.device)
     ops.add_at_(flat, support, values.to(dtype))
     return flat.view(b.shape[0], a.shape[1]).addmm_(b.to(dtype), a.to(dtype), alpha=scale)
 
 
 def _whole_is_less(g: Tensor, x: Tensor, b: Tensor, support: Tensor) -> bool:
-    """Is `g^T x`, and all gradients from it, less work than thin products with g and x and what is at the support?"""
+    """Whether it is less work to compute `G = g^T x` and all gradients from it than to compute each one by itself.
+
+    The second way takes thin products with g (tokens, m) and x (tokens, n), and G at the support.
+    """
+    # Counted in multiplications. Without sampling, G at the support costs the whole product as well.
     (tokens, m), n, r = g.shape, x.shape[-1], b.shape[-1]
     product = tokens * m * n
     entries = tokens * len(support) / _SPARSE if _sampled(g, x, support) else product
@@ -191,7 +203,12 @@ def _from_whole(
     scale: float,
     pieces: Iterator[tuple[int, int, int, int]],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of B, of A and of the entries, from some rows of `g^T x` at a time."""
+    """Return the gradients of B (m, r), of A (r, n) and of the values (nnz,), from blocks of rows of `G = g^T x`.
+
+    Args:
+        g, x: (tokens, m) and (tokens, n).
+        pieces: the blocks, see `SparseLowRankLinear._pieces`.
+    """
     b, a = b.to(g.dtype), a.to(g.dtype)
     of_b, of_a, of_values = torch.empty_like(b), torch.zeros_like(a, dtype=working_dtype(a)), g.new_empty(support.shape)
     for top, bottom, start, stop in pieces:
@@ -203,7 +220,7 @@ def _from_whole(
 
 
 def _at_support(g: Tensor, x: Tensor, support: Tensor, pieces: Iterator[tuple[int, int, int, int]]) -> Tensor:
-    """`g^T x` at the support."""
+    """Return the elements of `g^T x` at the support, (nnz,)."""
     if _sampled(g, x, support):
         return ops.sampled_product(g, x, support)
     out = g.new_empty(support.shape)
@@ -214,6 +231,7 @@ def _at_support(g: Tensor, x: Tensor, support: Tensor, pieces: Iterator[tuple[in
 
 
 def _sampled(g: Tensor, x: Tensor, support: Tensor) -> bool:
-    """On CPU, but for 16 bits: their products are faster than any choice of elements."""
+    """Whether to compute elements of `g^T x` at the support one by one, without the whole product."""
+    # Only on CPUs, and not in 16 bits: otherwise whole products are faster than any choice of elements.
     whole = g.device.type == "cpu" and g.dtype in (torch.float32, torch.float64)
     return whole and len(support) < _SPARSE * g.shape[-1] * x.shape[-1]

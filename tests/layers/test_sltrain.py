@@ -355,7 +355,7 @@ def test_refused():
         with pytest.raises(ValueError, match="density must be a number"):
             SparseLowRankLinear(plain, 4, density=density)
     for density in (0, 0.0005):
-        with pytest.raises(ValueError, match=r"block.q \(37, 53\) has no entries at density .*take a higher one"):
+        with pytest.raises(ValueError, match=r"block.q \(37, 53\) has no entries at density .*take a higher density"):
             SparseLowRankLinear(plain, 4, density=density, name="block.q")
     net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 100))
     before = list(net)

@@ -392,7 +392,7 @@ def test_an_average_of_quantized_weights_is_refused_with_the_way_out():
     average = AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
     train(model, optimizer, 1)
     average.update_parameters(model)  # the first is a copy
-    with pytest.raises(RuntimeError, match="average plain ones"):
+    with pytest.raises(RuntimeError, match="average plain weights"):
         average.update_parameters(model)
 
 
