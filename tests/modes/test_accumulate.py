@@ -362,7 +362,7 @@ def test_loaded_tensors_are_copies():
 
 MISFITS = {
     "keys": (lambda s: s.pop("seed"), "expected the keys"),
-    "seed": (lambda s: s.update(seed=9), "it has seed=9, this object seed=0; build it alike"),
+    "seed": (lambda s: s.update(seed=9), "it has seed=9, this object has seed=0; build it with the same value"),
     "orthonormal": (lambda s: s.update(orthonormal=True), "it has orthonormal=True"),
     "window": (lambda s: s.update(window=-1), "window must be an int >= 0, got -1"),
     "unknown": (lambda s: s["sums"].update(other=s["sums"]["up.weight"]), "no parameter here is called other"),
