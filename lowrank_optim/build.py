@@ -1,4 +1,4 @@
-"""`python -m lowrank_optim.build`: compiles the native kernels for this machine now, not with the first optimizer."""
+"""Compile the native kernels now, instead of with the first optimizer, by `python -m lowrank_optim.build`."""
 
 import sys
 
@@ -7,6 +7,7 @@ from .ops import compile, native  # noqa: A004
 
 
 def main() -> None:
+    """Build the native kernels, and print which backend is in use and why; exit with a message if it fails."""
     try:
         native.build_now()
     except compile.BuildError as error:

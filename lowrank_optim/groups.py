@@ -1,4 +1,4 @@
-"""Param groups of a model: which parameters are projected, judged by the type of their module and not by their name."""
+"""Make param groups of a model: the type of a parameter's module decides whether it is projected, not its name."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .recipe.plan import as_matrices, names_say, shape_of
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
-# What attention modules call their projections (queries first, which all must have; outputs may be elsewhere), and the
-# number of their heads.
+# Names that attention modules give to their projections and to the number of their heads. Query comes first. A module
+# must have all three inputs of a set; its output may be in another module.
 _INPUTS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"))
 _OUTPUTS = ("o_proj", "out_proj", "o")
 _COUNTS = ("num_heads", "num_attention_heads", "n_heads")
 
-Heads = tuple[int, str]  # their number, and the side that is projected where they are equal blocks of the other one
+Heads = tuple[int, str]  # the number of heads, and the side to project so that heads are blocks of the other side
 
 
 def param_groups(
@@ -36,31 +36,31 @@ def param_groups(
     verbose: bool = True,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Named param groups for any optimizer here: matrices to project, other matrices, vectors.
+    """Return named param groups for any optimizer of this package: matrices to project, other matrices, vectors.
 
     Linear layers (also of attention modules and of transformers' Conv1D), convolutions and stacks of experts are
     projected. Embeddings, the output head, norms, biases and matrices with a side below `min_dim` are not. A tied
-    weight appears once; frozen parameters are left out.
+    weight appears once. Frozen parameters are left out.
 
     Args:
         model: any module, also on the meta device.
-        rank: for all projected matrices; None leaves it to the optimizer's `rank`.
-        include, exclude: regular expressions, searched in parameter names, that decide before anything else.
-        min_dim: smallest side that is worth projecting.
+        rank: of all projected matrices. None leaves it to the optimizer's `rank`.
+        include, exclude: regular expressions, searched in parameter names, that decide before any other rule.
+        min_dim: the smallest side that is worth projecting.
         decay_vectors: False gives vectors and scalars `weight_decay=0`, as is customary.
-        heads: for `GaLorePlusAdamW`: True gives the matrices of attention modules groups with `heads` and `proj_type`:
-            query, key and value their heads as blocks of rows ("right"), the output as blocks of columns ("left").
-            Understood are torch's MultiheadAttention, and modules with linear layers `q_proj`, `k_proj`, `v_proj`
-            (or `query`, `key`, `value`; or `q`, `k`, `v`), an output `o_proj`, `out_proj` or `o`, and a `head_dim`,
-            `num_heads`, `num_attention_heads` or `n_heads` of their own or of their `config`.
-        verbose: print one line that says what was decided.
-        options: further keys for the groups that are projected, such as `scale=0.25`. A `proj_type` is for the matrices
-            without heads.
+        heads: for `GaLorePlusAdamW`. True puts the matrices of attention modules into groups with the keys `heads` and
+            `proj_type`: heads are blocks of rows in query, key and value ("right"), and blocks of columns in the output
+            ("left"). Recognized are torch's MultiheadAttention, and modules with linear layers `q_proj`, `k_proj`,
+            `v_proj` (or `query`, `key`, `value`; or `q`, `k`, `v`), an output `o_proj`, `out_proj` or `o`, and a
+            `head_dim`, `num_heads`, `num_attention_heads` or `n_heads` of the module or of its `config`.
+        verbose: print one line with the number of parameters of each kind.
+        options: further keys for the projected groups, such as `scale=0.25`. A `proj_type` is for the matrices without
+            heads.
 
     Raises:
-        TypeError: no module, such as its parameters.
-        ValueError: a pattern of `include` or `exclude` that matches no parameter, a model without parameters, or
-            heads=True where no attention module is found among what is projected.
+        TypeError: `model` is no module; it may be the parameters of one.
+        ValueError: a pattern of `include` or `exclude` matches no parameter, the model has no parameters that require
+            gradients, or heads=True and no attention module with projected matrices is found.
 
     Example::
 
@@ -83,7 +83,9 @@ def param_groups(
         elif _any_match(include, name):
             kind = "auto" if kind == "plain" else kind
         elif kind != "plain":
-            table = kind == "auto" and bool(names_say(name))  # a bare parameter, such as an embedding of positions
+            # "auto" means that no module type decides. A bare parameter, such as an embedding of positions, can only
+            # be recognized by its name.
+            table = kind == "auto" and bool(names_say(name))
             kind = "plain" if table or min(as_matrices(shape, kind)[1:]) < min_dim else kind
         members[kind].append((name, p))
     headed = _headed(model, members, heads)
@@ -100,7 +102,7 @@ def param_groups(
 
 
 def _headed(model: nn.Module, members: dict[str, list[tuple[str, Tensor]]], wanted: bool) -> dict[int, Heads]:
-    """The heads of the matrices that are projected, by the id of the parameter; empty if they are not wanted."""
+    """Return the heads of the projected matrices, by the id of the parameter; {} if they are not wanted."""
     if not isinstance(wanted, bool):
         raise ValueError(
             f"heads must be True (read them from the attention modules) or False, got {wanted!r}; give a number to the "
@@ -114,14 +116,14 @@ def _headed(model: nn.Module, members: dict[str, list[tuple[str, Tensor]]], want
         raise ValueError(
             f"heads=True finds no attention module in {type(model).__name__} whose matrices are projected. It looks "
             f"for nn.MultiheadAttention, and for linear layers {', '.join('/'.join(names) for names in _INPUTS)} in a "
-            f"module with head_dim or {'/'.join(_COUNTS)}. Without heads=True, groups may have the keys 'heads' and "
-            "'proj_type' of your own"
+            f"module with head_dim or {'/'.join(_COUNTS)}. Leave heads=True out, and set the keys 'heads' and "
+            "'proj_type' of the groups yourself"
         )
     return headed
 
 
 def _heads(model: nn.Module) -> Iterator[tuple[int, Heads]]:
-    """(id of a parameter, its heads) for the projections of attention modules."""
+    """Yield (id of a parameter, its heads) for the projections of attention modules."""
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
             width = module.head_dim
@@ -135,7 +137,7 @@ def _heads(model: nn.Module) -> Iterator[tuple[int, Heads]]:
             width = _head_width(module, shape_of(children[names[0]].weight)[0]) if names else 0
             output = next((children[name].weight for name in _OUTPUTS if name in children), None)
         if width:
-            # Key and value have fewer heads than query where queries are grouped, and so fewer rows.
+            # In grouped-query attention, key and value have fewer heads than query, and so fewer rows.
             yield from (
                 (id(w), (shape_of(w)[0] // width, "right"))
                 for w in inputs
@@ -146,7 +148,7 @@ def _heads(model: nn.Module) -> Iterator[tuple[int, Heads]]:
 
 
 def _head_width(module: nn.Module, hidden: int) -> int:
-    """Rows of one head among the `hidden` rows of the query, 0 if the module does not say."""
+    """Return the number of rows of a head, among the `hidden` rows of the query; 0 if the module does not tell."""
     width = getattr(module, "head_dim", None)
     if isinstance(width, int):
         return width
@@ -161,7 +163,7 @@ def _head_width(module: nn.Module, hidden: int) -> int:
 def _by_heads(
     named: list[tuple[str, Tensor]], headed: dict[int, Heads]
 ) -> Iterator[tuple[list[tuple[str, Tensor]], dict[str, Any]]]:
-    """The parameters without heads, then those with, one part per number and side; and their keys."""
+    """Yield (parameters, keys of their group): first the parameters without heads, then a pair per `Heads`."""
     parts: dict[Heads | None, list[tuple[str, Tensor]]] = {None: []}
     for name, p in named:
         parts.setdefault(headed.get(id(p)), []).append((name, p))
@@ -170,7 +172,7 @@ def _by_heads(
 
 
 def _rules(model: nn.Module) -> Iterator[tuple[int, str]]:
-    """(id of a parameter, its kind) where the type of its module decides; later ones win."""
+    """Yield (id of a parameter, its kind) where the type of its module decides. Later pairs replace earlier ones."""
     embeddings = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
     tables = {tuple(shape_of(module.weight)) for module in embeddings}
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
@@ -191,10 +193,12 @@ def _rules(model: nn.Module) -> Iterator[tuple[int, str]]:
 
 
 def _any_match(patterns: Iterable[str], name: str) -> bool:
+    """Whether any of the regular expressions is found in a name."""
     return any(re.search(pattern, name) for pattern in patterns)
 
 
 def _must_match(named: list[tuple[str, Tensor]], **options: Iterable[str]) -> None:
+    """Raise a ValueError for a pattern that matches no name; `options` are lists of patterns by option."""
     for option, patterns in options.items():
         if isinstance(patterns, str):
             raise ValueError(f"{option} must be a list of regular expressions, got the string {patterns!r}")
@@ -204,6 +208,8 @@ def _must_match(named: list[tuple[str, Tensor]], **options: Iterable[str]) -> No
 
 
 def _summary(members: dict[str, list[tuple[str, Tensor]]], headed: dict[int, Heads]) -> str:
+    """Return the line that `verbose` prints."""
+
     def count(*kinds: str) -> str:
         tensors = [p for kind in kinds for _, p in members[kind]]
         return f"{len(tensors)} ({sum(shape_of(p).numel() for p in tensors) / 1e6:.2f}M)"
