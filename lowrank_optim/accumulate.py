@@ -74,7 +74,7 @@ class CompressedAccumulation:
     whole gradient at any time. From `restore` until `zero_grad` all of them have one, as the optimizer needs them.
 
     Args:
-        params: `model.named_parameters()`, or tensors. Without names, an embedding cannot be told from a matrix.
+        params: `model.named_parameters()`, or tensors. Without names, an embedding looks like any other matrix.
             Convolutions are flattened to (out, rest); three dimensions are a stack of matrices.
         rank: r, an int, or a fraction in (0, 1] of the shorter side.
         seed: of P, which is a function of (seed, name, index of the window): equal on all ranks and devices.

@@ -69,7 +69,7 @@ def param_groups(
     checks.module(model)
     named: list[tuple[str, Tensor]] = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:
-        raise ValueError("the model has no parameters that require gradients; unfreeze some first")
+        raise ValueError("the model has no parameters that require gradients; unfreeze a part of it first")
     _must_match(named, include=include, exclude=exclude)
     rules = dict(_rules(model))
     members: dict[str, list[tuple[str, Tensor]]] = {"auto": [], "flatten": [], "batch": [], "plain": [], "vector": []}

@@ -412,7 +412,7 @@ def _rows(own: Range, all_: list[tuple[int, int]], plan: Plan, seat: Seat) -> To
     start, stop = _touched(own.start, own.length, width)
     piece = Piece(height, start, stop - start, max(b - a for a, b in touched), *seat)
     side = -1 if plan.side == "right" else -2
-    # A row is an edge if some rank's range begins inside it.
+    # A row is an edge if the range of any rank begins inside it.
     return TouchedRows(
         pieces={side: piece}, natural={side: 0}, everyone=piece.peers, width=width,
         skipped=own.start % width if own.length else 0, elements=own.length,

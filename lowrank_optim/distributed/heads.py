@@ -11,7 +11,7 @@ def place() -> tuple[int, int]:
     """Return (rank, number of processes); raise a ValueError without torch.distributed."""
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
-            'heads="ranks" gives every process one head, and torch.distributed is not initialised; call '
+            'heads="ranks" gives every process one head, and torch.distributed is not initialized; call '
             "torch.distributed.init_process_group first, or give a number of heads for one process"
         )
     return dist.get_rank(), dist.get_world_size()

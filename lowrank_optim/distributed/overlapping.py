@@ -88,7 +88,7 @@ class Overlapping(Shards):
         return self._once(g, dim, dim)
 
     def completed(self, r: Tensor, rows: Tensor) -> Tensor:
-        # R (r, n) was made of local rows. The ones that come from the shared row are added by the other rank.
+        # R (r, n) was made of local rows. Its rows that come from the shared row of G are added by the other rank.
         if -2 in self.pieces:
             r = r.masked_fill((rows < self.twice).unsqueeze(-1), 0)
         return super().completed(r, rows)
@@ -101,7 +101,7 @@ class Overlapping(Shards):
         shards, block = super().columns(g, spans)
         if -1 not in self.pieces:
             return self, block
-        # The shared column is counted twice in the chosen ones only if it is among them.
+        # The chosen columns have a shared column only if the first local column is among them.
         start = self.pieces[-1].start
         twice = self.twice if any(first <= start < last for first, last in spans) else 0
         return type(self)(cast(Shards, shards).pieces, None, self.traffic, twice), block

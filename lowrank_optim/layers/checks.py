@@ -83,7 +83,7 @@ def convertible(model: Any) -> None:
         if weight is not None and (hasattr(weight, "pack_") or not weight.is_floating_point()):
             raise ValueError(
                 f"{name}.weight is quantized ({type(weight).__name__}); convert the model with its float weights, and "
-                'let the method quantize them (base="int8" or "nf4", where it has one)'
+                'let the method quantize them (base="int8" or "nf4", where it has this option)'
             )
         if weight is not None and hasattr(weight, "ds_shape"):
             raise NotImplementedError(

@@ -127,7 +127,7 @@ def adopt(
         model: the converted model.
         method: name of the optimizer, for messages.
         layer: the class that its layers must have.
-        rank, options: of the optimizer; layers that were made with other ones are refused.
+        rank, options: of the optimizer; layers that were made with other values are refused.
     """
     layers: dict[str, ReparameterizedLinear] = {}
     known: set[nn.Parameter] = set()

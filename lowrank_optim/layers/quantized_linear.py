@@ -96,8 +96,8 @@ class QuantizedLinear(ReparameterizedLinear):
     def restart_workspace(self) -> int:
         """Return the number of elements that a refit holds at once.
 
-        These are W and its gradient in the working dtype, the error of quantizing, both once more in an iteration of
-        `compensate`, and the SVD.
+        These are W and its gradient in the working dtype, the error of quantizing, the same matrices again in an
+        iteration of `compensate`, and the SVD.
         """
         return 8 * self.out_features * self.in_features
 
