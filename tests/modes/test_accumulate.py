@@ -455,7 +455,7 @@ def test_paused_leaves_gradients_alone():
     push(p, grads[1])
     with acc.paused():
         push(p, grads[0])
-    with pytest.raises(RuntimeError, match=r"w has an uncompressed gradient beside .* no_sync"):
+    with pytest.raises(RuntimeError, match=r"w has an uncompressed gradient in addition .* no_sync"):
         acc.restore()
     p.grad = None
     acc.restore(mean=True)
