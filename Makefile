@@ -26,6 +26,9 @@ help:
 
 # Where the words of docs/words.txt are looked for. Widen it as folders follow the language standard of CONTRIBUTING.md.
 WORDED := ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md csrc/README.md docs/design docs/glossary.md
+WORDED += $(addprefix lowrank_optim/,layers accumulate.py build.py groups.py schedules.py)
+# All of distributed/ but for shards.py, which imports a function called `beside`.
+WORDED += $(filter-out %/shards.py,$(wildcard lowrank_optim/distributed/*.py))
 
 # Installed once, and again only when what is to be installed changes.
 $(STAMP): pyproject.toml constraints.txt
