@@ -228,8 +228,8 @@ class Shards(Algebra):
         if side not in self.pieces:
             return ops.fix_signs(basis)
         # Each rank finds, for each column, the first entry of (nearly) largest magnitude in its rows: (..., r). A table
-        # (..., count, r) with one row per piece collects these entries. Its rows are in the order of the pieces, so that
-        # among (nearly) equal entries the first one of the whole matrix decides, as without a cut.
+        # (..., count, r) with one row per piece collects these entries. Its rows are in the order of the pieces. Among
+        # (nearly) equal entries, the first one of the whole matrix decides, as without a cut.
         piece = self.pieces[side]
         peaks = basis.new_zeros(*basis.shape[:-2], piece.count, basis.shape[-1])
         if piece.length:
@@ -270,6 +270,7 @@ class Shards(Algebra):
         # of R^T when multiplied by Q.
         q = self.orthonormal(r.mT.contiguous(), -1)
         small, values, _ = torch.linalg.svd(self.inner(r, q).mT.double())
+        # Vectors of equal values follow fixed rules, in the precision of R, so that rounding does not pick them.
         settle_(small, values, eps=torch.finfo(q.dtype).eps, keep=rank)
         return self.signed(q @ small[..., :rank].to(q.dtype), -1)
 

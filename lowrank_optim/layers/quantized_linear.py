@@ -164,8 +164,8 @@ def _pseudo_inverse(p: Tensor, algebra: Algebra) -> Tensor:
     """Return `P^T (P P^T)^-1` (n, r) for P (r, n)."""
     wide = p.double()
     gram = algebra.total(wide @ wide.mT, -2)
-    # Quantizing may have made rows of P dependent. Cholesky then fails, or a pivot is no larger than rounding errors, and
-    # the pseudo-inverse by singular values is taken instead.
+    # Quantizing may have made rows of P dependent. Cholesky then fails, or a pivot is no larger than rounding errors.
+    # The pseudo-inverse by singular values is taken instead.
     factor, info = torch.linalg.cholesky_ex(gram)
     pivots, lengths = factor.diagonal().square(), gram.diagonal()
     if bool(info) or not bool((pivots > lengths * (TIE * torch.finfo(gram.dtype).eps)).all()):
