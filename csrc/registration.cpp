@@ -1,11 +1,15 @@
-// Checks the tensors of each operator, hands their memory to the kernels, and says so to torch's dispatcher.
+// Register the kernels of one backend with torch's dispatcher.
 //
-// Compiled once per backend, for the CPU, with LRO_CUDA for CUDA and with LRO_EMULATED for CUDA sources that run on the CPU
-// in tests. One translation unit: reading torch's headers takes longer than all the rest. Schemas are defined in
-// lowrank_optim/ops/schema.py; only the stable ABI of torch is used, so that one binary serves every torch from 2.10
-// on. The texts of errors are those of the schema's own checks.
+// Every function below checks the tensors of an operator, takes their pointers and calls a kernel of kernels.h. This
+// file is compiled once per backend: for the CPU, with LRO_CUDA for CUDA, and with LRO_EMULATED for CUDA sources that
+// run on the CPU in tests. It is one translation unit because parsing torch's headers takes longer than everything
+// else.
+//
+// The operators themselves are defined in Python, in lowrank_optim/ops/schema.py. This library only adds kernels for
+// one device to them, so a missing library changes speed and nothing else. It uses only the stable ABI of torch, and
+// one binary therefore serves every torch from 2.10 on.
 #if defined(LRO_CUDA) || defined(LRO_EMULATED)
-#define LRO_ONLY_SHARED  // not the operators that no CUDA source has a kernel for
+#define LRO_ONLY_SHARED  // excludes the operators that have no CUDA kernel
 #endif
 
 #ifdef LRO_EMULATED
@@ -30,6 +34,7 @@
 #include "registration/scaled.h"
 #include "registration/weights.h"
 
+// Each line binds an operator of the schema to a function. TORCH_BOX converts the dispatcher's stack of arguments.
 STABLE_TORCH_LIBRARY_IMPL(LRO_NAMESPACE, LRO_KEY, m) {
   m.impl("projected_adam_", TORCH_BOX(&lro::projected_adam_));
   m.impl("projected_adam_list_", TORCH_BOX(&lro::projected_adam_list_));

@@ -1,4 +1,8 @@
-// Adam's direction, from moments as they are kept; for one tensor and for lists.
+// Operators of Adam's direction: for one tensor, for rows of different ages, and for lists of tensors.
+//
+// The moments exp_avg and exp_avg_sq have the shape of the coordinates r, and r is overwritten by the direction. Lists
+// have one variant per format of the moments: the dtype of r, bfloat16, or 8-bit codes. All variants take either the
+// step count `t` or a tensor `step` on the device, which a captured graph reads at each replay.
 #pragma once
 
 #include "blocks.h"
@@ -6,12 +10,14 @@
 namespace lro {
 namespace {
 
+// Check that a moment matches r, except for its dtype.
 void check_moment(const Tensor& x, const char* name, const Tensor& r) {
   check_shape(x, name, r, "r");
   check_device(x, name, r, "r");
   check_contiguous(x, name);
 }
 
+// Check r and moments of its dtype, and return that dtype.
 ScalarType check_plain(const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& r) {
   const ScalarType type = r.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "r must be float32 or float64, got ",
@@ -27,6 +33,7 @@ ScalarType check_plain(const Tensor& exp_avg, const Tensor& exp_avg_sq, const Te
   return type;
 }
 
+// Return the options of a step. The powers are computed here, on the host, and unused if `step` is given.
 AdamRule rule_of(double beta1, double beta2, double eps, double t, const OptionalTensor& step, const Tensor& r) {
   return {beta1, beta2, eps, step_of(t, step, r, "step", "r"), std::pow(beta1, t), std::pow(beta2, t)};
 }
@@ -36,6 +43,7 @@ PlainMoments<T> plain_moments(const Tensor& exp_avg, const Tensor& exp_avg_sq, c
   return {write<T>(exp_avg), write<T>(exp_avg_sq), write<T>(r), r.numel()};
 }
 
+// Update one tensor. A list of one item runs the same kernel.
 void projected_adam_(Tensor exp_avg, Tensor exp_avg_sq, Tensor r, double beta1, double beta2, double eps, double t,
                      OptionalTensor step) {
   check_plain(exp_avg, exp_avg_sq, r);
@@ -48,6 +56,7 @@ void projected_adam_(Tensor exp_avg, Tensor exp_avg_sq, Tensor r, double beta1, 
 }
 
 #ifndef LRO_ONLY_SHARED
+// Update r (..., n) with one step count per row, ages (...) in the dtype of r.
 void projected_adam_rows_(Tensor exp_avg, Tensor exp_avg_sq, Tensor r, double beta1, double beta2, double eps,
                           Tensor ages) {
   check_plain(exp_avg, exp_avg_sq, r);
@@ -67,23 +76,29 @@ void projected_adam_rows_(Tensor exp_avg, Tensor exp_avg_sq, Tensor r, double be
 }
 #endif
 
-// -- the same for several tensors, all on one device
+// -- Lists of tensors, all on one device ------------------------------------------------------------------------------
+//
+// A list becomes an array of items, each with the pointers of one tensor. Empty tensors are left out, since kernels
+// expect at least one element. The whole list is checked before the first tensor is changed.
 
 using Tensors = std::vector<Tensor>;
 using Integers = std::vector<int64_t>;
 
+// Check that a list has one entry per tensor of r.
 template <class List>
 void check_length(const List& list, const char* name, const Tensors& r) {
   STD_TORCH_CHECK(list.size() == r.size(), name, " must have one entry for each of r, ", r.size(), ", got ",
                   list.size());
 }
 
+// Check one r of a list whose moments have fewer bits: arithmetic is in float32.
 void check_single(const Tensor& r, const Tensor& first) {
   check_type(r, "r", ScalarType::Float, "float32");
   check_contiguous(r, "r");
   check_device(r, "r", first, "its first tensor");
 }
 
+// Collect the items of a list and update them in one call.
 template <class T>
 void update_plain(const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensors& r, const AdamRule& rule) {
   std::vector<PlainMoments<T>> items;
@@ -97,6 +112,7 @@ void update_plain(const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tenso
   projected_adam(on.queue, items.data(), static_cast<int64_t>(items.size()), rule);
 }
 
+// Update moments that have the dtype of r, float32 or float64, the same for the whole list.
 void projected_adam_list_(Tensors exp_avg, Tensors exp_avg_sq, Tensors r, double beta1, double beta2, double eps,
                           double t, OptionalTensor step) {
   check_length(exp_avg, "exp_avg", r);
@@ -105,8 +121,7 @@ void projected_adam_list_(Tensors exp_avg, Tensors exp_avg_sq, Tensors r, double
   const ScalarType first = r[0].scalar_type();
   for (size_t i = 0; i < r.size(); ++i) {
     const bool alike = check_plain(exp_avg[i], exp_avg_sq[i], r[i]) == first;
-    STD_TORCH_CHECK(alike, "r must have the dtype of its first tensor, got ",
-                    type_of(r[i]));
+    STD_TORCH_CHECK(alike, "r must have the dtype of its first tensor, got ", type_of(r[i]));
     check_device(r[i], "r", r[0], "its first tensor");
   }
   const AdamRule rule = rule_of(beta1, beta2, eps, t, step, r[0]);
@@ -114,6 +129,8 @@ void projected_adam_list_(Tensors exp_avg, Tensors exp_avg_sq, Tensors r, double
   else update_plain<double>(exp_avg, exp_avg_sq, r, rule);
 }
 
+// Update moments in bfloat16. key[i] and start[i] say which random numbers round tensor i, so that shards and resumed
+// runs round alike.
 void projected_adam_bfloat16_list_(Tensors exp_avg, Tensors exp_avg_sq, Tensors r, double beta1, double beta2,
                                    double eps, double t, OptionalTensor step, Integers key, int64_t purpose,
                                    int64_t purpose_sq, int64_t time, OptionalTensor at, Integers start) {
@@ -130,7 +147,7 @@ void projected_adam_bfloat16_list_(Tensors exp_avg, Tensors exp_avg_sq, Tensors 
     check_moment(exp_avg[i], "exp_avg", r[i]);
     check_type(exp_avg_sq[i], "exp_avg_sq", ScalarType::BFloat16, "bfloat16");
     check_moment(exp_avg_sq[i], "exp_avg_sq", r[i]);
-    const auto bits = static_cast<uint64_t>(key[i]);
+    const auto bits = static_cast<uint64_t>(key[i]);  // schemas have signed integers; a key is 64 unsigned bits
     if (r[i].numel())
       items.push_back({write<bfloat16>(exp_avg[i]), write<bfloat16>(exp_avg_sq[i]), write<float>(r[i]), r[i].numel(),
                        static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32), start[i]});
@@ -143,6 +160,7 @@ void projected_adam_bfloat16_list_(Tensors exp_avg, Tensors exp_avg_sq, Tensors 
   projected_adam(on.queue, items.data(), static_cast<int64_t>(items.size()), rule, streams);
 }
 
+// Return a code map and its table of lowest codes, both on the device of r.
 Levels levels_of(const Tensor& code_map, const char* name, const Tensor& lower, const char* lower_name,
                  const Tensor& r) {
   check_map(code_map, name, r, "r");
@@ -150,7 +168,8 @@ Levels levels_of(const Tensor& code_map, const char* name, const Tensor& lower, 
   return {read<float>(code_map), read<uint8_t>(lower), static_cast<int32_t>(code_map.numel())};
 }
 
-// `peaks (..., blocks)`: as many rows as there are, the last dimension aside.
+// Return the blocks of r from the shape of its peaks (..., blocks per row). r itself may have any shape: its elements
+// are divided evenly among the rows of the peaks.
 Blocks blocks_of(const Tensor& r, const Tensor& peaks, const char* name, int64_t block) {
   check_type(peaks, name, ScalarType::Float, "float32");
   check_contiguous(peaks, name);
@@ -164,6 +183,7 @@ Blocks blocks_of(const Tensor& r, const Tensor& peaks, const char* name, int64_t
   return blocks;
 }
 
+// Update moments that are codes (shape of r) and peaks (..., blocks per row), in blocks of at most 256 elements.
 void projected_adam_int8_list_(Tensors exp_avg, Tensors peak, Tensors exp_avg_sq, Tensors peak_sq, Tensors r,
                                Tensor code_map, Tensor lower, Tensor code_map_sq, Tensor lower_sq, int64_t block,
                                double beta1, double beta2, double eps, double t, OptionalTensor step) {

@@ -1,4 +1,4 @@
-// Gram matrices, signs and selections of bases.
+// Operators that build a basis: Gram matrices, signs of columns, selections of the largest, and moves of rows.
 #pragma once
 
 #include "checks.h"
@@ -7,6 +7,8 @@ namespace lro {
 namespace {
 
 #ifndef LRO_ONLY_SHARED
+// Write Y^T Y of y (..., m, k) to out (..., k, k) in float64, or Y Y^T of y (..., k, m) if `across`. The transpose is
+// expressed by strides, so that no copy is made.
 void gram_(Tensor out, Tensor y, bool across) {
   check_type(y, "y", ScalarType::Float, "float32");
   check_type(out, "out", ScalarType::Double, "float64");
@@ -26,6 +28,7 @@ void gram_(Tensor out, Tensor y, bool across) {
 }
 #endif
 
+// Make the entry of largest magnitude in each column of basis (..., rows, columns) positive.
 void fix_signs_(Tensor basis) {
   STD_TORCH_CHECK(is(basis, ScalarType::Float) || is(basis, ScalarType::Double),
                   "basis must be float32 or float64, got ", type_of(basis));
@@ -39,6 +42,8 @@ void fix_signs_(Tensor basis) {
   else fix_signs(on.queue, write<double>(basis), matrices, rows, columns);
 }
 
+// Write to index (..., r) the positions of the r largest of scores (..., n). Counts and positions are int32, so n is
+// limited to 2^30.
 void select_top_(Tensor index, Tensor scores) {
   check_type(index, "index", ScalarType::Int, "int32");
   STD_TORCH_CHECK(is(scores, ScalarType::Float) || is(scores, ScalarType::Double),
@@ -61,6 +66,8 @@ void select_top_(Tensor index, Tensor scores) {
 }
 
 #ifndef LRO_ONLY_SHARED
+// Move the rows of x (rows, ...) in place, source (rows,) being int64. The order of the sources is checked because the
+// kernel relies on it: a source out of order would be overwritten before it is read.
 void move_rows_(Tensor x, Tensor source) {
   STD_TORCH_CHECK(is(x, ScalarType::Float) || is(x, ScalarType::Double) || is(x, ScalarType::Int),
                   "x must be float32 or float64 or int32, got ", type_of(x));

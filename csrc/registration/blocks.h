@@ -1,4 +1,4 @@
-// Blocks of elements that are coded together.
+// Checks of tensors that are quantized in blocks: codes (..., k), and one number per block (..., ceil(k / block)).
 #pragma once
 
 #include "checks.h"
@@ -6,6 +6,7 @@
 namespace lro {
 namespace {
 
+// Return the blocks of a tensor (..., k); leading dimensions become rows.
 Blocks blocks_of(const Tensor& elements, int64_t block) {
   STD_TORCH_CHECK(elements.dim() >= 1, "x must have a last dimension to be cut into blocks, got a scalar");
   STD_TORCH_CHECK(block >= 1, "block must be at least 1, got ", block);
@@ -13,6 +14,7 @@ Blocks blocks_of(const Tensor& elements, int64_t block) {
   return {k ? elements.numel() / k : 0, k, block};
 }
 
+// Check a tensor that has one float32 per block: scales, peaks or minima.
 void check_numbers(const Tensor& numbers, const char* name, const Tensor& elements, const Blocks& blocks) {
   check_type(numbers, name, ScalarType::Float, "float32");
   check_contiguous(numbers, name);
@@ -24,6 +26,7 @@ void check_numbers(const Tensor& numbers, const char* name, const Tensor& elemen
                   ", got ", shape_of(numbers));
 }
 
+// Check codes and the numbers x that they stand for, both (..., k).
 void check_codes(const Tensor& codes, const Tensor& x) {
   check_type(codes, "codes", ScalarType::Byte, "uint8");
   check_floating(x, "x");
@@ -33,6 +36,7 @@ void check_codes(const Tensor& codes, const Tensor& x) {
   check_contiguous(x, "x");
 }
 
+// Return the noise for dithering, of the shape of the codes, or null for rounding to nearest.
 const float* noise_of(const OptionalTensor& noise, const Tensor& codes) {
   if (!noise) return nullptr;
   check_type(*noise, "noise", ScalarType::Float, "float32");

@@ -1,4 +1,7 @@
-// Entries of a matrix by position.
+// Operators on single entries of a matrix, by flat row-major position.
+//
+// Positions must ascend without repetition: threads then share no element, and every sum has a fixed order. The CPU
+// checks the order before it writes. On a GPU that check would make the host wait for the device.
 #pragma once
 
 #include "checks.h"
@@ -7,15 +10,17 @@ namespace lro {
 namespace {
 
 #ifndef LRO_CUDA
+// Whether each position is greater than the previous position. The loop has no early exit, so it can be vectorized.
 template <class Index>
 bool ascends(const Index* positions, int64_t count) {
-  bool so = true;
-  for (int64_t i = 1; i < count; ++i) so &= positions[i - 1] < positions[i];
-  return so;
+  bool ascending = true;
+  for (int64_t i = 1; i < count; ++i) ascending &= positions[i - 1] < positions[i];
+  return ascending;
 }
 #endif
 
-// One number per position. Their order is looked at on the CPU only: elsewhere that would stop the host.
+// Check positions (count,) from `start` to below `stop`, and one number per position. The first and the last position
+// are the extremes of an ascending list, so only they are compared with the limits.
 void check_positions(const Tensor& positions, const Tensor& numbers, const char* name, int64_t start, int64_t stop) {
   STD_TORCH_CHECK(is(positions, ScalarType::Int) || is(positions, ScalarType::Long),
                   "positions must be int32 or int64, got ", type_of(positions));
@@ -35,7 +40,7 @@ void check_positions(const Tensor& positions, const Tensor& numbers, const char*
 #endif
 }
 
-// The same for `dense`, of whose dtype the numbers are.
+// Check `dense`, the local part of a flat tensor from global index `start` on, and positions and numbers for it.
 void check_at(const Tensor& dense, const Tensor& positions, const Tensor& numbers, const char* name, int64_t start) {
   STD_TORCH_CHECK(is(dense, ScalarType::Float) || is(dense, ScalarType::Double) || is(dense, ScalarType::BFloat16),
                   "dense must be float32 or float64 or bfloat16, got ", type_of(dense));
@@ -46,18 +51,19 @@ void check_at(const Tensor& dense, const Tensor& positions, const Tensor& number
   check_positions(positions, numbers, name, start, start + dense.numel());
 }
 
-// Calls `run(pointer of the element type, pointer of the type of positions)`.
+// Call `run` with null pointers of the element type and of the type of the positions, which carry only the types.
 template <class Run>
 void by_types(const Tensor& x, const Tensor& positions, const Run& run) {
-  const auto with = [&](auto* type) {
+  const auto dispatch = [&](auto* type) {
     if (is(positions, ScalarType::Int)) run(type, static_cast<int32_t*>(nullptr));
     else run(type, static_cast<int64_t*>(nullptr));
   };
-  if (is(x, ScalarType::Float)) with(static_cast<float*>(nullptr));
-  else if (is(x, ScalarType::Double)) with(static_cast<double*>(nullptr));
-  else with(static_cast<bfloat16*>(nullptr));
+  if (is(x, ScalarType::Float)) dispatch(static_cast<float*>(nullptr));
+  else if (is(x, ScalarType::Double)) dispatch(static_cast<double*>(nullptr));
+  else dispatch(static_cast<bfloat16*>(nullptr));
 }
 
+// Add values (count,) to the elements of `dense` at these positions.
 void add_at_(Tensor dense, Tensor positions, Tensor values, int64_t start) {
   check_at(dense, positions, values, "values", start);
   if (!positions.numel()) return;
@@ -69,6 +75,7 @@ void add_at_(Tensor dense, Tensor positions, Tensor values, int64_t start) {
   });
 }
 
+// Read the elements of `dense` at these positions into out (count,).
 void gather_at_(Tensor out, Tensor dense, Tensor positions, int64_t start) {
   check_at(dense, positions, out, "out", start);
   if (!positions.numel()) return;
@@ -81,6 +88,8 @@ void gather_at_(Tensor out, Tensor dense, Tensor positions, int64_t start) {
 }
 
 #ifndef LRO_ONLY_SHARED
+// Add to out (count,) the entries at `positions` of left (m, k) times right (n, k) transposed. Both factors have rows
+// of length k, so that each entry is a product of two contiguous lines.
 void add_sampled_product_(Tensor out, Tensor left, Tensor right, Tensor positions) {
   STD_TORCH_CHECK(is(left, ScalarType::Float) || is(left, ScalarType::Double),
                   "left must be float32 or float64, got ", type_of(left));
@@ -100,7 +109,8 @@ void add_sampled_product_(Tensor out, Tensor left, Tensor right, Tensor position
     using T = std::remove_pointer_t<decltype(type)>;
     using Index = std::remove_pointer_t<decltype(place)>;
     if constexpr (!std::is_same_v<T, bfloat16>)
-      add_sampled_product(write<T>(out), read<T>(left), read<T>(right), read<Index>(positions), positions.numel(), n, k);
+      add_sampled_product(write<T>(out), read<T>(left), read<T>(right), read<Index>(positions), positions.numel(), n,
+                          k);
   });
 }
 #endif

@@ -1,4 +1,5 @@
-// Matrices scaled by the factors of their rows and columns.
+// Operators on matrices that are scaled by one factor per row and one per column (Adafactor). x is (..., m, n), rows
+// (..., m, 1) and columns (..., 1, n). The scaled matrix y is computed on the fly and never stored.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,7 @@ namespace lro {
 namespace {
 
 #ifndef LRO_ONLY_SHARED
-// One number per row, (..., m, 1), or per column, (..., 1, n), of x (..., m, n).
+// Check factors that have one number per row or column of x. `summed` is the dimension of size 1.
 void check_factors(const Tensor& factors, const char* name, const char* line, const Tensor& x, int64_t summed) {
   STD_TORCH_CHECK(factors.scalar_type() == x.scalar_type(), name, " must have the dtype of x, got ",
                   type_of(factors));
@@ -20,6 +21,7 @@ void check_factors(const Tensor& factors, const char* name, const char* line, co
   check_device(factors, name, x, "x");
 }
 
+// Check x and both of its factors.
 void check_factored(const Tensor& x, const Tensor& rows, const Tensor& columns) {
   STD_TORCH_CHECK(is(x, ScalarType::Float) || is(x, ScalarType::Double), "x must be float32 or float64, got ",
                   type_of(x));
@@ -29,19 +31,22 @@ void check_factored(const Tensor& x, const Tensor& rows, const Tensor& columns) 
   check_factors(columns, "columns", "column", x, x.dim() - 2);
 }
 
-void check_like_factored(const Tensor& one, const char* name, const Tensor& x) {
-  STD_TORCH_CHECK(one.scalar_type() == x.scalar_type(), name, " must have the dtype of x, got ", type_of(one));
-  check_shape(one, name, x, "x");
-  check_contiguous(one, name);
-  check_device(one, name, x, "x");
+// Check a tensor that is updated element by element with x.
+void check_like_factored(const Tensor& tensor, const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), name, " must have the dtype of x, got ", type_of(tensor));
+  check_shape(tensor, name, x, "x");
+  check_contiguous(tensor, name);
+  check_device(tensor, name, x, "x");
 }
 
+// Return the pointers and sizes; leading dimensions become a stack of matrices.
 template <class T>
 Factored<T> factored_of(const Tensor& x, const Tensor& rows, const Tensor& columns, double most) {
   const int64_t m = x.size(x.dim() - 2), n = x.size(x.dim() - 1);
   return {x.numel() / (m * n), m, n, read<T>(x), read<T>(rows), read<T>(columns), most};
 }
 
+// Write y to out.
 void scale_factored_(Tensor out, Tensor x, Tensor rows, Tensor columns, double most) {
   check_factored(x, rows, columns);
   check_like_factored(out, "out", x);
@@ -50,6 +55,7 @@ void scale_factored_(Tensor out, Tensor x, Tensor rows, Tensor columns, double m
   else scale_factored(write<double>(out), factored_of<double>(x, rows, columns, most));
 }
 
+// Write the sum of squares of each matrix of y to sums (...), in float64. An empty matrix has the sum 0.
 void factored_energy_(Tensor sums, Tensor x, Tensor rows, Tensor columns, double most) {
   check_factored(x, rows, columns);
   check_type(sums, "sums", ScalarType::Double, "float64");
@@ -64,6 +70,7 @@ void factored_energy_(Tensor sums, Tensor x, Tensor rows, Tensor columns, double
   else factored_energy(write<double>(sums), factored_of<double>(x, rows, columns, most));
 }
 
+// Step the weight w by y, or by its average exp_avg if there is one.
 void step_factored_(Tensor w, OptionalTensor exp_avg, Tensor x, Tensor rows, Tensor columns, double most, double beta,
                     double gain, double length, double keep) {
   check_factored(x, rows, columns);

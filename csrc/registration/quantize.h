@@ -1,4 +1,6 @@
-// Codes in a byte or half a byte.
+// Operators that quantize in blocks: codes (..., k) of one byte, and packed codes of half a byte.
+//
+// x is float32 or bfloat16. Block by block, a quantizer writes codes and the float32 numbers that decode them.
 #pragma once
 
 #include "blocks.h"
@@ -6,6 +8,7 @@
 namespace lro {
 namespace {
 
+// Write the nearest value of a code map for each element over its block's peak, absmax (..., ceil(k / block)).
 void quantize_blockwise_(Tensor codes, Tensor absmax, Tensor x, Tensor code_map, Tensor lower, Tensor midpoint,
                          int64_t block, bool signed_peak, OptionalTensor noise) {
   check_codes(codes, x);
@@ -26,6 +29,7 @@ void quantize_blockwise_(Tensor codes, Tensor absmax, Tensor x, Tensor code_map,
   });
 }
 
+// Write points of a uniform grid of 2^bits values per block, described by `scale` (its step) and `low` (its start).
 void quantize_affine_(Tensor codes, Tensor scale, Tensor low, Tensor x, int64_t bits, int64_t block,
                       OptionalTensor noise) {
   check_codes(codes, x);
@@ -43,6 +47,7 @@ void quantize_affine_(Tensor codes, Tensor scale, Tensor low, Tensor x, int64_t 
   });
 }
 
+// Write sixteenths of the block's largest element; x is not negative.
 void quantize_sixteenths_(Tensor codes, Tensor largest, Tensor x, int64_t block, OptionalTensor noise) {
   check_codes(codes, x);
   const Blocks blocks = blocks_of(codes, block);
@@ -56,6 +61,7 @@ void quantize_sixteenths_(Tensor codes, Tensor largest, Tensor x, int64_t block,
   });
 }
 
+// Decode a code map: x = code_map[code] absmax.
 void dequantize_blockwise_(Tensor x, Tensor codes, Tensor absmax, Tensor code_map, int64_t block) {
   check_codes(codes, x);
   const Blocks blocks = blocks_of(codes, block);
@@ -70,6 +76,7 @@ void dequantize_blockwise_(Tensor x, Tensor codes, Tensor absmax, Tensor code_ma
   });
 }
 
+// Decode a grid: x = code scale + low.
 void dequantize_affine_(Tensor x, Tensor codes, Tensor scale, Tensor low, int64_t block) {
   check_codes(codes, x);
   const Blocks blocks = blocks_of(codes, block);
@@ -83,6 +90,7 @@ void dequantize_affine_(Tensor x, Tensor codes, Tensor scale, Tensor low, int64_
   });
 }
 
+// Check codes (..., k) and their packed form (..., ceil(k / 2)).
 void check_pack4(const Tensor& packed, const Tensor& codes) {
   check_type(packed, "packed", ScalarType::Byte, "uint8");
   check_contiguous(packed, "packed");
@@ -96,6 +104,7 @@ void check_pack4(const Tensor& packed, const Tensor& codes) {
   STD_TORCH_CHECK(fits, "packed must have one byte for two codes ", shape_of(codes), ", got ", shape_of(packed));
 }
 
+// Pack codes below 16, two per byte, the first in the lower half.
 void pack4_(Tensor packed, Tensor codes) {
   check_pack4(packed, codes);
   if (!codes.numel()) return;
@@ -104,6 +113,7 @@ void pack4_(Tensor packed, Tensor codes) {
   pack4(on.queue, write<uint8_t>(packed), read<uint8_t>(codes), codes.numel() / k, k);
 }
 
+// Write each half of a byte as a code.
 void unpack4_(Tensor codes, Tensor packed) {
   check_pack4(packed, codes);
   if (!codes.numel()) return;

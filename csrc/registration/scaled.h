@@ -1,4 +1,4 @@
-// Norms of rows and columns, and updates that are scaled by them.
+// Operators of row and column norms, and of updates that are scaled by them. Only the CPU has kernels.
 #pragma once
 
 #include "checks.h"
@@ -7,7 +7,7 @@ namespace lro {
 namespace {
 
 #ifndef LRO_ONLY_SHARED
-// The sums of one side of x, whose other side they do not have.
+// Check sums over one dimension of x (..., m, n): `without` counts it from the end, 1 for n and 2 for m.
 void check_sums(const Tensor& sums, const char* name, const char* line, const Tensor& x, int64_t without) {
   check_type(sums, name, ScalarType::Double, "float64");
   check_contiguous(sums, name);
@@ -18,6 +18,7 @@ void check_sums(const Tensor& sums, const char* name, const char* line, const Te
   STD_TORCH_CHECK(fits, name, " must have one number per ", line, " of x ", shape_of(x), ", got ", shape_of(sums));
 }
 
+// Write the sums of squares of the rows, (..., m), and of the columns, (..., n), of x in float64, in one pass.
 void squares_(Tensor rows, Tensor columns, Tensor x) {
   STD_TORCH_CHECK(is(x, ScalarType::Float) || is(x, ScalarType::Double) || is(x, ScalarType::BFloat16),
                   "x must be float32 or float64 or bfloat16, got ", type_of(x));
@@ -37,6 +38,7 @@ void squares_(Tensor rows, Tensor columns, Tensor x) {
   else by_type(x, run);
 }
 
+// W <- keep W - x factors, with factors (..., m, 1), (..., 1, n) or (..., 1, 1).
 void take_scaled_(Tensor w, Tensor x, Tensor factors, double keep) {
   STD_TORCH_CHECK(is(w, ScalarType::Float) || is(w, ScalarType::Double), "w must be float32 or float64, got ",
                   type_of(w));
