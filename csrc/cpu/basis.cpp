@@ -1,3 +1,9 @@
+// Gram matrices and signs of bases on the CPU.
+//
+// A Gram matrix Y^T Y in float32 loses the small singular values, since it squares them. Here products and sums are
+// double, although Y is float32. The result (k, k) is symmetric, so only tiles of its upper triangle are computed. Each
+// tile keeps a block of sums in registers while it runs through the rows, as in a matrix product. The order of every
+// sum is that of the rows, for any number of threads.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -5,7 +11,8 @@
 #include "../kernels.h"
 #include "clones.h"
 
-// The product of two floats is exact in double, so that fusing it with the sum changes no bit.
+// The product of two floats is exact in double (24 + 24 <= 53 bits), so a fused multiply-add gives the same bits as two
+// instructions. Contraction is therefore safe in this file, and only in this file.
 #if defined(__clang__)
 #pragma clang fp contract(fast)
 #elif defined(__GNUC__)
@@ -15,11 +22,13 @@
 namespace lro {
 namespace {
 
-constexpr int kWide = 8, kTile = 2 * kWide, kHigh = 4;  // sums of kHigh x kTile are held in registers
-constexpr int64_t kDepth = 128;                         // terms that are converted at once, so that they stay in cache
+constexpr int kWide = 8, kTile = 2 * kWide, kHigh = 4;  // a vector, a tile, and rows of sums in registers
+constexpr int64_t kDepth = 128;                         // rows of Y converted at once, so that they stay in cache
+// A vector of doubles that may be unaligned in memory.
 using Lanes = double __attribute__((vector_size(kWide * sizeof(double)), aligned(8)));
 
-// sums (kTile, kTile) += the products of `depth` terms of two tiles of columns, each (depth, kTile), in order.
+// sums (kTile, kTile) += left^T right for two tiles of columns, each (depth, kTile) row-major. kHigh rows of sums are
+// held in registers at once, 8 vectors, while all terms are added.
 LRO_CLONES void add_products(double* LRO_RESTRICT sums, const double* left, const double* right, int64_t depth) {
   for (int top = 0; top < kTile; top += kHigh) {
     Lanes held[kHigh][2];
@@ -31,9 +40,9 @@ LRO_CLONES void add_products(double* LRO_RESTRICT sums, const double* left, cons
       memcpy(&first, right + term * kTile, sizeof(Lanes));
       memcpy(&second, right + term * kTile + kWide, sizeof(Lanes));
       for (int i = 0; i < kHigh; ++i) {
-        const double one = left[term * kTile + top + i];
-        held[i][0] += one * first;
-        held[i][1] += one * second;
+        const double factor = left[term * kTile + top + i];
+        held[i][0] += factor * first;
+        held[i][1] += factor * second;
       }
     }
     for (int i = 0; i < kHigh; ++i)
@@ -42,7 +51,8 @@ LRO_CLONES void add_products(double* LRO_RESTRICT sums, const double* left, cons
   }
 }
 
-// Terms `from` and up as tiles of columns, (tiles, depth, kTile), zeros beyond the last column.
+// Convert rows `from` to `from + depth` of Y to double, as tiles of columns (tiles, depth, kTile). Columns beyond the
+// last become zeros, so that all tiles have one size.
 LRO_CLONES void convert(double* LRO_RESTRICT tiles, const float* y, const Thin shape, int64_t from, int64_t depth) {
   for (int64_t tile = 0; tile * kTile < shape.columns; ++tile)
     for (int64_t term = 0; term < depth; ++term) {
@@ -54,11 +64,12 @@ LRO_CLONES void convert(double* LRO_RESTRICT tiles, const float* y, const Thin s
     }
 }
 
+// Two tiles of columns, whose product is one tile of the result.
 struct Pair {
   int64_t left, right;
 };
 
-// Of one matrix, those tiles of the upper triangle that are number `begin` to `end`, and their mirror images.
+// Compute tiles `begin` to `end` of the upper triangle of one matrix and write them with their mirror images.
 void gram_tiles(double* out, const float* y, const Thin shape, const std::vector<Pair>& pairs, int64_t begin,
                 int64_t end) {
   const int64_t count = (shape.columns + kTile - 1) / kTile, k = shape.columns;
@@ -80,9 +91,14 @@ void gram_tiles(double* out, const float* y, const Thin shape, const std::vector
       }
 }
 
+// -- Signs ------------------------------------------------------------------------------------------------------------
+//
+// A strip of 64 columns is read row by row, which follows the memory, and keeps one peak per column.
+
 constexpr int kColumns = 64;
 
-// The entries that are the largest of their columns, the first of those that rounding makes equal: found from below.
+// Find the entry of each column of a strip (rows, count) that decides its sign: the first whose magnitude is at least
+// `limit`, nearly the largest (elements.h). The search runs from the last row up, so that no condition ends it early.
 template <class T>
 LRO_HD void peaks(T* LRO_RESTRICT peak, T* LRO_RESTRICT limit, const T* x, int64_t rows, int64_t stride, int count) {
   for (int64_t row = 0; row < rows; ++row)
@@ -93,12 +109,14 @@ LRO_HD void peaks(T* LRO_RESTRICT peak, T* LRO_RESTRICT limit, const T* x, int64
       peak[i] = magnitude(x[row * stride + i]) >= limit[i] ? x[row * stride + i] : peak[i];
 }
 
+// Negate the columns whose peak is negative. The condition is a select, not a branch, so that the loop vectorizes.
 template <class T>
 LRO_HD void flip(T* LRO_RESTRICT x, const T* peak, int64_t rows, int64_t stride, int count) {
   for (int64_t row = 0; row < rows; ++row)
     for (int i = 0; i < count; ++i) x[row * stride + i] = peak[i] < 0 ? -x[row * stride + i] : x[row * stride + i];
 }
 
+// Fix the signs of one strip.
 template <class T>
 LRO_HD void fix(T* x, int64_t rows, int64_t stride, int count) {
   T peak[kColumns] = {}, limit[kColumns] = {};
@@ -106,6 +124,7 @@ LRO_HD void fix(T* x, int64_t rows, int64_t stride, int count) {
   flip(x, peak, rows, stride, count);
 }
 
+// target_clones has no effect on instances of templates, so there is one plain function per type.
 LRO_CLONES void run(float* x, int64_t rows, int64_t stride, int count) { fix(x, rows, stride, count); }
 LRO_CLONES void run(double* x, int64_t rows, int64_t stride, int count) { fix(x, rows, stride, count); }
 
@@ -116,6 +135,7 @@ void gram(Queue, double* out, const float* y, int64_t matrices, Thin shape) {
   std::vector<Pair> pairs;
   for (int64_t left = 0; left < count; ++left)
     for (int64_t right = left; right < count; ++right) pairs.push_back({left, right});
+  // Threads share the tiles of one matrix after another. A thread converts Y itself, so it should get several tiles.
   const auto total = static_cast<int64_t>(pairs.size()), grain = 1 + (1 << 13) / (shape.rows + 1);
   for (int64_t matrix = 0; matrix < matrices; ++matrix)
     parallel(total, grain, [&](int64_t begin, int64_t end) {

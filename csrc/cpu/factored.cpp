@@ -1,4 +1,7 @@
-// Adafactor's scaling in passing, so that no matrix of second moments and none of scaled gradients is ever written.
+// Adafactor's scaling on the CPU, fused with its use.
+//
+// Element (i, j) of x is scaled by factors of row i and column j. Each loop computes the scaled element y where it is
+// needed, so neither a matrix of second moments nor one of scaled gradients is ever written.
 #include <vector>
 
 #include "../kernels.h"
@@ -7,8 +10,9 @@
 namespace lro {
 namespace {
 
-constexpr int64_t kGrain = 32768;  // elements
+constexpr int64_t kGrain = 32768;  // elements that are worth a thread
 
+// One row of a scaled matrix: x and by_column have n elements each.
 template <class T>
 struct Line {
   const T *x, *by_column;
@@ -16,11 +20,13 @@ struct Line {
   int64_t n;
 };
 
+// The numbers of a step, rounded to T.
 template <class T>
 struct Numbers {
   T beta, gain, length, keep;
 };
 
+// Write a scaled row. Fields are copied to restricted locals, which promises that `out` does not alias them.
 template <class T>
 LRO_HD void scale_line(T* LRO_RESTRICT out, const Line<T>& y) {
   const T *LRO_RESTRICT x = y.x, *LRO_RESTRICT by_column = y.by_column;
@@ -28,7 +34,7 @@ LRO_HD void scale_line(T* LRO_RESTRICT out, const Line<T>& y) {
   for (int64_t j = 0; j < y.n; ++j) out[j] = scaled(x[j], by_row, by_column[j], most);
 }
 
-// As many partial sums as there are lanes, added in halves.
+// Return the sum of squares of a scaled row, in double, by kLanes partial sums (elements.h).
 template <class T>
 LRO_HD double energy_of_line(const Line<T>& y) {
   const T *LRO_RESTRICT x = y.x, *LRO_RESTRICT by_column = y.by_column;
@@ -37,16 +43,17 @@ LRO_HD double energy_of_line(const Line<T>& y) {
   int64_t j = 0;
   for (; j + kLanes <= y.n; j += kLanes)
     for (int lane = 0; lane < kLanes; ++lane) {
-      const double one = scaled(x[j + lane], by_row, by_column[j + lane], most);
-      sums[lane] += one * one;
+      const double value = scaled(x[j + lane], by_row, by_column[j + lane], most);
+      sums[lane] += value * value;
     }
   for (int lane = 0; j + lane < y.n; ++lane) {
-    const double one = scaled(x[j + lane], by_row, by_column[j + lane], most);
-    sums[lane] += one * one;
+    const double value = scaled(x[j + lane], by_row, by_column[j + lane], most);
+    sums[lane] += value * value;
   }
-  return in_halves(sums);
+  return sum_in_halves(sums);
 }
 
+// Step a row of the weight by the scaled row.
 template <class T>
 LRO_HD void step_line(T* LRO_RESTRICT w, const Line<T>& y, const Numbers<T>& k) {
   const T *LRO_RESTRICT x = y.x, *LRO_RESTRICT by_column = y.by_column;
@@ -55,6 +62,7 @@ LRO_HD void step_line(T* LRO_RESTRICT w, const Line<T>& y, const Numbers<T>& k) 
     w[j] = w[j] * keep - scaled(x[j], by_row, by_column[j], most) * gain * length;
 }
 
+// Average the scaled row into the momentum m, and step a row of the weight by m.
 template <class T>
 LRO_HD void average_line(T* LRO_RESTRICT w, T* LRO_RESTRICT m, const Line<T>& y, const Numbers<T>& k) {
   const T *LRO_RESTRICT x = y.x, *LRO_RESTRICT by_column = y.by_column;
@@ -66,7 +74,7 @@ LRO_HD void average_line(T* LRO_RESTRICT w, T* LRO_RESTRICT m, const Line<T>& y,
   }
 }
 
-// Attributes do not reach the instances of templates, so there is one function per type.
+// target_clones has no effect on instances of templates, so there is one plain function per type.
 #define LRO_PER_TYPE(T)                                                                                          \
   LRO_CLONES void scale(T* out, const Line<T>& y) { scale_line(out, y); }                                        \
   LRO_CLONES double energy(const Line<T>& y) { return energy_of_line(y); }                                       \
@@ -75,9 +83,9 @@ LRO_HD void average_line(T* LRO_RESTRICT w, T* LRO_RESTRICT m, const Line<T>& y,
 LRO_PER_TYPE(float)
 LRO_PER_TYPE(double)
 
-// Calls `work(number of the line, number of its first element, line)`.
+// Call `work(i, first, line)` for row i of all matrices, whose first element has index `first`.
 template <class T, class Work>
-void each_line(const Factored<T>& y, const Work& work) {
+void for_each_line(const Factored<T>& y, const Work& work) {
   parallel(y.matrices * y.rows, 1 + kGrain / y.columns, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const T* by_column = y.by_column + i / y.rows * y.columns;
@@ -90,14 +98,14 @@ void each_line(const Factored<T>& y, const Work& work) {
 
 template <class T>
 void scale_factored(T* out, const Factored<T>& y) {
-  each_line(y, [&](int64_t, int64_t first, const Line<T>& line) { scale(out + first, line); });
+  for_each_line(y, [&](int64_t, int64_t first, const Line<T>& line) { scale(out + first, line); });
 }
 
-// Lines are added in their order, however many threads there are.
+// Threads compute one sum per row. The rows are then added in order, so that the number of threads changes no bit.
 template <class T>
 void factored_energy(double* sums, const Factored<T>& y) {
   std::vector<double> of_lines(y.matrices * y.rows);
-  each_line(y, [&](int64_t i, int64_t, const Line<T>& line) { of_lines[i] = energy(line); });
+  for_each_line(y, [&](int64_t i, int64_t, const Line<T>& line) { of_lines[i] = energy(line); });
   for (int64_t matrix = 0; matrix < y.matrices; ++matrix) {
     sums[matrix] = 0;
     for (int64_t row = 0; row < y.rows; ++row) sums[matrix] += of_lines[matrix * y.rows + row];
@@ -108,7 +116,7 @@ template <class T>
 void step_factored(T* w, T* m, const Factored<T>& y, Move move) {
   const Numbers<T> k{static_cast<T>(move.beta), static_cast<T>(move.gain), static_cast<T>(move.length),
                      static_cast<T>(move.keep)};
-  each_line(y, [&](int64_t, int64_t first, const Line<T>& line) {
+  for_each_line(y, [&](int64_t, int64_t first, const Line<T>& line) {
     if (m) average(w + first, m + first, line, k);
     else step(w + first, line, k);
   });

@@ -1,3 +1,7 @@
+// Blockwise quantization on the CPU (elements.h has the arithmetic of a single code).
+//
+// A block is read twice, first for its extremes and then for its codes; the second read comes from cache. Divisions
+// vectorize and table look-ups do not, so quotients go through a small buffer between the two loops.
 #include <algorithm>
 #include <cstdint>
 
@@ -7,13 +11,15 @@
 namespace lro {
 namespace {
 
-constexpr int64_t kElements = 32768;  // per piece of work
-constexpr int64_t kUnits = 512;       // quotients held at once, between the divisions and the look-ups
+constexpr int64_t kElements = 32768;  // elements that are worth a thread
+constexpr int64_t kUnits = 512;       // quotients in the buffer between divisions and look-ups
 
+// The extremes of a block.
 struct Range {
   float top, bottom;
 };
 
+// Return the extremes of n numbers, compared as integers so that the loop vectorizes.
 template <class In>
 LRO_HD Range range_loop(const In* x, int64_t n) {
   int32_t top = INT32_MIN, bottom = INT32_MAX;
@@ -30,6 +36,7 @@ LRO_HD void divide_loop(const In* LRO_RESTRICT x, int64_t n, float divisor, floa
   for (int64_t i = 0; i < n; ++i) out[i] = to_float(x[i]) / divisor;
 }
 
+// Encode n numbers of a block on its grid; `most` is the last code.
 template <class In>
 LRO_HD void grid_loop(const In* LRO_RESTRICT x, int64_t n, Grid grid, int32_t most, const float* LRO_RESTRICT noise,
                       uint8_t* LRO_RESTRICT codes) {
@@ -39,6 +46,7 @@ LRO_HD void grid_loop(const In* LRO_RESTRICT x, int64_t n, Grid grid, int32_t mo
     for (int64_t i = 0; i < n; ++i) codes[i] = grid_code(to_float(x[i]), grid, most);
 }
 
+// Encode n numbers of a block in sixteenths of its largest.
 template <class In>
 LRO_HD void sixteenth_loop(const In* LRO_RESTRICT x, int64_t n, float divisor, const float* LRO_RESTRICT noise,
                            uint8_t* LRO_RESTRICT codes) {
@@ -48,19 +56,21 @@ LRO_HD void sixteenth_loop(const In* LRO_RESTRICT x, int64_t n, float divisor, c
     for (int64_t i = 0; i < n; ++i) codes[i] = sixteenth_code(to_float(x[i]), divisor, kHalf);
 }
 
+// Decode n codes of a map.
 template <class Out>
 LRO_HD void levels_loop(const uint8_t* LRO_RESTRICT codes, int64_t n, float peak, const float* LRO_RESTRICT map,
                         Out* LRO_RESTRICT x) {
   for (int64_t i = 0; i < n; ++i) assign(x[i], map[codes[i]] * peak);
 }
 
+// Decode n codes of a grid.
 template <class Out>
 LRO_HD void line_loop(const uint8_t* LRO_RESTRICT codes, int64_t n, float step, float low, Out* LRO_RESTRICT x) {
   for (int64_t i = 0; i < n; ++i) assign(x[i], static_cast<float>(codes[i]) * step + low);
 }
 
-// Loops that look up have no clones: gathers are slower than loads on some CPUs.
-// Attributes do not reach the instances of templates, so there is one function per type.
+// target_clones has no effect on instances of templates, so there is one plain function per type.
+// Loops that look up in a table have no clones, since gathers are slower than loads on some processors.
 #define LRO_PER_TYPE(T)                                                                                               \
   LRO_CLONES Range range(const T* x, int64_t n) { return range_loop(x, n); }                                          \
   LRO_CLONES void divide(const T* x, int64_t n, float divisor, float* out) { divide_loop(x, n, divisor, out); }       \
@@ -79,19 +89,21 @@ LRO_HD void line_loop(const uint8_t* LRO_RESTRICT codes, int64_t n, float step, 
 LRO_PER_TYPE(float)
 LRO_PER_TYPE(bfloat16)
 
-// The map by value: a store through uint8_t* may change anything else, and everything would be loaded again.
+// Encode n quotients to the nearest code. The map is passed by value: uint8_t may alias any type, and a store to codes
+// would force the pointers of the map to be reloaded.
 void nearest(const float* LRO_RESTRICT unit, int64_t n, const CodeMap map, uint8_t* LRO_RESTRICT codes) {
   for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(nearest_code(unit[i], map));
 }
 
-// One code up where noise is below the share of the gap.
+// Raise a code by 1 where the noise is below the distance to the lower value, as a fraction of the gap.
 LRO_CLONES void round_up(const float* LRO_RESTRICT rest, const float* LRO_RESTRICT gap, const float* LRO_RESTRICT noise,
                          int64_t n, uint8_t* LRO_RESTRICT codes) {
   for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(codes[i] + (rest[i] / gap[i] > noise[i]));
 }
 
+// Encode n quotients with dither: look up the lower code and the gap above it, then round in a vectorized loop.
 void dithered(const float* LRO_RESTRICT unit, int64_t n, const CodeMap map, const float* LRO_RESTRICT gaps,
-                         const float* LRO_RESTRICT noise, uint8_t* LRO_RESTRICT codes) {
+              const float* LRO_RESTRICT noise, uint8_t* LRO_RESTRICT codes) {
   float rest[kUnits], gap[kUnits];
   for (int64_t i = 0; i < n; ++i) {
     const int32_t below = code_below(unit[i], map);
@@ -101,6 +113,7 @@ void dithered(const float* LRO_RESTRICT unit, int64_t n, const CodeMap map, cons
   round_up(rest, gap, noise, n, codes);
 }
 
+// Pack and unpack whole bytes; rows of odd length are completed by the callers.
 LRO_CLONES void pack(const uint8_t* LRO_RESTRICT codes, int64_t pairs, uint8_t* LRO_RESTRICT out) {
   for (int64_t i = 0; i < pairs; ++i) out[i] = packed(codes[2 * i], codes[2 * i + 1]);
 }
@@ -108,9 +121,10 @@ LRO_CLONES void unpack(const uint8_t* LRO_RESTRICT bytes, int64_t pairs, uint8_t
   for (int64_t i = 0; i < pairs; ++i) codes[2 * i] = bytes[i] & 15, codes[2 * i + 1] = bytes[i] >> 4;
 }
 
-// Calls `work(row, first, pairs, odd)` for pieces of lines: some pairs from pair `first` on; is the line's odd code next?
+// Call `work(row, first, pairs, odd)` for pieces of rows of k codes: `pairs` pairs from pair `first` on. `odd` says
+// that the last code of the row follows, which has no partner.
 template <class Work>
-void each_pair(int64_t rows, int64_t k, const Work& work) {
+void for_each_pair_run(int64_t rows, int64_t k, const Work& work) {
   const int64_t bytes = (k + 1) / 2;
   parallel(rows * bytes, kElements, [&](int64_t begin, int64_t end) {
     while (begin < end) {
@@ -122,16 +136,17 @@ void each_pair(int64_t rows, int64_t k, const Work& work) {
   });
 }
 
-// Calls `work(i, begin, n)` for each block i, which starts at element `begin` and has n of them.
+// Call `work(i, begin, n)` for each block i, which has elements `begin` to `begin + n`.
 template <class Work>
-void each(Blocks blocks, const Work& work) {
+void for_each_block(Blocks blocks, const Work& work) {
   const int64_t grain = std::max<int64_t>(1, kElements / std::min(blocks.block, blocks.k));
   parallel(blocks.count(), grain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) work(i, blocks.begin(i), blocks.size(i));
   });
 }
 
-const float* at(const float* noise, int64_t begin) { return noise ? noise + begin : nullptr; }
+// Return the noise of a block, or null.
+const float* noise_from(const float* noise, int64_t begin) { return noise ? noise + begin : nullptr; }
 
 }  // namespace
 
@@ -140,10 +155,10 @@ void quantize_blockwise(Queue, uint8_t* codes, float* absmax, const In* x, CodeM
                         const float* noise) {
   float gaps[256];
   for (int32_t code = 0; code < map.size; ++code) gaps[code] = gap_above(code, map);
-  each(blocks, [&](int64_t i, int64_t begin, int64_t n) {
-    const Range both = range(x + begin, n);
-    const Peak peak = peak_of(both.top, both.bottom, signed_peak);
-    absmax[i] = peak.kept;
+  for_each_block(blocks, [&](int64_t i, int64_t begin, int64_t n) {
+    const Range extremes = range(x + begin, n);
+    const Peak peak = peak_of(extremes.top, extremes.bottom, signed_peak);
+    absmax[i] = peak.stored;
     float unit[kUnits];
     for (int64_t start = begin; start < begin + n; start += kUnits) {
       const int64_t count = std::min(kUnits, begin + n - start);
@@ -158,37 +173,39 @@ template <class In>
 void quantize_affine(Queue, uint8_t* codes, float* scale, float* low, const In* x, int bits, Blocks blocks,
                      const float* noise) {
   const int32_t most = (1 << bits) - 1;
-  each(blocks, [&](int64_t i, int64_t begin, int64_t n) {
-    const Range both = range(x + begin, n);
-    const Grid grid = grid_of(both.top, both.bottom, static_cast<float>(most));
+  for_each_block(blocks, [&](int64_t i, int64_t begin, int64_t n) {
+    const Range extremes = range(x + begin, n);
+    const Grid grid = grid_of(extremes.top, extremes.bottom, static_cast<float>(most));
     scale[i] = grid.step, low[i] = grid.low;
-    to_grid(x + begin, n, grid, most, at(noise, begin), codes + begin);
+    to_grid(x + begin, n, grid, most, noise_from(noise, begin), codes + begin);
   });
 }
 
 template <class In>
 void quantize_sixteenths(Queue, uint8_t* codes, float* largest, const In* x, Blocks blocks, const float* noise) {
-  each(blocks, [&](int64_t i, int64_t begin, int64_t n) {
+  for_each_block(blocks, [&](int64_t i, int64_t begin, int64_t n) {
     largest[i] = range(x + begin, n).top;
-    to_sixteenths(x + begin, n, std::max(largest[i], kTiny), at(noise, begin), codes + begin);
+    to_sixteenths(x + begin, n, std::max(largest[i], kTiny), noise_from(noise, begin), codes + begin);
   });
 }
 
 template <class Out>
 void dequantize_blockwise(Queue, Out* x, const uint8_t* codes, const float* absmax, const float* code_map,
                           Blocks blocks) {
-  each(blocks, [&](int64_t i, int64_t begin, int64_t n) {
+  for_each_block(blocks, [&](int64_t i, int64_t begin, int64_t n) {
     from_levels(codes + begin, n, absmax[i], code_map, x + begin);
   });
 }
 
 template <class Out>
 void dequantize_affine(Queue, Out* x, const uint8_t* codes, const float* scale, const float* low, Blocks blocks) {
-  each(blocks, [&](int64_t i, int64_t begin, int64_t n) { from_grid(codes + begin, n, scale[i], low[i], x + begin); });
+  for_each_block(blocks, [&](int64_t i, int64_t begin, int64_t n) {
+    from_grid(codes + begin, n, scale[i], low[i], x + begin);
+  });
 }
 
 void pack4(Queue, uint8_t* packed, const uint8_t* codes, int64_t rows, int64_t k) {
-  each_pair(rows, k, [&](int64_t row, int64_t first, int64_t pairs, bool odd) {
+  for_each_pair_run(rows, k, [&](int64_t row, int64_t first, int64_t pairs, bool odd) {
     const uint8_t* from = codes + row * k + 2 * first;
     uint8_t* to = packed + row * ((k + 1) / 2) + first;
     pack(from, pairs, to);
@@ -197,7 +214,7 @@ void pack4(Queue, uint8_t* packed, const uint8_t* codes, int64_t rows, int64_t k
 }
 
 void unpack4(Queue, uint8_t* codes, const uint8_t* packed, int64_t rows, int64_t k) {
-  each_pair(rows, k, [&](int64_t row, int64_t first, int64_t pairs, bool odd) {
+  for_each_pair_run(rows, k, [&](int64_t row, int64_t first, int64_t pairs, bool odd) {
     const uint8_t* from = packed + row * ((k + 1) / 2) + first;
     uint8_t* to = codes + row * k + 2 * first;
     unpack(from, pairs, to);

@@ -1,3 +1,7 @@
+// Row and column norms, and updates scaled by them, on the CPU.
+//
+// Both norms of a matrix come from one pass over it. It is cut into tiles, whose sums stay in cache: a tile adds the
+// squares of each row, and of each column. Partial sums are added in the order of the tiles, for any number of threads.
 #include <algorithm>
 #include <vector>
 
@@ -7,14 +11,15 @@
 namespace lro {
 namespace {
 
-constexpr int64_t kHigh = 256, kWide = 1024;  // of a tile, whose sums over rows stay in cache; nothing cuts within it
+constexpr int64_t kHigh = 256, kWide = 1024;  // rows and columns of a tile; threads get whole tiles
 constexpr int64_t kGrain = 1 << 15;           // elements that are worth a thread
 
+// Widen to double, so that squares of float32 neither overflow nor lose bits.
 LRO_HD double wide(float x) { return x; }
 LRO_HD double wide(double x) { return x; }
 LRO_HD double wide(bfloat16 x) { return to_float(x); }
 
-// Adds the squares of a line to `columns`, and returns their sum.
+// Add the squares of a row of n elements to `columns` (n,), and return their sum.
 template <class T>
 LRO_HD double line(const T* LRO_RESTRICT x, int64_t n, double* LRO_RESTRICT columns) {
   double part[kLanes] = {};
@@ -28,28 +33,30 @@ LRO_HD double line(const T* LRO_RESTRICT x, int64_t n, double* LRO_RESTRICT colu
     const double square = wide(x[j]) * wide(x[j]);
     columns[j] += square, part[j - even] += square;
   }
-  return in_halves(part);
+  return sum_in_halves(part);
 }
 
-#define LRO_PER_TYPE(T)                                                                       \
+// Add the squares of a tile (high, n) to the sums of its columns, and write the sums of its rows. target_clones has no
+// effect on instances of templates, so there is one plain function per type.
+#define LRO_PER_TYPE(T)                                                                                      \
   LRO_CLONES void tile(const T* x, int64_t high, int64_t n, int64_t stride, double* rows, double* columns) { \
-    for (int64_t i = 0; i < high; ++i) rows[i] = line(x + i * stride, n, columns);            \
+    for (int64_t i = 0; i < high; ++i) rows[i] = line(x + i * stride, n, columns);                           \
   }
 LRO_PER_TYPE(float)
 LRO_PER_TYPE(double)
 LRO_PER_TYPE(bfloat16)
 
-// W <- keep W - x f, one factor per column.
+// W <- keep W - x f for a row of n elements, with one factor per column.
 template <class T>
 LRO_HD void take_columns(T* LRO_RESTRICT w, const T* LRO_RESTRICT x, const T* LRO_RESTRICT f, int64_t n, T keep) {
   for (int64_t j = 0; j < n; ++j) w[j] = keep * w[j] - x[j] * f[j];
 }
-// And one factor.
+// The same step with one factor for the whole row.
 template <class T>
 LRO_HD void take_line(T* LRO_RESTRICT w, const T* LRO_RESTRICT x, T f, int64_t n, T keep) {
   for (int64_t j = 0; j < n; ++j) w[j] = keep * w[j] - x[j] * f;
 }
-// The same where w is not to be read.
+// The steps for keep = 0. w may be uninitialized, and 0 times a NaN would be a NaN, so w is not read.
 template <class T>
 LRO_HD void put_columns(T* LRO_RESTRICT w, const T* LRO_RESTRICT x, const T* LRO_RESTRICT f, int64_t n) {
   for (int64_t j = 0; j < n; ++j) w[j] = -(x[j] * f[j]);
@@ -59,11 +66,11 @@ LRO_HD void put_line(T* LRO_RESTRICT w, const T* LRO_RESTRICT x, T f, int64_t n)
   for (int64_t j = 0; j < n; ++j) w[j] = -(x[j] * f);
 }
 
-// Attributes do not reach the instances of templates, so there is one function per type.
-#define LRO_TAKE(T)                                                                              \
-  LRO_CLONES void take(T* w, const T* x, const T* f, bool each, int64_t n, T keep) {             \
-    if (keep == 0) each ? put_columns(w, x, f, n) : put_line(w, x, *f, n);                       \
-    else each ? take_columns(w, x, f, n, keep) : take_line(w, x, *f, n, keep);                   \
+// target_clones has no effect on instances of templates, so there is one plain function per type.
+#define LRO_TAKE(T)                                                                        \
+  LRO_CLONES void take(T* w, const T* x, const T* f, bool per_column, int64_t n, T keep) { \
+    if (keep == 0) per_column ? put_columns(w, x, f, n) : put_line(w, x, *f, n);           \
+    else per_column ? take_columns(w, x, f, n, keep) : take_line(w, x, *f, n, keep);       \
   }
 LRO_TAKE(float)
 LRO_TAKE(double)
@@ -73,7 +80,8 @@ LRO_TAKE(double)
 template <class T>
 void squares(Queue, double* rows, double* columns, const T* x, int64_t matrices, int64_t m, int64_t n) {
   const int64_t down = (m + kHigh - 1) / kHigh, across = (n + kWide - 1) / kWide;
-  std::vector<double> of_rows(m * (across ? across : 1)), of_columns(n * (down ? down : 1));  // zeros, if x is empty
+  // One partial sum per tile: of_rows (across, m) and of_columns (down, n). An empty x has sums of 0.
+  std::vector<double> of_rows(m * (across ? across : 1)), of_columns(n * (down ? down : 1));
   for (int64_t matrix = 0; matrix < matrices; ++matrix) {
     std::fill(of_columns.begin(), of_columns.end(), 0.0);
     parallel(down * across, 1, [&](int64_t begin, int64_t end) {
@@ -99,6 +107,7 @@ template void squares(Queue, double*, double*, const bfloat16*, int64_t, int64_t
 template <class T>
 void take_scaled(Queue, T* w, const T* x, const T* factors, int64_t matrices, int64_t m, int64_t n, bool per_row,
                  bool per_column, T keep) {
+  // The number of factors of one matrix.
   const int64_t of_matrix = per_row ? m : per_column ? n : 1;
   parallel(matrices * m, 1 + kGrain / n, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

@@ -1,11 +1,15 @@
+// Single entries of a matrix on the CPU: adding to them, reading them, and a product of two matrices at these entries.
+//
+// Positions ascend without repetition (registration/entries.h checks it), so threads never share an element.
 #include "../kernels.h"
 #include "clones.h"
 
 namespace lro {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements of a sparse part, products of a sampled one
+constexpr int64_t kGrain = 16384;  // elements, or products of a sampled product, that are worth a thread
 
+// Return the product of two lines of k elements, by kLanes partial sums (elements.h).
 template <class T>
 LRO_HD T dot(const T* LRO_RESTRICT x, const T* LRO_RESTRICT y, int64_t k) {
   T sums[kLanes] = {};
@@ -13,10 +17,11 @@ LRO_HD T dot(const T* LRO_RESTRICT x, const T* LRO_RESTRICT y, int64_t k) {
   for (; j + kLanes <= k; j += kLanes)
     for (int lane = 0; lane < kLanes; ++lane) sums[lane] += x[j + lane] * y[j + lane];
   for (int lane = 0; j + lane < k; ++lane) sums[lane] += x[j + lane] * y[j + lane];
-  return in_halves(sums);
+  return sum_in_halves(sums);
 }
 
-// Positions ascend, so that rows are counted up and not divided for.
+// Add to out (count,) the entries at `positions` of left (m, k) times right (n, k) transposed. Positions ascend, so the
+// row is counted up instead of being computed by a division per entry.
 template <class T, class Index>
 LRO_HD void product_loop(T* LRO_RESTRICT out, const T* LRO_RESTRICT left, const T* LRO_RESTRICT right,
                          const Index* positions, int64_t count, int64_t n, int64_t k) {
@@ -27,11 +32,11 @@ LRO_HD void product_loop(T* LRO_RESTRICT out, const T* LRO_RESTRICT left, const 
   }
 }
 
-// Attributes do not reach the instances of templates, so there is one function per type.
-#define LRO_PER_TYPE(T, Index)                                                                                     \
+// target_clones has no effect on instances of templates, so there is one plain function per type.
+#define LRO_PER_TYPE(T, Index)                                                                                      \
   LRO_CLONES void products(T* out, const T* left, const T* right, const Index* positions, int64_t count, int64_t n, \
-                           int64_t k) {                                                                            \
-    product_loop(out, left, right, positions, count, n, k);                                                        \
+                           int64_t k) {                                                                             \
+    product_loop(out, left, right, positions, count, n, k);                                                         \
   }
 LRO_PER_TYPE(float, int32_t)
 LRO_PER_TYPE(float, int64_t)

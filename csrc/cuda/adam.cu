@@ -1,7 +1,8 @@
-// Moments and direction in one pass over what is stored, whatever it is stored as; many tensors per launch.
+// Adam's direction on GPUs: moments are read, updated, used and written back in one pass, many tensors per launch.
 //
-// The tensors of a launch travel in its parameters, cut into chunks. Thread blocks walk the chunks of all of them, so that
-// small matrices fill a GPU together, nothing is copied, and a captured graph holds what it needs.
+// A model has hundreds of matrices, many too small to fill a GPU. A launch therefore takes a table of up to 256
+// tensors. Each tensor is cut into chunks, and thread blocks walk over the chunks of all tensors. The table is passed
+// by value in the parameters of the kernel. Nothing is copied to the device, and a captured graph contains the table.
 #include <type_traits>
 
 #include "../kernels.h"
@@ -12,24 +13,26 @@ namespace lro {
 namespace {
 
 #ifdef LRO_EMULATED
-constexpr int kMostItems = 3;  // so that tests need several launches
+constexpr int kMostItems = 3;  // tests with few tensors then need several launches
 constexpr int64_t kChunk = 64;
 #else
-constexpr int kMostItems = 256;  // 20 KB of the 32 that parameters may have
+constexpr int kMostItems = 256;  // 20 KB of parameters; a kernel may have 32 KB
 constexpr int64_t kChunk = 4096;
 #endif
+// The elements of a block of codes that one thread holds in registers.
 constexpr int kPerThread = static_cast<int>(kMostCoded / kThreads);
 
+// The tensors of a launch. Chunks are numbered through all items.
 template <class Item, int most>
 struct Table {
   static constexpr int kMost = most;
   Item items[most];
-  int64_t first[most + 1];  // the number of the first chunk of each, and of all chunks
+  int64_t first[most + 1];  // the number of the first chunk of each item; at the end, the number of chunks
   int count;
 
   LRO_HD int64_t chunks() const { return first[count]; }
 
-  // Which item has this chunk?
+  // Return the item that has this chunk, by binary search.
   LRO_HD int find(int64_t chunk) const {
     int low = 0, high = count - 1;
     while (low < high) {
@@ -41,6 +44,8 @@ struct Table {
   }
 };
 
+// Return how many chunks a tensor has. With random numbers, chunks hold whole counters: a tensor may start within a
+// counter, whose first numbers are skipped. With codes, a chunk is a block.
 template <class T>
 LRO_HD int64_t chunks_of(const PlainMoments<T>& item) {
   return (item.n + kChunk - 1) / kChunk;
@@ -50,9 +55,11 @@ LRO_HD int64_t counters_of(const HalfMoments& item) { return (skipped(item) + it
 LRO_HD int64_t chunks_of(const HalfMoments& item) { return (counters_of(item) * 8 + kChunk - 1) / kChunk; }
 LRO_HD int64_t chunks_of(const CodedMoments& item) { return item.blocks.count(); }
 
+// Return the shared factors to all threads. Powers in double are slow on a GPU, so two threads of each block compute
+// one each and share them. Every thread of the block must call this function.
 template <class T>
 __device__ AdamNumbers<T> numbers_of(const AdamRule& rule) {
-  __shared__ double powers[2];  // slow in double: once per thread block, each by a thread of its own
+  __shared__ double powers[2];
   if (threadIdx.x < 2) {
     const double known = threadIdx.x ? rule.power2 : rule.power1, beta = threadIdx.x ? rule.beta2 : rule.beta1;
     powers[threadIdx.x] = rule.knows_powers() ? known : pow(beta, number_of(rule.step));
@@ -61,30 +68,32 @@ __device__ AdamNumbers<T> numbers_of(const AdamRule& rule) {
   return adam_numbers<T>(rule.beta1, rule.beta2, rule.eps, powers[0], powers[1]);
 }
 
+// Update moments that have the dtype of r; neighboring threads take neighboring elements.
 template <class T, int most>
 __global__ void __launch_bounds__(kThreads) plain_kernel(const __grid_constant__ Table<PlainMoments<T>, most> table,
                                                          AdamRule rule) {
   const AdamNumbers<T> numbers = numbers_of<T>(rule);
   for (int64_t chunk = blockIdx.x; chunk < table.chunks(); chunk += gridDim.x) {
-    const int which = table.find(chunk);
-    const PlainMoments<T>& item = table.items[which];
-    const int64_t begin = (chunk - table.first[which]) * kChunk;
+    const int place = table.find(chunk);
+    const PlainMoments<T>& item = table.items[place];
+    const int64_t begin = (chunk - table.first[place]) * kChunk;
     const int64_t end = begin + kChunk < item.n ? begin + kChunk : item.n;
     for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) adam(item.m[i], item.v[i], item.r[i], numbers);
   }
 }
 
+// Update moments in bfloat16. A thread takes one counter per moment, and the eight elements that its numbers round.
 template <int most>
 __global__ void __launch_bounds__(kThreads) half_kernel(const __grid_constant__ Table<HalfMoments, most> table,
                                                         AdamRule rule, Streams streams) {
   const AdamNumbers<float> numbers = numbers_of<float>(rule);
   const uint32_t now = streams.now();
   for (int64_t chunk = blockIdx.x; chunk < table.chunks(); chunk += gridDim.x) {
-    const int which = table.find(chunk);
-    const HalfMoments& item = table.items[which];
+    const int place = table.find(chunk);
+    const HalfMoments& item = table.items[place];
     const int64_t skip = skipped(item), first = (item.start - skip) / 8;
-    const int64_t begin = (chunk - table.first[which]) * (kChunk / 8), all = counters_of(item);
-    const int64_t end = begin + kChunk / 8 < all ? begin + kChunk / 8 : all;
+    const int64_t begin = (chunk - table.first[place]) * (kChunk / 8), total = counters_of(item);
+    const int64_t end = begin + kChunk / 8 < total ? begin + kChunk / 8 : total;
     for (int64_t c = begin + threadIdx.x; c < end; c += kThreads) {
       const Words m_words = philox(static_cast<uint64_t>(first + c), streams.of(item, false, now));
       const Words v_words = philox(static_cast<uint64_t>(first + c), streams.of(item, true, now));
@@ -100,21 +109,23 @@ __global__ void __launch_bounds__(kThreads) half_kernel(const __grid_constant__ 
   }
 }
 
+// Return the code of x in a block with this peak; `least` is the lowest permitted code.
 __device__ uint8_t code_of(float x, const Peak& peak, const Levels& levels, int32_t least) {
   const float unit = x / peak.divisor;
   const int32_t low = lowest_code(unit, levels), code = low + (unit > midpoint_above(low, levels) ? 1 : 0);
   return static_cast<uint8_t>(code < least ? least : code);
 }
 
-// One thread block opens one block of numbers at a time, in registers.
+// Update moments that are codes. A thread block takes one block of codes at a time and holds it in registers: it
+// decodes and steps the block, finds the new peaks together, and encodes.
 template <int most>
 __global__ void __launch_bounds__(kThreads) coded_kernel(const __grid_constant__ Table<CodedMoments, most> table,
                                                          AdamRule rule, Levels m_levels, Levels v_levels) {
   const AdamNumbers<float> numbers = numbers_of<float>(rule);
   for (int64_t chunk = blockIdx.x; chunk < table.chunks(); chunk += gridDim.x) {
-    const int which = table.find(chunk);
-    const CodedMoments& item = table.items[which];
-    const int64_t block = chunk - table.first[which], begin = item.blocks.begin(block), n = item.blocks.size(block);
+    const int place = table.find(chunk);
+    const CodedMoments& item = table.items[place];
+    const int64_t block = chunk - table.first[place], begin = item.blocks.begin(block), n = item.blocks.size(block);
     const float m_old = item.m_peak[block], v_old = item.v_peak[block];
     float m[kPerThread], v[kPerThread];
     Extremes m_own, v_own;
@@ -125,19 +136,20 @@ __global__ void __launch_bounds__(kThreads) coded_kernel(const __grid_constant__
       adam(m[k], v[k], item.r[i], numbers);
       m_own.add(m[k]), v_own.add(v[k]);
     }
-    const Range m_range = range_of(m_own), v_range = range_of(v_own);  // all have read the old peaks by now
+    const Range m_range = range_of(m_own), v_range = range_of(v_own);  // all threads have read the old peaks
     const Peak m_peak = peak_of(m_range.top, m_range.bottom, true), v_peak = peak_of(v_range.top, v_range.bottom, true);
-    if (threadIdx.x == 0) item.m_peak[block] = m_peak.kept, item.v_peak[block] = v_peak.kept;
+    if (threadIdx.x == 0) item.m_peak[block] = m_peak.stored, item.v_peak[block] = v_peak.stored;
     for (int k = 0; k < kPerThread; ++k) {
       const int64_t i = begin + threadIdx.x + k * kThreads;
       if (i >= begin + n) continue;
       item.m[i] = code_of(m[k], m_peak, m_levels, 0);
+      // Code 0 of the second moment stands for zero and is never written (kernels.h).
       item.v[i] = code_of(v[k], v_peak, v_levels, 1);
     }
   }
 }
 
-// Calls `run(table, grid)` for as many items at once as a table has.
+// Call `run(table, grid)` for groups of at most `most` items.
 template <int most, class Item, class Run>
 void each_table(const Item* items, int64_t count, const Run& run) {
   for (int64_t start = 0; start < count; start += most) {
@@ -153,7 +165,8 @@ void each_table(const Item* items, int64_t count, const Run& run) {
   }
 }
 
-// A lone tensor in a table of its own: parameters of 20 KB take the host longer.
+// Select the size of the table. A single tensor has a table of one item, since the host needs longer for 20 KB of
+// parameters.
 template <class Item, class Run>
 void launch(const Item* items, int64_t count, const Run& run) {
   if (count == 1) each_table<1>(items, count, run);

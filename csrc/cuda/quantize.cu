@@ -1,4 +1,7 @@
-// One thread block walks whole blocks of numbers: largest and least through shared memory, then all elements.
+// Blockwise quantization on GPUs (elements.h has the arithmetic of a single code).
+//
+// A thread block takes whole blocks of numbers, one after another. Its threads first find the extremes together
+// (range.h) and then encode the elements of the block. Decoding needs no extremes and no barriers.
 #include "../kernels.h"
 #include "launch.h"
 #include "range.h"
@@ -6,7 +9,7 @@
 namespace lro {
 namespace {
 
-// Of n numbers, to all threads. All threads of the block must call it.
+// Return the extremes of n numbers to all threads. Every thread of the block must call this function.
 template <class In>
 __device__ Range range_of(const In* x, int64_t n) {
   Extremes own;
@@ -14,6 +17,7 @@ __device__ Range range_of(const In* x, int64_t n) {
   return range_of(own);
 }
 
+// Encode by a code map; thread 0 writes the peak.
 template <class In>
 __global__ void __launch_bounds__(kThreads) to_levels(uint8_t* codes, float* absmax, const In* x, CodeMap map,
                                                       Blocks blocks, bool signed_peak, const float* noise) {
@@ -21,7 +25,7 @@ __global__ void __launch_bounds__(kThreads) to_levels(uint8_t* codes, float* abs
     const int64_t begin = blocks.begin(b), n = blocks.size(b);
     const Range range = range_of(x + begin, n);
     const Peak peak = peak_of(range.top, range.bottom, signed_peak);
-    if (threadIdx.x == 0) absmax[b] = peak.kept;
+    if (threadIdx.x == 0) absmax[b] = peak.stored;
     for (int64_t i = begin + threadIdx.x; i < begin + n; i += kThreads) {
       const float unit = to_float(x[i]) / peak.divisor;
       codes[i] = static_cast<uint8_t>(noise ? dithered_code(unit, map, noise[i]) : nearest_code(unit, map));
@@ -29,6 +33,7 @@ __global__ void __launch_bounds__(kThreads) to_levels(uint8_t* codes, float* abs
   }
 }
 
+// Encode on a uniform grid; thread 0 writes its step and its start.
 template <class In>
 __global__ void __launch_bounds__(kThreads) to_grid(uint8_t* codes, float* scale, float* low, const In* x, int32_t most,
                                                     Blocks blocks, const float* noise) {
@@ -44,6 +49,7 @@ __global__ void __launch_bounds__(kThreads) to_grid(uint8_t* codes, float* scale
   }
 }
 
+// Encode in sixteenths of the largest element; thread 0 writes that element.
 template <class In>
 __global__ void __launch_bounds__(kThreads) to_sixteenths(uint8_t* codes, float* largest, const In* x, Blocks blocks,
                                                           const float* noise) {
@@ -56,6 +62,7 @@ __global__ void __launch_bounds__(kThreads) to_sixteenths(uint8_t* codes, float*
   }
 }
 
+// Decode by a code map.
 template <class Out>
 __global__ void __launch_bounds__(kThreads) from_levels(Out* x, const uint8_t* codes, const float* absmax,
                                                         const float* code_map, Blocks blocks) {
@@ -65,6 +72,7 @@ __global__ void __launch_bounds__(kThreads) from_levels(Out* x, const uint8_t* c
   }
 }
 
+// Decode a uniform grid.
 template <class Out>
 __global__ void __launch_bounds__(kThreads) from_grid(Out* x, const uint8_t* codes, const float* scale,
                                                       const float* low, Blocks blocks) {
@@ -75,6 +83,8 @@ __global__ void __launch_bounds__(kThreads) from_grid(Out* x, const uint8_t* cod
   }
 }
 
+// Pack codes (rows, k) into bytes (rows, width), one byte per thread. The last byte of an odd row has 0 in its upper
+// half.
 __global__ void __launch_bounds__(kThreads) pack_kernel(uint8_t* bytes, const uint8_t* codes, int64_t rows, int64_t k) {
   const int64_t width = (k + 1) / 2, stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < rows * width; i += stride) {
@@ -83,7 +93,9 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(uint8_t* bytes, const ui
   }
 }
 
-__global__ void __launch_bounds__(kThreads) unpack_kernel(uint8_t* codes, const uint8_t* bytes, int64_t rows, int64_t k) {
+// Unpack bytes (rows, width) into codes (rows, k), one byte per thread.
+__global__ void __launch_bounds__(kThreads) unpack_kernel(uint8_t* codes, const uint8_t* bytes, int64_t rows,
+                                                          int64_t k) {
   const int64_t width = (k + 1) / 2, stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < rows * width; i += stride) {
     const int64_t place = i % width * 2, to = i / width * k + place;
@@ -92,6 +104,7 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(uint8_t* codes, const 
   }
 }
 
+// Return one thread block per block of numbers, with a higher limit: such a block is little work.
 unsigned grid_of(const Blocks& blocks) {
   constexpr int64_t most = kMostBlocks * 16;
   return static_cast<unsigned>(blocks.count() < most ? blocks.count() : most);

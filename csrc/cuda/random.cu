@@ -1,10 +1,12 @@
+// Random numbers and stochastic rounding on GPUs: a thread draws one counter and uses all of its numbers.
 #include "../kernels.h"
 #include "launch.h"
 
 namespace lro {
 namespace {
 
-// One counter, all of its numbers.
+// Turn the words of a counter into its 4 or 8 numbers. The kind is known at compile time, so the arrays stay in
+// registers.
 template <Kind kind>
 LRO_HD void emit(const Words& words, int32_t* bits, float* numbers) {
   if constexpr (kind == Kind::normal) {
@@ -19,16 +21,19 @@ LRO_HD void emit(const Words& words, int32_t* bits, float* numbers) {
   }
 }
 
-// The counters of n elements: the first of them, and how many of its numbers come before element 0.
+// The counters of n elements: the first counter, how many of its numbers precede element 0, and how many counters there
+// are.
 struct Span {
   int64_t first, skip, counters;
 };
 
+// Return the counters of elements `start` to `start + n` of a stream.
 Span span_of(int64_t n, int per_counter, int64_t start) {
   const int64_t skip = ((start % per_counter) + per_counter) % per_counter;
   return {(start - skip) / per_counter, skip, (skip + n + per_counter - 1) / per_counter};
 }
 
+// Write n numbers to one of the two outputs. The first and the last counter may have lanes outside of the output.
 template <Kind kind>
 __global__ void __launch_bounds__(kThreads) draw_kernel(int32_t* integers, float* floats, int64_t n, Draw draw,
                                                         Span span) {
@@ -48,6 +53,7 @@ __global__ void __launch_bounds__(kThreads) draw_kernel(int32_t* integers, float
   }
 }
 
+// Round x (n,) to bfloat16, eight elements per counter.
 __global__ void __launch_bounds__(kThreads) round_kernel(bfloat16* out, const float* x, int64_t n, Draw draw,
                                                          Span span) {
   if (draw.time) draw.stream.time = static_cast<uint32_t>(*draw.time);
@@ -62,6 +68,7 @@ __global__ void __launch_bounds__(kThreads) round_kernel(bfloat16* out, const fl
   }
 }
 
+// Launch the kernel of one kind of numbers.
 template <Kind kind>
 void launch(Queue queue, void* out, int64_t n, const Draw& draw) {
   const Span span = span_of(n, lanes(kind), draw.start);

@@ -1,4 +1,7 @@
-// The largest and the least of the numbers that the threads of a block have seen.
+// The extremes of the numbers that the threads of a block have seen.
+//
+// Each thread collects the extremes of its own numbers, as integers that order like the floats (elements.h). A tree
+// reduction in shared memory then combines them: in each round, half of the remaining threads take over a neighbor's.
 #pragma once
 
 #include "../kernels.h"
@@ -7,10 +10,12 @@
 namespace lro {
 namespace {
 
+// The extremes of a block, as floats.
 struct Range {
   float top, bottom;
 };
 
+// The extremes of one thread, as integer keys.
 struct Extremes {
   int32_t most = INT32_MIN, least = INT32_MAX;
 
@@ -21,21 +26,22 @@ struct Extremes {
   }
 };
 
-// To all threads, through shared memory. All threads of the block must call it.
+// Return the extremes of all threads to all threads. Every thread of the block must call this function, because it
+// contains barriers.
 __device__ Range range_of(const Extremes& own) {
   __shared__ int32_t top[kThreads], bottom[kThreads];
-  const unsigned me = threadIdx.x;
-  top[me] = own.most, bottom[me] = own.least;
+  const unsigned thread = threadIdx.x;
+  top[thread] = own.most, bottom[thread] = own.least;
   for (unsigned half = kThreads / 2; half > 0; half /= 2) {
     __syncthreads();
-    if (me < half) {
-      if (top[me + half] > top[me]) top[me] = top[me + half];
-      if (bottom[me + half] < bottom[me]) bottom[me] = bottom[me + half];
+    if (thread < half) {
+      if (top[thread + half] > top[thread]) top[thread] = top[thread + half];
+      if (bottom[thread + half] < bottom[thread]) bottom[thread] = bottom[thread + half];
     }
   }
   __syncthreads();
   const Range range{unordered(top[0]), unordered(bottom[0])};
-  __syncthreads();  // before the next numbers overwrite them
+  __syncthreads();  // all threads have read the result before the next call overwrites it
   return range;
 }
 

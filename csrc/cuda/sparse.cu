@@ -1,4 +1,7 @@
-// Positions are not looked through here, which would stop the host: one that is outside stops the kernel.
+// Single entries of a tensor on GPUs: adding to them and reading them.
+//
+// The host cannot check positions without waiting for the device. So each thread asserts that its position is inside,
+// and a wrong position stops the kernel instead of writing elsewhere. Positions are unique, so no atomics are needed.
 #include <cassert>
 
 #include "../kernels.h"
@@ -7,6 +10,7 @@
 namespace lro {
 namespace {
 
+// Add values (count,) to the elements at these global positions; `dense` (n,) starts at global index `start`.
 template <class T, class Index>
 __global__ void __launch_bounds__(kThreads) add_kernel(T* dense, int64_t n, const Index* positions, const T* values,
                                                        int64_t count, int64_t start) {
@@ -18,6 +22,7 @@ __global__ void __launch_bounds__(kThreads) add_kernel(T* dense, int64_t n, cons
   }
 }
 
+// Read the elements at these global positions into out (count,).
 template <class T, class Index>
 __global__ void __launch_bounds__(kThreads) gather_kernel(T* out, const T* dense, int64_t n, const Index* positions,
                                                           int64_t count, int64_t start) {
