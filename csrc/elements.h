@@ -146,8 +146,8 @@ LRO_HD T scaled(T x, T row, T column, T most) {
 // -- Bases ------------------------------------------------------------------------------------------------------------
 //
 // A singular vector is unique up to its sign, and solvers of different devices choose different signs. Here the entry
-// of largest magnitude in each column becomes positive, so that CPUs, GPUs and ranks agree on the basis. Several entries
-// may be equal up to rounding errors, which differ between devices. Then the first of them becomes positive.
+// of largest magnitude in each column becomes positive, so that CPUs, GPUs and ranks agree on the basis. Several
+// entries may be equal up to rounding errors, which differ between devices. Then the first of them becomes positive.
 
 LRO_HD float magnitude(float x) { return fabsf(x); }
 LRO_HD double magnitude(double x) { return fabs(x); }

@@ -1,7 +1,10 @@
-// CUDA on the CPU, for tests: one thread of the host per CUDA thread, and barriers that are barriers. The same .cu files run
-// here, so a wrong index or a missing __syncthreads() shows without a GPU (ThreadSanitizer sees the latter).
+// CUDA on the CPU, for tests. Each CUDA thread of a block is a thread of the host, and each barrier is a real barrier.
 //
-// Blocks run one after another, so __shared__ is static. There are no warp shuffles.
+// The same .cu files are compiled as C++ with the macros below. A wrong index or a missing __syncthreads() then shows
+// without a GPU: sanitizers find the first, and ThreadSanitizer reports the second as a data race.
+//
+// Thread blocks run one after another, so a static variable can play the role of __shared__ memory. Warp shuffles are
+// not emulated, and kernels do not use them.
 #pragma once
 
 #include <barrier>
@@ -13,10 +16,13 @@ struct dim3 {
 };
 
 namespace lro {
+// The position of a thread, and the shape of the launch.
 inline thread_local dim3 thread_index{0}, block_index{0};
 inline dim3 block_shape{1}, grid_shape{1};
 inline std::barrier<>* block_barrier = nullptr;
 
+// Run `kernel` once per thread and block. The barrier after each block keeps fast threads from starting the next block
+// while other threads still read the shared memory of this one.
 template <class Kernel>
 void emulate(unsigned grid, unsigned threads, const Kernel& kernel) {
   std::barrier<> barrier(threads);
@@ -32,10 +38,11 @@ void emulate(unsigned grid, unsigned threads, const Kernel& kernel) {
         barrier.arrive_and_wait();
       }
     });
-  for (auto& one : all) one.join();
+  for (auto& host_thread : all) host_thread.join();
 }
 }  // namespace lro
 
+// What CUDA's keywords and built-in variables mean on the CPU.
 #define __global__ static
 #define __device__
 #define __shared__ static
@@ -45,7 +52,8 @@ void emulate(unsigned grid, unsigned threads, const Kernel& kernel) {
 #define blockIdx ::lro::block_index
 #define blockDim ::lro::block_shape
 #define gridDim ::lro::grid_shape
-#ifdef LRO_DROP_BARRIERS  // tests/kernels/races.cpp leaves one out, to see it reported, and names every kernel
+// tests/kernels/races.cpp leaves out one barrier at a time, to see the race reported, and prints the names of kernels.
+#ifdef LRO_DROP_BARRIERS
 namespace lro {
 bool dropped(const char* file, int line);
 void launched(const char* kernel);
