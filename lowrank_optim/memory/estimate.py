@@ -1,4 +1,7 @@
-"""Bytes before anything is allocated, from the recipe and the shapes; works on the meta device."""
+"""Estimates of training memory, made before anything is allocated.
+
+The bytes follow from the recipe and the shapes, so everything here works on the meta device.
+"""
 
 from __future__ import annotations
 
@@ -42,28 +45,28 @@ Shapes = Mapping[str, tuple[int, ...]] | Iterable[tuple[int, ...]]
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one training process, without activations; of a sharded model (DTensor) what this process has of it.
+    """The bytes of one training process, without activations. Of a sharded model (DTensor), its shards are counted.
 
     Attributes:
-        weights: of the parameters that are trained; with weight-space methods of the whole converted model, frozen
-            bases and indices included (exact copies of bases are in main memory, and are not).
-        gradients: of the same, alive at once.
-        states: moments and counters; exact.
-        bases: exact.
-        shared: dictionaries, one per width of matrix, which come with the first step and are in no checkpoint.
-        step_workspace: the most that a step without a refresh holds for one matrix: its coordinates, and where weights
-            are in 16 bits a block of a few MiB; all of G in float32 as well if the method reads all of it. Where equal
-            matrices are stacked (on accelerators, or with `foreach=True`), the stack takes up to 64 MiB per operand
-            instead. Weights and gradients with strides of their own are copied, which is not counted.
-        refresh_workspace: the most that refitting one basis, or restarting one layer, holds (LAPACK's own buffers not
-            counted), with moments in few bits that it turns or resets. Sharded matrices are refitted together, up to
-            64 MiB of gradients at once.
-        masters: the float32 copies of its part of the weights that DeepSpeed keeps.
+        weights: bytes of the trained parameters. With weight-space methods: of the whole converted model, including
+            frozen bases and indices, without the exact copies of bases, which are in main memory.
+        gradients: the most bytes of gradients that are alive at once.
+        states: bytes of moments and counters; exact.
+        bases: bytes of the bases; exact.
+        shared: bytes of dictionaries, one per width of matrix. The first step makes them; no checkpoint has them.
+        step_workspace: the most bytes that a step without a refresh holds for one matrix: its coordinates, with 16-bit
+            weights a block of a few MiB, and all of G in float32 if the method reads all of it. Where equal matrices
+            are stacked (on accelerators, or with `foreach=True`), the stack takes up to 64 MiB per operand instead.
+            Copies of weights and gradients that are not contiguous are not counted.
+        refresh_workspace: the most bytes that refitting one basis or restarting one layer holds, including the opened
+            copies of narrow moments that it turns or resets. Buffers of LAPACK are not counted. Sharded matrices are
+            refitted together, up to 64 MiB of gradients at once.
+        masters: bytes of the float32 copies that DeepSpeed keeps of this rank's part of the weights.
         sent_per_step: with a strategy, bytes that this process hands to collectives in a step without a refresh: for
-            the update (as `report()` counts, so beside the norms of gradients), and under DistributedDataParallel for
-            gradients. What FSDP2 and DeepSpeed send of their own accord is not in it. None: not known.
-        sent_per_refresh: in addition, when all bases are refitted, not for the first time; as on accelerators. On CPUs
-            it is less: there ranks look whether a basis needs a second pass, which costs nothing, and sends.
+            the update (as in `report()`, without the norms of gradients), and for gradients under
+            DistributedDataParallel. FSDP2's and DeepSpeed's own traffic is not included. None: unknown.
+        sent_per_refresh: additional bytes when all bases are refitted, after the first refresh, on accelerators. CPUs
+            send less: there ranks check, at no cost, whether a basis needs a second pass, which would send.
     """
 
     weights: int
@@ -79,12 +82,12 @@ class MemoryEstimate:
 
     @property
     def optimizer(self) -> int:
-        """Persistent bytes of the optimizer."""
+        """Return the persistent bytes of the optimizer."""
         return self.states + self.bases
 
     @property
     def total(self) -> int:
-        """Everything at the moment when it is most: while the largest matrix refits its basis within a step."""
+        """Return the bytes at the peak: while the largest matrix refits its basis within a step."""
         workspaces = self.step_workspace + self.refresh_workspace
         return self.weights + self.masters + self.gradients + self.optimizer + self.shared + workspaces
 
@@ -105,28 +108,28 @@ def estimate_memory(
     strategy: Strategy | None = None,
     **options: Any,
 ) -> MemoryEstimate:
-    """What training with `optimizer(..., **options)` will hold.
+    """Return the bytes that training with `optimizer(..., **options)` will hold.
 
-    With `step_in_backward`, gradients are the most of them alive at once: the largest one (with `foreach=True`, and on
-    accelerators without it being said here, up to 64 MiB more), and with accumulation also what is kept between
-    micro-batches: r x n coordinates of matrices whose method reads only these, whole gradients of all others. That is
-    for windows without a refresh: in the first one, and in those with a refresh, gradients of the matrices that are due
-    accumulate whole, unless `basis_from="micro-batch"`.
+    With `step_in_backward`, `gradients` is the most that is alive at once. That is the largest gradient; with
+    `foreach=True`, and on accelerators (not included here), up to 64 MiB more. Accumulation adds what is kept between
+    micro-batches: r x n coordinates of a matrix whose method reads only these, whole gradients of all other parameters.
+    The figure holds for windows without a refresh. In the first window and in windows with a refresh, gradients of the
+    matrices that are due accumulate whole, unless `basis_from="micro-batch"`.
 
     Args:
         source: a model (also on the meta device, or sharded; grouped by `param_groups`), groups that `param_groups`
-            made, or shapes, by name or bare.
-        optimizer: a class of this package, or of torch.optim (then workspaces are not known and 0). Some of torch's,
-            such as Adafactor, cannot step without memory and raise a ValueError.
-        dtype: of weights and gradients; default: the model's own, float32 for shapes.
-        step_in_backward: with `lowrank_optim.step_in_backward`, which takes classes of this package only.
-        accumulation_steps: backward passes per step. Without `step_in_backward` gradients accumulate whole, and the
-            newest one is beside them for a moment.
-        world_size: number of processes; the estimate is of the one that holds most.
-        strategy: how they share the work. "ddp": DistributedDataParallel (with `gradient_as_bucket_view=True`, or its
-            buckets are there beside gradients); "ddp_project": with our hook; "fsdp2": `fully_shard`; "zero1" to
-            "zero3": DeepSpeed. State of the last two is counted exactly, and their refusals are raised. Whole layers
-            that are gathered for a moment are not counted.
+            made, or shapes, as a mapping from names or as a list.
+        optimizer: a class of this package or of torch.optim. Workspaces of torch's classes are unknown and given as 0.
+            Some of these classes, such as Adafactor, cannot step without memory and raise a ValueError.
+        dtype: dtype of weights and gradients. Default: the model's own, or float32 for shapes.
+        step_in_backward: estimate training with `lowrank_optim.step_in_backward`, which takes classes of this package.
+        accumulation_steps: backward passes per step. Without `step_in_backward`, gradients accumulate whole, and the
+            newest gradient is briefly alive next to its sum.
+        world_size: number of processes. The estimate is of the process that holds most.
+        strategy: how the processes share the work. "ddp": DistributedDataParallel with `gradient_as_bucket_view=True`
+            (without it, buckets are a second copy of the gradients); "ddp_project": with our hook; "fsdp2":
+            `fully_shard`; "zero1" to "zero3": DeepSpeed. State under FSDP2 and DeepSpeed is counted exactly, and what
+            they cannot run is refused here too. Whole layers that they gather for a moment are not counted.
         options: keyword arguments of the optimizer.
 
     Example::
@@ -163,8 +166,8 @@ def estimate_memory(
     gradients = whole_gradients(sizes, accumulation_steps)
     if not isinstance(instance, LowRankOptimizer):
         updated = [p for group in instance.param_groups for p in group["params"]]
-        one = MemoryEstimate(weights, gradients, _bytes_after_step(instance, updated), 0, 0, 0, 0)
-        return _of_torch(one, params, strategy, world_size)
+        estimate = MemoryEstimate(weights, gradients, _bytes_after_step(instance, updated), 0, 0, 0, 0)
+        return _of_torch(estimate, params, strategy, world_size)
     if step_in_backward:
         return expected(instance, weights, most_gradients(instance.table, accumulation_steps))
     if strategy is None:
@@ -180,41 +183,44 @@ def _of_rank(
     weights: int,
     gradients: int,
 ) -> MemoryEstimate:
-    """The process that holds most."""
+    """Return the estimate for the process that holds most."""
     if strategy == "ddp":
         return replace(expected(instance, weights, gradients), **_fields(shares.averaged(params)))
     if strategy == "ddp_project":
         return replace(expected(instance, weights, gradients), **_fields(shares.projected(instance)))
     if strategy == "fsdp2":
-        here, sent = shares.sharded(instance, world_size)
-        return replace(expected(instance, here, here), **_fields(sent))
+        shard, sent = shares.sharded(instance, world_size)
+        return replace(expected(instance, shard, shard), **_fields(sent))
     ranks = [expected(instance, 0, 0) for _ in shares.rank_by_rank(instance, strategy, world_size)]
-    most = max(ranks, key=lambda one: one.optimizer)
+    most = max(ranks, key=lambda rank: rank.optimizer)
     parts = shares.partitions(params, strategy, world_size) | shares.sent(instance)  # all ranks send the same
     return replace(most, **_fields(parts))
 
 
-def _of_torch(one: MemoryEstimate, params: list[nn.Parameter], strategy: str | None, world_size: int) -> MemoryEstimate:
-    """An optimizer whose state is like its parameters, and cut like them."""
+def _of_torch(
+    estimate: MemoryEstimate, params: list[nn.Parameter], strategy: str | None, world_size: int
+) -> MemoryEstimate:
+    """Adapt the estimate of a torch.optim class to a strategy: its state is cut like its parameters."""
     if strategy in ("ddp", "ddp_project"):
-        return replace(one, **_fields(shares.averaged(params)))
+        return replace(estimate, **_fields(shares.averaged(params)))
     if strategy in shares.ZERO:
-        parts = {**shares.partitions(params, strategy, world_size), "states": -(-one.states // world_size)}
-        return replace(one, **_fields(parts))
-    return one
+        parts = {**shares.partitions(params, strategy, world_size), "states": -(-estimate.states // world_size)}
+        return replace(estimate, **_fields(parts))
+    return estimate
 
 
 def _masters(groups: Groups) -> Groups:
-    """What DeepSpeed lets an optimizer update: float32 copies."""
+    """Return groups of float32 copies, which DeepSpeed lets an optimizer update."""
     return [{**group, "params": [(name, nn.Parameter(p.float())) for name, p in group["params"]]} for group in groups]
 
 
 def _fields(changes: shares.Changes) -> dict[str, Any]:
+    """Return changes as keyword arguments that mypy lets `replace` take."""
     return dict(changes)
 
 
 def _lines(p: nn.Parameter, world_size: int) -> nn.Parameter:
-    """What fully_shard leaves of a parameter in the first process."""
+    """Return the part of a parameter that `fully_shard` leaves on rank 0, which never holds less than other ranks."""
     return nn.Parameter(p[: -(-len(p) // world_size)].detach()) if p.dim() else p
 
 
@@ -227,7 +233,7 @@ def _of_converted(
     options: dict[str, Any],
     strategy: str | None,
 ) -> MemoryEstimate:
-    """Methods that change how weights are kept: the model is converted, on the meta device."""
+    """Estimate a weight-space method by converting a copy of the model on the meta device."""
     model = _meta_copy(layer_checks.whole_model(source), dtype)
     instance = optimizer(model, **options)
     tensors: set[Tensor] = {*model.parameters(), *model.buffers()}
@@ -235,12 +241,12 @@ def _of_converted(
     if in_backward:
         return expected(instance, weights, most_gradients(instance.table, accumulation_steps))
     trained = [p.nbytes for p, _ in instance.table.members() if p.requires_grad]
-    one = expected(instance, weights, whole_gradients(trained, accumulation_steps))
-    return one if strategy is None else replace(one, sent_per_step=sum(trained))
+    estimate = expected(instance, weights, whole_gradients(trained, accumulation_steps))
+    return estimate if strategy is None else replace(estimate, sent_per_step=sum(trained))
 
 
 def _meta_copy(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """A copy without memory."""
+    """Copy a model without allocating memory; tied weights stay tied."""
     memo: dict[int, Any] = {}
     for x in (*model.parameters(), *model.buffers()):
         kind = dtype if dtype is not None and x.is_floating_point() else x.dtype
@@ -250,12 +256,17 @@ def _meta_copy(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 
 def whole_gradients(sizes: list[int], accumulation_steps: int = 1) -> int:
-    """Bytes of gradients that stay until the step; where they accumulate, the newest is beside its sum for a moment."""
+    """Return the bytes of gradients that stay until the step.
+
+    Where gradients accumulate, the newest one is briefly alive next to its sum, so the largest is counted twice.
+    """
     return sum(sizes) + (max(sizes, default=0) if accumulation_steps > 1 else 0)
 
 
 def expected(optimizer: LowRankOptimizer, weights: int, gradients: int) -> MemoryEstimate:
-    """What an optimizer will hold, from its parameters' shapes alone."""
+    """Return the estimate for an optimizer, from its parameters' shapes alone."""
+    # Workspaces count once, for the matrix that needs most. Lists are the exception: `listed` adds up the coordinates
+    # of all matrices, because one kernel call updates as many as fit into the cache.
     step, refresh, listed, share = 0, optimizer.restart_workspace(), 0, 0.0
     kept: Counter[str] = Counter()
     shared: dict[str, int] = {}
@@ -264,32 +275,37 @@ def expected(optimizer: LowRankOptimizer, weights: int, gradients: int) -> Memor
         plan, layout = optimizer.table.plans[p], optimizer.table.layouts[p]
         has_state = p.requires_grad or bool(optimizer.table.state(p))
         equal = id(group), plan.shape, plan.matrix, plan.side, plan.rank, layout.key, p.dtype, is_packed(p), has_state
-        if equal not in seen:  # the layers of a large model are
+        if equal not in seen:  # most layers of a large model equal an earlier one
             seen[equal] = _needs(optimizer, p, group)
-        one = seen[equal]
-        kept.update(one.state)
-        shared |= one.shared
-        step, refresh, listed = max(step, one.step), max(refresh, one.refresh), listed + one.listed
-        share = max(share, one.listed / max(1, p.nbytes))
+        needs = seen[equal]
+        kept.update(needs.state)
+        shared |= needs.shared
+        step, refresh, listed = max(step, needs.step), max(refresh, needs.refresh), listed + needs.listed
+        share = max(share, needs.listed / max(1, p.nbytes))
     step += min(listed, math.ceil(share * limits.CACHE))
     bases = kept.pop(BASES, 0)
     return MemoryEstimate(weights, gradients, kept.total(), bases, sum(shared.values()), step, refresh)
 
 
 class _Needs(NamedTuple):
-    """Bytes of one parameter: state by kind, shared tensors by name, workspaces."""
+    """The bytes of one parameter: state by kind, shared tensors by name, and workspaces.
+
+    Attributes:
+        listed: coordinates and derived bases that stay alive together with those of other matrices in a list.
+    """
 
     state: Counter[str]
     shared: dict[str, int]
     step: int
     refresh: int
-    listed: int = 0  # coordinates, where other matrices are updated together with it, and what is derived for it
+    listed: int = 0
 
 
 def _needs(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any]) -> _Needs:
+    """Return the bytes that one parameter needs in this process."""
     layout, state = optimizer.table.layouts[p], expected_state(optimizer, p, group)
     plan = layout.plan(optimizer.table.plans[p])
-    if not plan.count:  # other processes have all of a stack
+    if not plan.count:  # other processes have all matrices of a stack
         return _Needs(state, {}, 0, 0)
     recipe, shared, refresh, listed = optimizer.table.recipe(plan, group), dict[str, int](), 0, 0
     if plan.projected:
@@ -299,16 +315,19 @@ def _needs(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any]) -> _Ne
         if layout is HERE and p.nbytes <= limits.CACHE and p.dtype == working_dtype(p) and fused.listed(recipe):
             rank = plan.rank or 0
             r = math.prod(recipe.basis.coordinates(plan.matrix, rank))
-            listed = (
-                r * (1 if recipe.thin else 2) + recipe.basis.derived(plan.matrix, rank)
-            ) * size  # R, and D beside it
+            # R alone if the recipe is thin; otherwise D is alive next to it.
+            listed = (r * (1 if recipe.thin else 2) + recipe.basis.derived(plan.matrix, rank)) * size
     return _Needs(state, shared, _step_bytes(layout.here(p), plan, recipe, group), refresh, listed)
 
 
 def expected_state(
     optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], plan: Plan | None = None
 ) -> Counter[str]:
-    """Bytes of the state of one parameter by kind; `group` and `plan` may be others than it has."""
+    """Return the bytes of the state of one parameter, by kind.
+
+    Args:
+        group, plan: may differ from the parameter's own, to ask what another option would cost.
+    """
     if not (p.requires_grad or optimizer.table.state(p)):
         return Counter()  # frozen: no state yet
     plan = optimizer.table.plans[p] if plan is None else plan
@@ -320,7 +339,7 @@ def expected_state(
 
 
 def state_kinds(recipe: Recipe, plan: Plan) -> dict[str, str]:
-    """What each key of a parameter's state is: a moment, a basis, a counter; others are called as their key."""
+    """Return the kind of each key of a parameter's state: BASES, COUNTERS, or the key itself without its suffix."""
     fitted = recipe.basis.spec(plan.matrix, plan.rank or 0)
     kinds = dict.fromkeys(COUNTER_KEYS, COUNTERS)
     for key, spec in recipe.spec(plan.matrix, plan.rank or 0, plan.small).items():
@@ -329,24 +348,28 @@ def state_kinds(recipe: Recipe, plan: Plan) -> dict[str, str]:
 
 
 def _step_bytes(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) -> int:
-    """R and the scratch of its size, and whatever is kept in 16 bits and worked on in 32: G, blocks of W, state."""
+    """Return the workspace of a step without a refresh.
+
+    It holds R with scratch of its size, and float32 copies of everything stored in 16 bits: G, blocks of W, state.
+    """
     size, working, rank = p.numel(), working_dtype(p), plan.rank or 0
     share = _share(p, plan, recipe)
     elements = plan.count * _working_elements(plan, recipe, rank)
     spec, closed = _narrow(plan, recipe, rank, working)
     specs = spec.values()
-    # opened, and for what changes at each step rounded; piece by piece where a kernel does it, if that is plain torch
-    for key, one in spec.items():
-        count = plan.count * math.prod(one.shape)
-        elements += min(count, PIECE) if key in closed else count * (1 if one.steady else 2)
+    # Narrow state is opened; if it changes at each step, its rounded result is a second tensor. A closed one is worked
+    # on by a kernel, which in plain torch goes piece by piece.
+    for key, tensor in spec.items():
+        count = plan.count * math.prod(tensor.shape)
+        elements += min(count, PIECE) if key in closed else count * (1 if tensor.steady else 2)
     lifted = plan.projected and not plan.batch and recipe.residual.lifts
     block = recipe.basis.add_workspace(plan.matrix, rank) if lifted else 0
     if is_packed(p):
         elements += 4 * size
-    elif p.dtype != working:  # all of G, or a block of it and then one of W
+    elif p.dtype != working:  # all of G, or a block of G and then a block of W
         elements += 0 if recipe.thin else size
-        some = (math.ceil(share * size),) if recipe.elementwise else (math.ceil(share * plan.count), *plan.matrix)
-        block = largest_block(some)
+        worked_on = (math.ceil(share * size),) if recipe.elementwise else (math.ceil(share * plan.count), *plan.matrix)
+        block = largest_block(worked_on)
     rounds = any(not spec.steady for spec in specs) or (
         group["bf16_update"] == "stochastic" and p.dtype == torch.bfloat16
     )
@@ -354,7 +377,7 @@ def _step_bytes(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) ->
 
 
 def _share(p: Tensor, plan: Plan, recipe: Recipe) -> float:
-    """What of a parameter is worked on at once."""
+    """Return the fraction of a parameter that is worked on at once."""
     if recipe.elementwise:
         return min(1.0, limits.SLICE / max(1, p.numel()))
     if plan.batch:
@@ -363,18 +386,22 @@ def _share(p: Tensor, plan: Plan, recipe: Recipe) -> float:
 
 
 def _narrow(plan: Plan, recipe: Recipe, rank: int, working: torch.dtype) -> tuple[dict[str, Spec], set[str]]:
-    """State that is kept in fewer bits than it is worked on, and the names of what of it a usual step never opens."""
+    """Return the narrow state by key, and the keys that a step without a refresh never opens."""
     spec = recipe.spec(plan.matrix, rank, plan.small)
-    narrow = {key: one for key, one in spec.items() if one.store and one.store.narrow}
+    narrow = {key: tensor for key, tensor in spec.items() if tensor.store and tensor.store.narrow}
     return narrow, fused.stays_closed(recipe, spec, working, bool(plan.batch)) & narrow.keys()
 
 
 def _refresh_bytes(p: Tensor, plan: Plan, recipe: Recipe) -> int:
-    """What fitting one basis takes, with the moments that are opened for it, and all of a gradient in 16 bits."""
+    """Return the workspace of fitting one basis.
+
+    It includes the narrow moments that are opened for the turn, and the float32 copy of a whole 16-bit gradient.
+    """
     (m, n), rank, working = plan.matrix, plan.rank or 0, working_dtype(p)
     narrow, closed = _narrow(plan, recipe, rank, working)
     elements = recipe.basis.fit_workspace(m, n, rank)
     if recipe.refresh.turns or recipe.refresh.restarts:
+        # Moments that a usual step leaves closed are opened here, and written back from a second tensor.
         elements += plan.count * sum(2 * math.prod(narrow[key].shape) for key in closed)
     if recipe.thin and p.dtype != working and not is_packed(p):
         elements += math.ceil(_share(p, plan, recipe) * p.numel())
@@ -382,7 +409,7 @@ def _refresh_bytes(p: Tensor, plan: Plan, recipe: Recipe) -> int:
 
 
 def _working_elements(plan: Plan, recipe: Recipe, rank: int) -> int:
-    """What the lines of `update.py` hold at once for one matrix, beside G, W and the state."""
+    """Return the most elements that `update.py` holds at once for one matrix, besides G, W and the state."""
     shape, size = plan.matrix, math.prod(plan.matrix)
     r = math.prod(recipe.basis.coordinates(shape, rank))
     rest, scratch = recipe.residual.workspace(shape, r), recipe.scaling.scratch
@@ -400,6 +427,7 @@ def _working_elements(plan: Plan, recipe: Recipe, rank: int) -> int:
 
 
 def _meta_groups(source: Any, dtype: torch.dtype | None, low_rank: bool) -> list[dict[str, Any]]:
+    """Return param groups of (name, parameter on the meta device); for torch.optim without options of ours."""
     if isinstance(source, nn.Module):
         source = param_groups(source, verbose=False)
     source = source if isinstance(source, Mapping) else list(source)
@@ -411,24 +439,31 @@ def _meta_groups(source: Any, dtype: torch.dtype | None, low_rank: bool) -> list
 
 
 def _empty(shape: Any) -> Tensor:
+    """Return a meta tensor of a shape that the user gave."""
     try:
         return torch.empty(tuple(shape), device="meta")
     except (TypeError, RuntimeError) as error:
         kind = type(shape).__name__
-        raise TypeError(f"estimate_memory takes a model, groups or shapes, got something that holds {kind}") from error
+        raise TypeError(
+            f"estimate_memory takes a model, groups or shapes, got a collection that holds {kind}"
+        ) from error
 
 
 def _meta(entry: Any, index: int, dtype: torch.dtype | None) -> tuple[str, nn.Parameter]:
+    """Return name and meta parameter of an entry of a group, a parameter or a (name, parameter) pair.
+
+    A packed parameter keeps its stored size, and stays recognizable as packed.
+    """
     name, p = entry if isinstance(entry, tuple) else (f"{index}", entry)
     empty = nn.Parameter(meta(p, dtype or p.dtype))
     if is_packed(p):
         cast(Any, empty).packed_bytes = cast(Any, p).stored_bytes()
-        cast(Any, empty).pack_ = None  # is_packed: it does its own rounding, and Kahan's compensation is not for it
+        cast(Any, empty).pack_ = None  # marks it for is_packed: such a weight rounds by itself, without compensation
     return name, empty
 
 
 def _bytes_after_step(optimizer: Optimizer, params: list[nn.Parameter]) -> int:
-    """torch.optim makes its state at the first step; on the meta device that costs nothing."""
+    """Return the bytes of state after one step, at which torch.optim makes its state; on the meta device it is free."""
     for p in params:
         p.grad = torch.empty_like(p)
     try:

@@ -1,4 +1,4 @@
-"""The most memory at once while something runs: of all tensors, and of gradients alone."""
+"""Measurements of peak memory while code runs: of all tensors, and of gradients alone."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from torch.utils._pytree import tree_leaves
 
 from ..reports.storages import backing, storages
 
-_STORAGE: Any = torch.UntypedStorage  # its weak references are numbers, and equal its `_cdata`
+_STORAGE: Any = torch.UntypedStorage  # a weak reference to a storage is an integer that equals its `_cdata`
 
 
 class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Most bytes of tensors alive at once that were made inside, buffers of LAPACK and BLAS aside.
+    """A context that measures the peak bytes of tensors made inside it, without buffers of LAPACK and BLAS.
 
-    Modes follow the thread: backward is seen on the CPU, where it runs in the thread that called it. What a tensor
-    subclass makes within its own operations is not seen.
+    Dispatch modes belong to a thread. Backward is seen on the CPU, where it runs in the calling thread. Tensors that a
+    tensor subclass makes within its own operations are not seen.
+
+    Attributes:
+        most: the peak so far, in bytes.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.most = 0
-        self._now = 0  # an upper bound: what has been freed since the last look is still in it
-        self._alive: dict[int, int] = {}  # weakly referenced, so that no identity is used twice
+        self._now = 0  # an upper bound: it still has the bytes freed since `now` was last read
+        self._alive: dict[int, int] = {}  # bytes by storage; a weak reference keeps its identity from being reused
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = {storage._cdata for storage in _backings((args, kwargs))}
@@ -37,6 +40,7 @@ class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if storage._cdata not in known and storage._cdata not in self._alive:
                 self._alive[storage._weak_ref()] = storage.nbytes()
                 self._now += storage.nbytes()
+                # The exact number costs a pass over all storages, so it is only read where the bound is a new peak.
                 if self._now > self.most:
                     self.most = max(self.most, self.now)
         return result
@@ -49,26 +53,30 @@ class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def now(self) -> int:
-        """Bytes that are alive and were made inside."""
+        """Return the bytes of tensors that were made inside and are alive."""
         for key in [key for key in self._alive if _STORAGE._expired(key)]:
             self._now -= self._alive.pop(key)
             _STORAGE._free_weak_ref(key)
         return self._now
 
     def restart(self) -> int:
-        """Forgets the peak so far; returns what is alive."""
+        """Forget the peak so far, and return the bytes that are alive."""
         self.most = self.now
         return self.most
 
 
 def _backings(value: object) -> Iterator[Any]:
+    """Yield the storages of all tensors within nested arguments or results."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor) and not leaf.is_meta:
             yield from backing(leaf)
 
 
 class CudaPeak:
-    """The same from the allocator, which sees all threads and all temporaries. Ends the run's own peak statistics."""
+    """The same measurement by CUDA's allocator, which sees all threads and all temporaries.
+
+    It resets the device's peak statistics, so a run's own are lost.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._base = device, 0
@@ -84,15 +92,17 @@ class CudaPeak:
 
     @property
     def most(self) -> int:
+        """Return the peak since the last restart, beyond what was allocated on entry, in bytes."""
         return torch.cuda.max_memory_allocated(self._device) - self._base
 
     def restart(self) -> int:
+        """Forget the peak so far, and return the bytes allocated since entry."""
         torch.cuda.reset_peak_memory_stats(self._device)
         return torch.cuda.memory_allocated(self._device) - self._base
 
 
 class Meter(Protocol):
-    """What measures: `Peak` or `CudaPeak`."""
+    """The interface of `Peak` and `CudaPeak`."""
 
     @property
     def most(self) -> int: ...
@@ -105,10 +115,14 @@ class Meter(Protocol):
 
 
 class GradientPeak:
-    """Most bytes of gradients alive at once inside: `p.grad`, what is kept instead of it, and the newest gradient.
+    """A context that measures the peak bytes of gradients: `p.grad`, accumulated coordinates, the newest gradient.
 
     Args:
-        sums: what is kept of gradients elsewhere.
+        params: the parameters of the optimizer.
+        sums: returns the tensors in which gradients accumulate outside `p.grad`.
+
+    Attributes:
+        most: the peak so far, in bytes.
     """
 
     def __init__(self, params: Iterable[Tensor], sums: Callable[[], Iterable[Tensor]]) -> None:
@@ -126,18 +140,19 @@ class GradientPeak:
             handle.remove()
 
     def look(self, *newest: Tensor) -> None:
+        """Update the peak; called with each new gradient before autograd adds it to `p.grad`."""
         kept = [p.grad for p in self._params if p.grad is not None]
         self.most = max(self.most, sum(storages([*kept, *self._sums(), *newest]).values()))
 
 
 @dataclass(frozen=True)
 class StepPeak:
-    """Of one training step, in bytes, beyond what was there before.
+    """The peaks of one training step, in bytes, beyond what was allocated before it.
 
     Attributes:
-        whole: most at once, activations and gradients included.
-        update: most at once within `optimizer.step()`, beyond what was there when it was called.
-        gradients: most at once of gradients.
+        whole: peak of all tensors, including activations and gradients.
+        update: peak within `optimizer.step()`, beyond what was allocated when it was called.
+        gradients: peak of gradients alone; gradients from before the step are included.
     """
 
     whole: int
@@ -151,9 +166,10 @@ def measure(
     device: torch.device,
     sums: Callable[[], Iterable[Tensor]] = tuple,
 ) -> StepPeak:
-    """Runs `step` once. `sums`: see `GradientPeak`."""
+    """Run `step` once and return its peaks. `sums` is that of `GradientPeak`."""
     meter: Meter = CudaPeak(device) if device.type == "cuda" else Peak()
     gradients = GradientPeak([p for group in optimizer.param_groups for p in group["params"]], sums)
+    # The meter has a single peak. It restarts where `optimizer.step()` begins, so `before` keeps the earlier peak.
     before, update, start = 0, 0, 0
 
     def begins(*_: object) -> None:

@@ -1,4 +1,7 @@
-"""Sharding that is only planned: what one rank will hold and send, counted on the meta device by the step itself."""
+"""Planned sharding: the bytes that one rank will hold and send.
+
+They are counted by running the real step on the meta device, with layouts that record what they would send.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +31,14 @@ from ..recipe.weights import working_dtype
 
 
 class Sent(NamedTuple):
-    """Bytes that one rank hands to collectives.
+    """The bytes that one rank hands to collectives.
 
-    Args:
-        per_step: in a step without a refresh.
-        per_refresh: in addition, for a later refresh (the first one has no basis to begin with). None where that
-            depends on the gradients.
-        messages, refresh_messages: in how many collectives, one after the other, for the matrix that has most of them;
-            those of other matrices go along.
+    Attributes:
+        per_step: bytes in a step without a refresh.
+        per_refresh: additional bytes of a refresh, other than the first, which has no basis to start from. None where
+            it depends on the gradients.
+        messages, refresh_messages: consecutive collectives, for the matrix that needs most of them. Sums of other
+            matrices are sent together with these.
     """
 
     per_step: float
@@ -44,14 +47,14 @@ class Sent(NamedTuple):
     refresh_messages: int = 0
 
 
-NOBODY = Peers(cast(Any, None), "meta")  # nothing is sent
+NOBODY = Peers(cast(Any, None), "meta")  # a group to which nothing is sent
 
 
 class Tally(Traffic):
-    """What would be sent.
+    """Traffic that records what would be sent, and sends nothing.
 
     Attributes:
-        unknown: something was asked for whose cost depends on values.
+        unknown: whether an operation was requested whose cost depends on values.
     """
 
     unknown = False
@@ -62,10 +65,10 @@ class Tally(Traffic):
 
 
 class Counting(Shards):
-    """Shards of tensors without values. What accelerators compute whatever the values are, is counted."""
+    """Shards of tensors without values. It counts the work that accelerators do for any values."""
 
     def told(self, x: Tensor) -> list[Any]:
-        # no gradient is zero, and any order of heads costs the same
+        # The values are made up: nonzero, as gradients are; as an order of heads, any values cost the same.
         return torch.ones(x.shape, dtype=x.dtype, device="cpu").tolist()
 
     def leading(self, g: Tensor, rank: int) -> Tensor:
@@ -75,7 +78,10 @@ class Counting(Shards):
 
 @dataclass(frozen=True)
 class _Unlearning(Refresh):
-    """A schedule that learns nothing from turns, which have no values."""
+    """A schedule that ignores the outcome of turns, because tensors on the meta device have no values.
+
+    Everything but the learning is delegated to `schedule`.
+    """
 
     schedule: Refresh
 
@@ -106,7 +112,7 @@ class Planned(Cut):
     """A `Cut` of a tensor on the meta device along its first dimension, without a mesh.
 
     Attributes:
-        shape: of the whole parameter.
+        shape: the shape of the whole parameter.
     """
 
     shape: Shape = ()
@@ -126,7 +132,7 @@ class Planned(Cut):
 
 
 def rows(plan: Plan, start: int, stop: int, world_size: int) -> Layout:
-    """Here are some lines of the first dimension of a parameter."""
+    """Return the layout of a rank that has rows `start` to `stop` of a parameter's first dimension."""
     if not plan.shape or (start, stop) == (0, plan.shape[0]):
         return HERE
     side, length = dimension(plan, 0), stop - start
@@ -135,7 +141,11 @@ def rows(plan: Plan, start: int, stop: int, world_size: int) -> Layout:
 
 
 def lay_out(optimizer: LowRankOptimizer, world_size: int) -> None:
-    """As `fully_shard` will, on rank 0, which has no less than others; raises what it will raise there."""
+    """Give every parameter the layout that `fully_shard` will give it on rank 0, which never holds less than others.
+
+    Raises:
+        NotImplementedError: what a sharded run will refuse.
+    """
     for p, group in optimizer.table.members():
         plan = optimizer.table.plans[p]
         layout = rows(plan, 0, -(-plan.shape[0] // world_size) if plan.shape else 0, world_size)
@@ -145,7 +155,7 @@ def lay_out(optimizer: LowRankOptimizer, world_size: int) -> None:
 
 
 def traffic(optimizer: LowRankOptimizer) -> Sent:
-    """Of all parameters, beside the norms of gradients (16 bytes for each that is sharded)."""
+    """Return the traffic of all parameters, without the norms of gradients (16 bytes per sharded parameter)."""
     found: dict[tuple[Any, ...], Sent] = {}
     total: list[Sent] = []
     for p, group in optimizer.table.members():
@@ -155,19 +165,19 @@ def traffic(optimizer: LowRankOptimizer) -> Sent:
             if equal not in found:
                 found[equal] = _of_one(optimizer, p, group, cast(Cut, layout))
             total.append(found[equal])
-    refreshes = [one.per_refresh for one in total]
+    refreshes = [sent.per_refresh for sent in total]
     return Sent(
-        per_step=sum(one.per_step for one in total),
+        per_step=sum(sent.per_step for sent in total),
         per_refresh=None if None in refreshes else sum(cast(list[float], refreshes)),
-        messages=max((one.messages for one in total), default=0),
-        refresh_messages=max((one.refresh_messages for one in total), default=0),
+        messages=max((sent.messages for sent in total), default=0),
+        refresh_messages=max((sent.refresh_messages for sent in total), default=0),
     )
 
 
 def _of_one(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], layout: Cut) -> Sent:
-    """Three steps: with the first refresh, without one, with a later one."""
+    """Return the traffic of one parameter, from three steps: the first refresh, no refresh, a later refresh."""
     if layout.algebra([layout]) is WHOLE:
-        return Sent(0.0, 0.0)  # every process has some matrices of a stack
+        return Sent(0.0, 0.0)  # every process has whole matrices of a stack, and sends nothing
     layout = replace(layout, meter=Meter())
     state, unknown, meter = optimizer.table.fresh_state(p, group), False, layout.meter
     counts: list[Meter] = []
@@ -178,6 +188,7 @@ def _of_one(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], layou
 
     for due in (True, False, True):
         if due and "refreshed_at" in state:
+            # The mark of a matrix without a refresh makes it due whatever the schedule.
             state["refreshed_at"].fill_(-1)
         member = Member(p, group, torch.empty_like(p), False, optimizer.table.plans[p], layout, state)
         complete_edges([(layout, member.grad)], add_up=lambda x, _: x)
@@ -186,7 +197,7 @@ def _of_one(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], layou
             unknown = cast(Tally, cast(Counting, chunk.algebra).traffic).unknown
         state["step"] += 1
         counts.append(replace(meter))
-    first, quiet, last = counts
+    first, quiet, last = counts  # running totals, so differences of neighbors belong to one step
     return Sent(
         per_step=quiet.between - first.between,
         per_refresh=None if unknown else last.refreshing - quiet.refreshing,
@@ -196,7 +207,7 @@ def _of_one(optimizer: LowRankOptimizer, p: Tensor, group: dict[str, Any], layou
 
 
 def projected_traffic(optimizer: LowRankOptimizer) -> Sent:
-    """Of `ddp_project`: coordinates, or whole gradients."""
+    """Return the traffic of `ddp_project`: coordinates of matrices whose recipe is thin, otherwise whole gradients."""
     per_step, whole = 0.0, 0.0
     for p, group in optimizer.table.members():
         if p.requires_grad:

@@ -1,4 +1,7 @@
-"""Why the memory of a training is not lower: one function per reason, a sentence with numbers and the way out."""
+"""Reasons why the memory of a training is not lower.
+
+Each function checks one reason, and yields a sentence with its numbers and the way out where the reason applies.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,20 @@ from ..weight_space import WeightSpaceOptimizer
 from .estimate import BASES, expected_state
 from .peak import StepPeak
 
-_WORTH = 0.05  # of what is kept: what saves less is not worth a sentence
-_MUCH = 0.25  # of the state
+_WORTH = 0.05  # fraction of the kept bytes; a smaller saving is not worth a sentence
+_MUCH = 0.25  # fraction of the state; a smaller share does not explain its size
 _OTHER_SIDE = {"left": "right", "right": "left", "std": "reverse_std", "reverse_std": "std"}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Bytes of one thing; None where they are not known."""
+    """The bytes of one row of a memory report; None where they are unknown.
+
+    Attributes:
+        measured: bytes of real storages.
+        predicted: bytes according to `estimate_memory`.
+        adamw: bytes that torch's AdamW takes for the same model.
+    """
 
     measured: int | None
     predicted: int | None
@@ -39,7 +48,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Facts:
-    """What reasons are judged by."""
+    """The facts from which the reasons are derived: the training and the figures of its report.
+
+    Attributes:
+        peak: peaks of a measured step; None if no step was measured.
+    """
 
     model: nn.Module
     optimizer: Optimizer
@@ -47,9 +60,11 @@ class Facts:
     peak: StepPeak | None
 
     def measured(self, name: str) -> int:
+        """Return the measured bytes of a row, 0 if there are none."""
         return (self.figures[name].measured or 0) if name in self.figures else 0
 
     def matters(self, saved: float) -> bool:
+        """Whether saving so many bytes is worth a sentence."""
         return saved >= _WORTH * self.measured("kept") > 0
 
     @property
@@ -59,7 +74,11 @@ class Facts:
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter of an optimizer of this package, and the bytes of its state by kind."""
+    """One trained parameter of an optimizer of this package.
+
+    Attributes:
+        kept: bytes of its state by kind.
+    """
 
     p: Tensor
     group: dict[str, Any]
@@ -72,12 +91,12 @@ class Entry:
 
     @property
     def plain(self) -> bool:
-        """Neither projected nor kept in place of a weight."""
+        """Whether the parameter is neither projected nor kept in place of a converted weight."""
         return not (self.plan.projected or self.group.get("factors") or self.group.get("whole"))
 
 
 def reasons(facts: Facts) -> Iterator[str]:
-    """All that apply, those of the optimizer first."""
+    """Yield the reasons that apply, those of the optimizer first."""
     if isinstance(facts.optimizer, LowRankOptimizer):
         entries = list(_entries(facts.optimizer))
         for low_rank in LOW_RANK:
@@ -92,14 +111,14 @@ def _entries(optimizer: LowRankOptimizer) -> Iterator[Entry]:
             yield Entry(p, group, optimizer.table.plans[p], expected_state(optimizer, p, group))
 
 
-def _some(entries: list[Entry]) -> str:
-    """Names of the largest, and what all keep."""
-    ranked = sorted(entries, key=lambda one: one.bytes, reverse=True)
-    return f"{few([one.plan.name for one in ranked])} ({human(sum(one.bytes for one in entries))} of state)"
+def _largest(entries: list[Entry]) -> str:
+    """Return the names of the largest entries, and the bytes of state of all entries."""
+    ranked = sorted(entries, key=lambda entry: entry.bytes, reverse=True)
+    return f"{few([entry.plan.name for entry in ranked])} ({human(sum(entry.bytes for entry in entries))} of state)"
 
 
 def _converts(entries: list[Entry]) -> bool:
-    """Of a method that changes how weights are kept?"""
+    """Whether the entries belong to a weight-space method."""
     return "factors" in entries[0].group
 
 
@@ -111,52 +130,55 @@ def _done(entries: list[Entry]) -> str:
 
 
 def rank_not_below(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
-    found = [one for one in entries if one.plan.reason.startswith("rank ")]
-    if facts.matters(sum(one.bytes for one in found)):
+    found = [entry for entry in entries if entry.plan.reason.startswith("rank ")]
+    if facts.matters(sum(entry.bytes for entry in found)):
         yield (
-            f"Not projected, because their rank is not below their shorter side: {_some(found)}. Take a lower rank, or "
-            "a fraction of the shorter side such as rank=0.25"
+            f"Not projected, because their rank is not below their shorter side: {_largest(found)}. Take a lower rank, "
+            "or a fraction of the shorter side such as rank=0.25"
         )
 
 
 def rank_too_large(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
+    """Find matrices whose projected state is more than half of the state in full space, error feedback aside."""
     found, kept, whole, lower = [], 0, 0, 0
-    for one in entries if optimizer.ranked else []:
-        extra = sum(one.kept[key] for key in _whole_keys(optimizer, one))
-        full = expected_state(optimizer, one.p, one.group, replace(one.plan, rank=None)).total()
-        if one.plan.projected and one.bytes - extra > full / 2:
-            quarter = replace(one.plan, rank=resolve_rank(0.25, *one.plan.matrix))
-            found.append(one)
-            kept, whole = kept + one.bytes - extra, whole + full
-            lower += expected_state(optimizer, one.p, one.group, quarter).total() - extra
+    for entry in entries if optimizer.ranked else []:
+        extra = sum(entry.kept[key] for key in _whole_keys(optimizer, entry))
+        full = expected_state(optimizer, entry.p, entry.group, replace(entry.plan, rank=None)).total()
+        if entry.plan.projected and entry.bytes - extra > full / 2:
+            quarter = replace(entry.plan, rank=resolve_rank(0.25, *entry.plan.matrix))
+            found.append(entry)
+            kept, whole = kept + entry.bytes - extra, whole + full
+            lower += expected_state(optimizer, entry.p, entry.group, quarter).total() - extra
     if facts.matters(kept - lower):
         yield (
-            f"The rank is too large to save much: {_some(found)} keep {human(kept)} of the {human(whole)} that the "
+            f"The rank is too large to save much: {_largest(found)} keep {human(kept)} of the {human(whole)} that the "
             f"same rule keeps of them unprojected. rank=0.25 keeps {human(lower)}"
         )
 
 
 def wrong_side(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
+    """Find matrices whose state would be smaller if the other side were projected at the same rank."""
     found, saved, outweigh = [], 0, 0
-    for one in entries:
-        side = _OTHER_SIDE.get(one.plan.side)
+    for entry in entries:
+        side = _OTHER_SIDE.get(entry.plan.side)
         if side is not None and optimizer.ranked:
-            turned = replace(one.plan, matrix=one.plan.matrix[::-1], side=side)
-            less = one.bytes - expected_state(optimizer, one.p, one.group, turned).total()
+            turned = replace(entry.plan, matrix=entry.plan.matrix[::-1], side=side)
+            less = entry.bytes - expected_state(optimizer, entry.p, entry.group, turned).total()
             if less > 0:
-                found.append(one)
+                found.append(entry)
                 saved += less
-                outweigh += one.kept[BASES] > one.bytes - one.kept[BASES]
+                outweigh += entry.kept[BASES] > entry.bytes - entry.kept[BASES]
     if facts.matters(saved):
         now = found[0].group["proj_type"]
         why = ", whose bases outweigh their moments" if outweigh > len(found) / 2 else ""
         yield (
-            f"Projecting the other side keeps {human(saved)} less at this rank: {_some(found)}{why}. Try proj_type="
-            f"{_OTHER_SIDE[now]!r} instead of {now!r}; the updates are others then, so compare the loss"
+            f"Projecting the other side keeps {human(saved)} less at this rank: {_largest(found)}{why}. Try proj_type="
+            f"{_OTHER_SIDE[now]!r} instead of {now!r}; this changes the updates, so compare the loss"
         )
 
 
 def thick_factors(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
+    """Find factors with more than half as many elements as the weights that they replace."""
     if not isinstance(optimizer, WeightSpaceOptimizer):
         return
     trained = weights = 0
@@ -171,11 +193,12 @@ def thick_factors(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry
 
 
 def embeddings(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
-    found = [one for one in entries if one.plain and names_say(one.plan.name)]
-    state, kept = facts.measured("optimizer"), sum(one.bytes for one in found)
+    """Find plain embeddings and heads with much of the state; their names tell them from other plain parameters."""
+    found = [entry for entry in entries if entry.plain and names_say(entry.plan.name)]
+    state, kept = facts.measured("optimizer"), sum(entry.bytes for entry in found)
     if found and kept > _MUCH * state and facts.matters(kept):
         yield (
-            f"Embeddings and heads are not {_done(found)}: {_some(found)} keep {kept / state:.0%} of all state. Tie "
+            f"Embeddings and heads are not {_done(found)}: {_largest(found)} keep {kept / state:.0%} of all state. Tie "
             "them, "
             + (
                 "or keep state in fewer bits"
@@ -186,13 +209,14 @@ def embeddings(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) 
 
 
 def other_plain(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
-    plain = [one for one in entries if one.plain and not names_say(one.plan.name)]
-    found = [one for one in plain if not one.plan.reason.startswith("rank ")]
-    state, kept = facts.measured("optimizer"), sum(one.bytes for one in found)
+    """Find other plain parameters with much of the state, apart from those that `rank_not_below` names."""
+    plain = [entry for entry in entries if entry.plain and not names_say(entry.plan.name)]
+    found = [entry for entry in plain if not entry.plan.reason.startswith("rank ")]
+    state, kept = facts.measured("optimizer"), sum(entry.bytes for entry in found)
     if found and kept > _MUCH * state and facts.matters(kept):
-        largest = max(found, key=lambda one: one.bytes).plan.reason
+        largest = max(found, key=lambda entry: entry.bytes).plan.reason
         yield (
-            f"Much is not {_done(found)}: {_some(found)} keep {kept / state:.0%} of all state"
+            f"Many parameters are not {_done(found)}: {_largest(found)} keep {kept / state:.0%} of all state"
             + (
                 ". Name linear layers among them in include=[...]"
                 if _converts(found)
@@ -203,52 +227,54 @@ def other_plain(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry])
 
 
 def wide_state(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
-    wide = [one for one in entries if one.group.get("state_dtype") == "float32"]
-    kept = sum(one.bytes for one in wide)
+    wide = [entry for entry in entries if entry.group.get("state_dtype") == "float32"]
+    kept = sum(entry.bytes for entry in wide)
     less = {dtype: _with(optimizer, wide, state_dtype=dtype) for dtype in ("bfloat16", "int8")}
     if facts.matters(kept - less["int8"]):
-        narrow = sum(one.bytes for one in wide if one.p.dtype != torch.float32)
-        beside = ", though weights are of 16 bits" if narrow > kept / 2 else ""
+        narrow = sum(entry.bytes for entry in wide if entry.p.dtype != torch.float32)
+        contrast = ", though weights have 16 bits" if narrow > kept / 2 else ""
         yield (
-            f"State is kept in float32{beside}: {human(kept)}. state_dtype='bfloat16' keeps {human(less['bfloat16'])}, "
-            f"'int8' {human(less['int8'])}"
+            f"State is kept in float32{contrast}: {human(kept)}. state_dtype='bfloat16' keeps "
+            f"{human(less['bfloat16'])}, 'int8' {human(less['int8'])}"
         )
 
 
 def error_feedback(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
-    found = [one for one in entries if one.plan.projected and _whole_keys(optimizer, one)]
-    kept = sum(one.kept[key] for one in found for key in _whole_keys(optimizer, one))
+    """Find the errors that a residual keeps, each as large as its matrix."""
+    found = [entry for entry in entries if entry.plan.projected and _whole_keys(optimizer, entry)]
+    kept = sum(entry.kept[key] for entry in found for key in _whole_keys(optimizer, entry))
     if not facts.matters(kept):
         return
-    optional = [one for one in found if "error_feedback" in one.group]
-    less = sum(one.bytes for one in optional) - _with(optimizer, optional, error_feedback="int8")
+    optional = [entry for entry in found if "error_feedback" in entry.group]
+    less = sum(entry.bytes for entry in optional) - _with(optimizer, optional, error_feedback="int8")
     way_out = "error_feedback='none' drops it" if optional else "Take a method without it"
     if less > 0:
         way_out += f", 'int8' keeps {human(less)} less"
-    yield f"Error feedback keeps {human(kept)}: a whole matrix for each of {_some(found)}. {way_out}"
+    yield f"Error feedback keeps {human(kept)}: a whole matrix for each of {_largest(found)}. {way_out}"
 
 
 def stacked(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
+    """Compare the largest chunk of stacked matrices with the largest single matrix."""
     sizes: Counter[tuple[Any, ...]] = Counter()
     largest = 0
-    for one in entries:
-        stack = one.p.device.type != "cpu" if one.group["foreach"] is None else one.group["foreach"]
-        size = one.p.numel() * working_dtype(one.p).itemsize
+    for entry in entries:
+        stack = entry.p.device.type != "cpu" if entry.group["foreach"] is None else entry.group["foreach"]
+        size = entry.p.numel() * working_dtype(entry.p).itemsize
         largest = max(largest, size)
-        if stack and one.plan.projected:
-            sizes[id(one.group), one.plan.matrix, one.plan.batch, one.plan.side, one.p.dtype] += size
+        if stack and entry.plan.projected:
+            sizes[id(entry.group), entry.plan.matrix, entry.plan.batch, entry.plan.side, entry.p.dtype] += size
     most = min(limits.CHUNK_BYTES, max(sizes.values(), default=0))
     if facts.matters(most - largest):
         yield (
             f"Equal matrices are stacked, which takes up to {human(most)} for each operand of a step, instead of "
-            f"{human(largest)} at most. foreach=False takes them one by one"
+            f"{human(largest)} at most. foreach=False updates matrices one at a time"
         )
 
 
 def whole_gradients(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
     if in_backward(optimizer) is not None:
         return
-    sizes = [one.p.numel() * one.p.element_size() for one in entries]
+    sizes = [entry.p.numel() * entry.p.element_size() for entry in entries]
     if facts.matters(sum(sizes) - max(sizes)):
         yield (
             f"All gradients live at once: {human(sum(sizes))}. With lowrank_optim.step_in_backward(model, optimizer) "
@@ -265,21 +291,21 @@ def accumulated_whole(facts: Facts, optimizer: LowRankOptimizer, entries: list[E
     if facts.matters(kept):
         largest = max(whole, key=lambda row: row.state_bytes)
         yield (
-            f"Between micro-batches {human(kept)} of gradients accumulate whole, the most of {largest.name} "
+            f"Between micro-batches {human(kept)} of gradients accumulate whole; the largest is that of {largest.name} "
             f"({largest.reason}). accumulation_steps=1 keeps none; accumulate='projected' with GaLore, QGaLore or "
             "GoLore keeps r x n numbers of each projected matrix"
         )
 
 
-def _whole_keys(optimizer: LowRankOptimizer, one: Entry) -> list[str]:
-    """Kinds of state that the residual keeps, as large as the matrix."""
-    spec = optimizer.table.recipe(one.plan, one.group).residual.spec(one.plan.matrix)
-    return [key for key, tensor in spec.items() if math.prod(tensor.shape) >= math.prod(one.plan.matrix)]
+def _whole_keys(optimizer: LowRankOptimizer, entry: Entry) -> list[str]:
+    """Return the kinds of state of the residual that are at least as large as the matrix."""
+    spec = optimizer.table.recipe(entry.plan, entry.group).residual.spec(entry.plan.matrix)
+    return [key for key, tensor in spec.items() if math.prod(tensor.shape) >= math.prod(entry.plan.matrix)]
 
 
 def _with(optimizer: LowRankOptimizer, entries: Iterable[Entry], **changes: Any) -> int:
-    """Bytes of their state, if their groups said something else."""
-    return sum(expected_state(optimizer, one.p, {**one.group, **changes}).total() for one in entries)
+    """Return the bytes of state of the entries, if their groups had these options."""
+    return sum(expected_state(optimizer, entry.p, {**entry.group, **changes}).total() for entry in entries)
 
 
 # -- of any training ---------------------------------------------------------------------------------------------------
@@ -306,14 +332,18 @@ def frozen_base(facts: Facts) -> Iterator[str]:
 
 
 def activations(facts: Facts) -> Iterator[str]:
+    """Compare the bytes of a step's activations and temporaries with the kept bytes.
+
+    The difference of two peaks is a lower bound of the former, because the peaks need not coincide.
+    """
     if facts.peak is None:
         return
     rest = facts.peak.whole - facts.peak.gradients
     if rest > facts.measured("kept"):
         yield (
             f"Activations and temporaries outweigh everything else: at least {human(rest)} of a step's "
-            f"{human(facts.peak.whole)}, beside {human(facts.measured('kept'))} kept. Activation checkpointing, or "
-            "smaller micro-batches with accumulation, lower them; the optimizer cannot"
+            f"{human(facts.peak.whole)}, compared with {human(facts.measured('kept'))} kept. Activation checkpointing, "
+            "or smaller micro-batches with accumulation, lower them; the optimizer cannot"
         )
 
 

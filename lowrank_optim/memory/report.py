@@ -1,4 +1,4 @@
-"""Where the memory of a training goes: measured beside predicted, and why it is not less."""
+"""The memory report of a training: measured and predicted bytes, and the reasons why they are not fewer."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ _EMPTY = Figure(None, None, None)
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """What `memory_report` returns; `print` it.
+    """The result of `memory_report`; `print` it.
 
     Attributes:
-        figures: in bytes, by name, "weights" to "whole step"; also `report["weights"]`.
-        states: of these the optimizer's by kind: moments by their key, "bases", "counters"; also `report["bases"]`.
-        notes: what must be known to read the figures.
-        reasons: a sentence for each thing that keeps the memory from being lower, with the way out.
+        figures: bytes by row, from "weights" to "whole step"; also `report["weights"]`.
+        states: the bytes of the row "optimizer" by kind: moments by their key, "bases", "counters"; also
+            `report["bases"]`.
+        notes: remarks that are necessary to read the figures.
+        reasons: one sentence per reason why the memory is not lower, with the way out.
     """
 
     figures: dict[str, Figure]
@@ -43,6 +44,7 @@ class MemoryReport:
     reasons: tuple[str, ...]
 
     def __getitem__(self, name: str) -> Figure:
+        """Return the figure of a row or of a kind of state."""
         return {**self.states, **self.figures}[name]
 
     def __str__(self) -> str:
@@ -50,7 +52,7 @@ class MemoryReport:
         for name, figure in self.figures.items():
             rows.append((name, *_cells(figure)))
             if name == "optimizer":
-                rows += [(f"  {kind}", *_cells(one)) for kind, one in self.states.items()]
+                rows += [(f"  {kind}", *_cells(state)) for kind, state in self.states.items()]
         widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
@@ -59,29 +61,31 @@ class MemoryReport:
 
 
 def memory_report(model: nn.Module, optimizer: Optimizer, *, step: Callable[[], object] | None = None) -> MemoryReport:
-    """Where the memory of a training goes, after at least one step: measured, predicted, beside AdamW; why not less.
+    """Report the memory of a training after at least one step: measured, predicted, under AdamW, and why not less.
 
-    Measured are real storages, each counted once and whole. Predicted is what `estimate_memory` says of this optimizer.
-    AdamW is torch's on the same weights (on plain layers, where they were converted), with whole gradients. "kept"
-    adds up what is above it; the two rows below it come on top for a moment only:
+    The column "measured" counts real storages, each once and whole. "predicted" is the result of `estimate_memory` for
+    this optimizer. "AdamW" is torch's AdamW on the same weights, with whole gradients; converted layers count as plain
+    layers. The row "kept" is the sum of the rows above it. The two rows below it are held for a moment only:
 
-    - "update": what `optimizer.step()` takes beyond what was there when it was called. The prediction includes the
-      refit of the largest basis if the measured step refitted any.
-    - "whole step": everything that was made within `step` and lived at once: activations, temporaries, gradients. On
-      CUDA from the allocator, whose peak statistics are reset; elsewhere by counting tensors, which sees neither
-      buffers of BLAS and LAPACK nor other threads.
+    - "update": the peak within `optimizer.step()`, beyond what was allocated when it was called. The prediction
+      includes the refit of the largest basis if the measured step refitted any.
+    - "whole step": the peak of everything that `step` made: activations, temporaries, gradients. On CUDA it comes from
+      the allocator, whose peak statistics are reset. Elsewhere tensors are counted, which misses buffers of BLAS and
+      LAPACK, and other threads.
 
     Args:
-        model: whose parameters the optimizer has. What is frozen or left out of the optimizer is counted apart.
-        optimizer: of this package, or another torch.optim.Optimizer, without predictions if it is not torch's own.
-        step: runs one whole training step: forward, backward, `optimizer.step()`. It is called once, and trains;
-            gradients that are there are dropped before. Without it the gradients are those in `p.grad` now, and the
-            last two rows are empty.
+        model: the model that has the optimizer's parameters. Parameters that are frozen or left out of the optimizer
+            are counted separately.
+        optimizer: an optimizer of this package, or another torch.optim.Optimizer. There are no predictions for classes
+            that are neither ours nor torch's own.
+        step: runs one whole training step: forward, backward, `optimizer.step()`. It is called once, and trains.
+            Existing gradients are dropped first. Without `step`, the gradients are those now in `p.grad`, and the last
+            two rows are empty.
 
     Errors:
-        TypeError: no module, no optimizer, a `step` that cannot be called.
-        ValueError: the optimizer has no parameter of this model, or has taken no step.
-        NotImplementedError: sharded parameters (DTensor); `report()` of the optimizer says what of them is here.
+        TypeError: `model` is no module, `optimizer` no optimizer, or `step` cannot be called.
+        ValueError: the optimizer has parameters of another model, trains none, or has taken no step.
+        NotImplementedError: the model has sharded parameters (DTensor); `optimizer.report()` shows the local bytes.
 
     Example::
 
@@ -107,7 +111,7 @@ def memory_report(model: nn.Module, optimizer: Optimizer, *, step: Callable[[], 
 
 
 def _check(model: nn.Module, optimizer: Optimizer, step: object) -> list[Tensor]:
-    """The parameters that are trained."""
+    """Return the trained parameters, after refusing arguments that do not belong together."""
     checks.module(model)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; unwrap it")
@@ -121,7 +125,7 @@ def _check(model: nn.Module, optimizer: Optimizer, step: object) -> list[Tensor]
     if outside or not trained:
         raise ValueError(
             f"{outside} of the {len(trained)} parameters that the optimizer trains are not the model's. Pass the model "
-            "that it was made for, not a copy"
+            "that the optimizer was made for, not a copy"
         )
     return trained
 
@@ -129,6 +133,7 @@ def _check(model: nn.Module, optimizer: Optimizer, step: object) -> list[Tensor]
 def _figures(
     model: nn.Module, optimizer: Optimizer, trained: list[Tensor], peak: StepPeak | None, refits: int
 ) -> dict[str, Figure]:
+    """Return the rows of the report, in order."""
     weights = sum(p.stored_bytes() if hasattr(p, "stored_bytes") else p.nbytes for p in trained)
     own = sum(p.numel() * p.element_size() for p in trained)
     ids, inside = {id(p) for p in trained}, set(_converted(optimizer))
@@ -139,6 +144,7 @@ def _figures(
     plain = sum(p.nbytes for p in meta)
     adamw = _bytes_after_step(torch.optim.AdamW(meta), meta)
     found = {"weights": Figure(stored(trained), weights, plain)}
+    # AdamW trains a converted layer as one dense weight, so its frozen bases are no separate bytes there.
     if frozen:
         found["frozen weights"] = Figure(frozen, frozen, elsewhere if inside else frozen)
     update = None
@@ -162,13 +168,13 @@ def _figures(
 
 
 def _converted(optimizer: Optimizer) -> Iterator[Tensor]:
-    """Parameters that are kept in place of a weight, trained or not."""
+    """Return the parameters that are kept in place of a converted weight, trained or not."""
     layers = optimizer.conversion.layers.values() if isinstance(optimizer, WeightSpaceOptimizer) else ()
     return (p for layer in layers for key, p in layer.named_parameters() if key != "bias")
 
 
 def _unconverted(optimizer: Optimizer, trained: list[Tensor]) -> list[nn.Parameter]:
-    """What AdamW would train: the same parameters, or the dense weights that they are kept in place of."""
+    """Return meta copies of what AdamW would train: the parameters, with a dense weight per converted layer."""
     inside = set(_converted(optimizer))
     meta = [_meta(p, 0, None)[1] for p in trained if p not in inside]
     if isinstance(optimizer, WeightSpaceOptimizer):
@@ -179,12 +185,13 @@ def _unconverted(optimizer: Optimizer, trained: list[Tensor]) -> list[nn.Paramet
 
 
 def _total(figures: dict[str, Figure]) -> Figure:
-    """The sum of each column; unknown where a part of it is."""
-    columns = [[getattr(one, key) for one in figures.values()] for key in ("measured", "predicted", "adamw")]
+    """Return the sum of each column, or None where a summand is unknown."""
+    columns = [[getattr(figure, key) for figure in figures.values()] for key in ("measured", "predicted", "adamw")]
     return Figure(*(None if None in column else sum(column) for column in columns))
 
 
 def _states(optimizer: Optimizer) -> dict[str, Figure]:
+    """Return the bytes of state by kind, counters last, without kinds that take none."""
     measured: Counter[str] = Counter()
     predicted: Counter[str] = Counter()
     low_rank = isinstance(optimizer, LowRankOptimizer)
@@ -199,23 +206,26 @@ def _states(optimizer: Optimizer) -> dict[str, Figure]:
                 measured[kinds.get(key, key)] += stored(value)
     names = sorted(measured.keys() | predicted.keys(), key=lambda kind: (kind == COUNTERS, kind))
     found = {name: Figure(measured[name], predicted[name] if low_rank else None, None) for name in names}
-    return {name: one for name, one in found.items() if one.measured or one.predicted}
+    return {name: figure for name, figure in found.items() if figure.measured or figure.predicted}
 
 
 def _expected_of_torch(optimizer: Optimizer) -> int | None:
-    """State of torch's own classes; None for others, and where only numbers would tell."""
+    """Return the bytes of state of torch's own classes; None for other classes, and where a step needs real numbers."""
     if not type(optimizer).__module__.startswith("torch.optim"):
         return None
     members = [[_meta(p, 0, None)[1] for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
-    groups = [{**group, "params": some} for group, some in zip(optimizer.param_groups, members, strict=True) if some]
+    groups = [
+        {**group, "params": trained} for group, trained in zip(optimizer.param_groups, members, strict=True) if trained
+    ]
     fresh = type(optimizer)(groups, **{key: value for key, value in optimizer.defaults.items() if key == "lr"})
     try:
-        return _bytes_after_step(fresh, [p for some in members for p in some])
+        return _bytes_after_step(fresh, [p for trained in members for p in trained])
     except ValueError:
         return None
 
 
 def _dictionaries(optimizer: LowRankOptimizer) -> list[dict[str, Tensor]]:
+    """Return the shared tensors of each projected parameter; equal matrices share the same tensors."""
     found = []
     for p, group in optimizer.table.members():
         plan = optimizer.table.plans[p]
@@ -226,25 +236,29 @@ def _dictionaries(optimizer: LowRankOptimizer) -> list[dict[str, Tensor]]:
 
 
 def _sums(optimizer: Optimizer) -> Iterator[Tensor]:
-    """What accumulates of gradients beside p.grad."""
+    """Return the tensors in which gradients accumulate outside `p.grad`."""
     handle = in_backward(optimizer)
     return iter(()) if handle is None else handle.sums()
 
 
 def _refreshes(optimizer: Optimizer) -> int:
-    """Bases fitted so far."""
+    """Return how many bases have been fitted so far."""
     if not isinstance(optimizer, LowRankOptimizer):
         return 0
     return sum(int(state["refreshes"].sum()) for state in optimizer.state.values() if "refreshes" in state)
 
 
 def _stepped(optimizer: Optimizer, state: Figure) -> bool:
+    """Whether the optimizer has taken a step. `state` has the bytes of its state."""
     if isinstance(optimizer, LowRankOptimizer):
         return any(state["step"] for state in optimizer.state.values() if state)
-    return bool(state.measured) or not state.predicted  # torch makes its state at the first step; SGD has none
+    return (
+        bool(state.measured) or not state.predicted
+    )  # torch makes its state at the first step; plain SGD never has any
 
 
 def _notes(optimizer: Optimizer, peak: StepPeak | None, refits: int) -> Iterator[str]:
+    """Yield the remarks below the table."""
     handle = in_backward(optimizer)
     if peak is None:
         yield "update, whole step: not measured; pass step="
@@ -256,4 +270,5 @@ def _notes(optimizer: Optimizer, peak: StepPeak | None, refits: int) -> Iterator
 
 
 def _cells(figure: Figure) -> tuple[str, ...]:
+    """Return the cells of a row as text; unknown bytes are empty."""
     return tuple("" if x is None else human(x) for x in (figure.measured, figure.predicted, figure.adamw))

@@ -1,4 +1,4 @@
-"""What one of several processes holds and sends, for `estimate_memory`: one entry per strategy."""
+"""The bytes that one of several processes holds and sends, per strategy of `estimate_memory`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ Strategy = Literal["ddp", "ddp_project", "fsdp2", "zero1", "zero2", "zero3"]
 STRATEGIES = get_args(Strategy)
 ZERO = ("zero1", "zero2", "zero3")
 _MASTER = 4  # bytes of an element in float32
-Changes = dict[str, float | None]  # of fields of a MemoryEstimate
+Changes = dict[str, float | None]  # new values of fields of a MemoryEstimate
 
 
 def check(strategy: str | None, world_size: int, whole_only: str, step_in_backward: bool) -> None:
-    """`whole_only` names what every process must have whole, if anything."""
+    """Refuse strategies that do not exist or cannot be estimated.
+
+    Args:
+        whole_only: the name of a method whose parameters every process must have whole, or "".
+    """
     hyperparameters.check({"world_size": world_size}, {})
     if strategy is None:
         if world_size > 1:
@@ -35,7 +39,7 @@ def check(strategy: str | None, world_size: int, whole_only: str, step_in_backwa
 
 
 def bare(groups: Sequence[dict[str, Any]], strategy: str | None) -> None:
-    """A model that is sharded already says itself how it is shared."""
+    """Refuse a strategy for a model that is sharded already, because its DTensors say how it is shared."""
     names = [name for group in groups for name, p in group["params"] if hasattr(p, "device_mesh")]
     if strategy is not None and names:
         raise ValueError(
@@ -45,34 +49,35 @@ def bare(groups: Sequence[dict[str, Any]], strategy: str | None) -> None:
 
 
 def averaged(params: Sequence[Tensor]) -> Changes:
-    """DistributedDataParallel sends every gradient in every step."""
+    """Return the traffic under DistributedDataParallel, which sends every gradient in every step."""
     return {"sent_per_step": sum(p.nbytes for p in params if p.requires_grad)}
 
 
 def projected(optimizer: LowRankOptimizer) -> Changes:
+    """Return the traffic with `ddp_project`, after refusing methods that need whole gradients."""
     ddp_checks.something_thin(optimizer)
     return _sent(planned.projected_traffic(optimizer))
 
 
 def sharded(optimizer: LowRankOptimizer, world_size: int) -> tuple[int, Changes]:
-    """Lays out an optimizer as fully_shard would; the bytes of what is here of its parameters."""
+    """Lay out an optimizer as `fully_shard` would; return the bytes of its shards on rank 0, and its traffic."""
     planned.lay_out(optimizer, world_size)
-    here = sum(optimizer.table.layouts[p].here(p).nbytes for p, _ in optimizer.table.members())
-    return here, sent(optimizer)
+    shards = sum(optimizer.table.layouts[p].here(p).nbytes for p, _ in optimizer.table.members())
+    return shards, sent(optimizer)
 
 
 def rank_by_rank(optimizer: LowRankOptimizer, strategy: str, world_size: int) -> Iterator[None]:
-    """Lays it out as DeepSpeed would, for each rank in turn; raises what will be raised there."""
+    """Lay out an optimizer as DeepSpeed would, for one rank after the other, raising what the run would raise."""
     return planned_zero.rank_by_rank(optimizer, _stage(strategy), world_size)
 
 
 def sent(optimizer: LowRankOptimizer) -> Changes:
-    """By the rank that it is laid out for."""
+    """Return the traffic of the rank that the optimizer is laid out for."""
     return _sent(planned.traffic(optimizer))
 
 
 def partitions(params: Sequence[Tensor], strategy: str, world_size: int) -> Changes:
-    """Weights, gradients and masters under DeepSpeed."""
+    """Return the bytes of weights, gradients and masters on one rank under DeepSpeed."""
     size, stage = sum(p.nbytes for p in params), _stage(strategy)
     part, masters = -(-size // world_size), _MASTER * -(-sum(p.numel() for p in params) // world_size)
     weights, gradients = part if stage == 3 else size, size if stage == 1 else part

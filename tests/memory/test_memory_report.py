@@ -264,7 +264,7 @@ REASONS = {
         (matrices((40, 400), (400, 40)), dict(make=GaLoreAdafactor, rank=10)),
     ),
     "Embeddings and heads": ((bf16(vocabulary=60), dict(rank=4)), (bf16(vocabulary=16), dict(rank=16))),
-    "Much is not projected": (
+    "Many parameters are not projected": (
         (bf16(), dict(rank=4, params=lambda m: param_groups(m, exclude=[r"layers\.[01]"], verbose=False))),
         (bf16(vocabulary=60), dict(rank=4)),
     ),
