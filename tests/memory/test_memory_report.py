@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import lowrank_optim
-from lowrank_optim import GaLoreAdafactor, GaLoreAdamW, param_groups, step_in_backward
-from lowrank_optim.memory import report as memory_report
+from lowrank_optim import GaLoreAdafactor, GaLoreAdamW, memory_report, param_groups, step_in_backward
 from lowrank_optim.memory.peak import Peak, measure
 from lowrank_optim.reports.report import human
 from tests.cases import Net, every_case, train
