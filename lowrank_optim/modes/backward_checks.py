@@ -1,4 +1,4 @@
-"""What `step_in_backward` refuses, and its messages; everything before a hook hangs anywhere."""
+"""The refusals of `step_in_backward` and their messages. All are checked before the first hook is registered."""
 
 from __future__ import annotations
 
@@ -46,14 +46,16 @@ def already(mode: str) -> str:
 
 
 def skips_nonfinite(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse groups with nonfinite="raise"; checked at each step, because groups may change."""
     if any(group["nonfinite"] == "raise" for group in groups):
         raise ValueError(
-            'nonfinite="raise" promises that nothing was updated, and a step during backward has updated what came '
-            'before. Use nonfinite="skip", and read the counts of report()'
+            'nonfinite="raise" promises that nothing was updated, and a step during backward has already '
+            'updated earlier parameters. Use nonfinite="skip", and read the counts of report()'
         )
 
 
 def _objects(model: object, optimizer: object) -> None:
+    """Refuse arguments of the wrong type."""
     if not isinstance(optimizer, LowRankOptimizer):
         raise TypeError(
             f"step_in_backward needs an optimizer of lowrank_optim, got {type(optimizer).__name__}. For one of "
@@ -63,17 +65,18 @@ def _objects(model: object, optimizer: object) -> None:
 
 
 def _options_with_effect(options: Mapping[str, Any]) -> None:
-    """Refuses an option that another one leaves nothing to do."""
+    """Refuse an option that has no effect next to another option."""
     if options["clip"] != "tensor" and options["clip_norm"] is None:
         raise ValueError(f"clip={options['clip']!r} without clip_norm clips nothing. Pass clip_norm, or leave clip out")
     if options["basis_from"] == "micro-batch" and options["accumulate"] == "whole":
         raise ValueError(
             "basis_from='micro-batch' with accumulate='whole': gradients are not projected before the window is "
-            "complete, so bases are fitted to all of it anyway. Leave out one of the two"
+            "complete, so bases are fitted to all of it anyway. Leave out one of the two options"
         )
 
 
 def _own_parameters(model: nn.Module, optimizer: LowRankOptimizer) -> None:
+    """Refuse a model that does not have all parameters of the optimizer."""
     inside = set(model.parameters())
     outside = [plan.name for p, plan in optimizer.table.plans.items() if p not in inside]
     if outside:
@@ -81,17 +84,18 @@ def _own_parameters(model: nn.Module, optimizer: LowRankOptimizer) -> None:
 
 
 def _one_process(ddp: bool) -> None:
-    """Gradients are used before any other rank has added its own."""
+    """Refuse several processes, because gradients are used before other ranks have added theirs."""
     _, world = ranks()
     if ddp or world > 1:
-        what = "under DistributedDataParallel" if ddp else f"in a group of {world} processes"
+        where = "under DistributedDataParallel" if ddp else f"in a group of {world} processes"
         raise NotImplementedError(
-            f"step_in_backward {what} would use gradients before they are averaged over ranks, which then would part. "
-            "Call optimizer.step() after backward, as ever"
+            f"step_in_backward {where} would use gradients before they are averaged over ranks, whose weights would "
+            "then differ. Call optimizer.step() after backward, as usual"
         )
 
 
 def _scalable(plans: Mapping[Tensor, Plan]) -> None:
+    """Refuse float16 weights, whose gradients cannot be unscaled one at a time without losing bits."""
     for p, plan in plans.items():
         if p.dtype == torch.float16:
             raise ValueError(
@@ -101,8 +105,9 @@ def _scalable(plans: Mapping[Tensor, Plan]) -> None:
 
 
 def _norms_are_known(table: ParameterTable, accumulation_steps: int, accumulate: str) -> None:
+    """Refuse to clip gradients that accumulate projected."""
     if any(ever_thin(table, p, group, accumulation_steps, accumulate) for p, group in table.members()):
         raise ValueError(
-            "clip_norm needs the norm of the sum of all micro-batches, which their projections do not tell. Pass "
+            "clip_norm needs the norm of the sum of all micro-batches, which is unknown when they are projected. Pass "
             'accumulate="whole", which keeps a gradient per matrix, or accumulation_steps=1'
         )

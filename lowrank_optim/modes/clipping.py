@@ -1,4 +1,4 @@
-"""The lengths of gradients that are used one by one: what each is multiplied by, and the norm of all in the end."""
+"""Clipping of gradients that are used one at a time: the factor of each gradient, and the norm of all at the end."""
 
 from __future__ import annotations
 
@@ -12,23 +12,28 @@ _TINY = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 @dataclass
 class Clipping:
-    """Of one step.
+    """The clipping of one step.
 
     Args:
         clip_norm: the largest norm of each gradient; None: no clipping.
-        norm_before: of all gradients of the step before, where that is to clip all of these.
-        inverse_scale: what takes the scale of the losses out of gradients; projected ones are without it already.
+        norm_before: the norm of all gradients of the previous step, by which delayed clipping clips every gradient.
+        inverse_scale: the factor that removes the scale of the losses. Projected gradients are unscaled already.
+
+    Attributes:
+        overflow: whether a gradient was not finite.
+        partial: whether gradients were accumulated projected, so that their norm is unknown.
+        squares: the sum of squares of all finite gradients so far.
     """
 
     clip_norm: float | None = None
     norm_before: float | None = None
     inverse_scale: float = 1.0
-    overflow = False  # some gradient was not finite
-    partial = False  # some gradients were only known projected, so their norm is not
+    overflow = False
+    partial = False
     squares = 0.0
 
     def factor(self, member: Member, norm: float) -> float:
-        """What a gradient of this norm is to be multiplied by."""
+        """Return the number by which the gradient of a member must be multiplied, given its norm before unscaling."""
         unscale = 1.0 if member.projected else self.inverse_scale
         norm *= unscale
         if not math.isfinite(norm):
@@ -39,8 +44,9 @@ class Clipping:
 
     @property
     def norm(self) -> float | None:
-        """Of all finite gradients so far, before clipping."""
+        """Return the norm of all finite gradients so far, before clipping, or None if it is unknown."""
         return None if self.partial else math.sqrt(self.squares)
 
     def _ratio(self, norm: float | None) -> float:
+        """Return the factor that brings a norm down to `clip_norm`, infinity without a limit."""
         return math.inf if self.clip_norm is None or norm is None else self.clip_norm / (norm + _TINY)

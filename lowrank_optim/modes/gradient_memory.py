@@ -1,4 +1,4 @@
-"""What of the gradients is alive while they are used during backward: in bytes, and as a table."""
+"""The gradients that are alive with step in backward: their bytes, and a table per parameter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..reports.report import Report, Row, human
 
 
 def most_gradients(table: ParameterTable, accumulation_steps: int, accumulate: str = "projected") -> int:
-    """Bytes of gradients alive at once, at most: what micro-batches have left, and what waits for its update."""
+    """Return the most bytes of gradients alive at once: kept between micro-batches, and waiting for an update."""
     members = table.members()
     kept = sum(_kept(table, p, group, accumulation_steps, accumulate) for p, group in members)
     return kept + _waiting(table)
@@ -23,14 +23,14 @@ def most_gradients(table: ParameterTable, accumulation_steps: int, accumulate: s
 def ever_thin(
     table: ParameterTable, p: Tensor, group: dict[str, Any], accumulation_steps: int, accumulate: str
 ) -> bool:
-    """Are gradients of p accumulated projected, in windows without a refresh?"""
+    """Whether gradients of p accumulate projected in windows without a refresh."""
     plan = table.plans[p]
     wanted = accumulation_steps > 1 and accumulate == "projected" and plan.projected
     return wanted and table.recipe(plan, group).thin
 
 
 def gradient_report(table: ParameterTable, accumulation_steps: int, accumulate: str) -> Report:
-    """One row per parameter: what is kept of its gradient between micro-batches, or why that is all of it."""
+    """Return a table of the gradient bytes kept per parameter between micro-batches, with the reason if it is whole."""
     members = table.members()
     found = _GradientReport(_row(table, p, group, accumulation_steps, accumulate) for p, group in members)
     found.waiting = _waiting(table)
@@ -38,16 +38,24 @@ def gradient_report(table: ParameterTable, accumulation_steps: int, accumulate: 
 
 
 class _GradientReport(Report):
-    waiting: int = 0  # bytes of gradients that wait for their update, at most
+    """The table of `gradient_report`.
+
+    Attributes:
+        waiting: the most bytes of complete gradients that wait for their update.
+    """
+
+    waiting: int = 0
 
     @property
     def summary(self) -> str:
+        """Return the line below the table."""
         kept, full = sum(row.state_bytes for row in self), sum(row.full_bytes for row in self)
         line = f"of gradients, {human(kept)} are kept between micro-batches, and {human(self.waiting)} live at once"
-        return line + f" beside, instead of {human(full)}"
+        return line + f" in addition, instead of {human(full)}"
 
 
 def _row(table: ParameterTable, p: Tensor, group: dict[str, Any], accumulation_steps: int, accumulate: str) -> Row:
+    """Return the row of one parameter."""
     plan, thin = table.plans[p], ever_thin(table, p, group, accumulation_steps, accumulate)
     method, reason = "projected" if thin else "whole", ""
     if accumulation_steps == 1:
@@ -69,7 +77,7 @@ def _row(table: ParameterTable, p: Tensor, group: dict[str, Any], accumulation_s
 
 
 def _kept(table: ParameterTable, p: Tensor, group: dict[str, Any], accumulation_steps: int, accumulate: str) -> int:
-    """Bytes kept of the gradient of p between micro-batches, in windows without a refresh."""
+    """Return the bytes kept of the gradient of p between micro-batches, in windows without a refresh."""
     if accumulation_steps == 1 or not p.requires_grad:
         return 0
     if not ever_thin(table, p, group, accumulation_steps, accumulate):
@@ -80,7 +88,7 @@ def _kept(table: ParameterTable, p: Tensor, group: dict[str, Any], accumulation_
 
 
 def _waiting(table: ParameterTable) -> int:
-    """Bytes of gradients that are complete and not used yet, at most: the newest, and what is to be stacked with it."""
+    """Return the most bytes of complete, unused gradients: the newest, and those that are stacked with it."""
     trained = [(p, group) for p, group in table.members() if p.requires_grad]
     sizes = [p.numel() * p.element_size() for p, _ in trained]
     stacked = any(group["foreach"] or p.device.type not in ("cpu", "meta") for p, group in trained)

@@ -286,9 +286,9 @@ def test_the_report_counts_gradients_that_wait_to_be_stacked(monkeypatch):
     train(model, optimizer, 1, zero=False)
     bound = 5000 + max(sizes.values())
     assert max(sizes.values()) < max(alive) <= bound < sum(sizes.values())
-    assert f"{lowrank_optim.reports.report.human(bound)} live at once beside" in str(handle.report())
+    assert f"{lowrank_optim.reports.report.human(bound)} live at once in addition" in str(handle.report())
     monkeypatch.setattr("lowrank_optim.engine.limits.CHUNK_BYTES", 1 << 26)
-    assert f"{lowrank_optim.reports.report.human(sum(sizes.values()))} live at once beside" in str(handle.report())
+    assert f"{lowrank_optim.reports.report.human(sum(sizes.values()))} live at once in addition" in str(handle.report())
 
 
 def test_the_gradient_norm():
@@ -468,7 +468,7 @@ def test_copies_are_normal_optimizers(how):
     assert_equal(copied, plain)
     train(*mine, 3, 3)
     assert_equal(mine, plain)
-    with pytest.raises(TypeError, match="hangs on its parameters by hooks"):
+    with pytest.raises(TypeError, match="is bound to its parameters by hooks"):
         how(handle)
 
 
@@ -776,7 +776,9 @@ def test_a_scaler_that_is_switched_off():
 
 def test_nonfinite_raise_is_refused():
     model, optimizer = made(nonfinite="raise")
-    with pytest.raises(ValueError, match=r'nonfinite="raise" promises .* has updated what came before. Use nonfinite='):
+    with pytest.raises(
+        ValueError, match=r'nonfinite="raise" promises .* has already updated earlier parameters. Use nonfinite='
+    ):
         step_in_backward(model, optimizer)
     assert optimizer.mode is None
     train(model, optimizer, 1)
@@ -881,7 +883,7 @@ def test_another_hook_that_takes_gradients():
     model, optimizer = made()
     acc = CompressedAccumulation(model.named_parameters(), 3)
     step_in_backward(model, optimizer)
-    with pytest.raises(RuntimeError, match=r"the gradient of \S+ is gone; is another hook at work"):
+    with pytest.raises(RuntimeError, match=r"the gradient of \S+ is gone; did another hook take it"):
         loss_of(model, 0).backward()
     acc.remove()
     optimizer.zero_grad()

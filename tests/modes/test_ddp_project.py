@@ -178,7 +178,7 @@ def test_only_coordinates_are_sent_between_refreshes(results):
     for name, p in net.named_parameters():
         sent = (4 * 2 * long[name], 4 * p.numel()) if name in long else (4 * p.numel(), None)
         assert (rows[name].sent_per_step, rows[name].sent_per_refresh) == sent, name
-    assert "gradients travel projected between refreshes" in found["text"]
+    assert "gradients are sent projected between refreshes" in found["text"]
     assert "sent/step" in found["text"]
 
 
@@ -369,7 +369,7 @@ def test_backward_passes_add_up(results):
     found = results["passes"]
     assert found["apart"] < 1e-12
     assert found["after"] == found["apart"], "nothing was updated"
-    assert "has a gradient in p.grad beside its projected one" in found["stray"]
+    assert "has a gradient in p.grad in addition to its projected one" in found["stray"]
     assert "a GradScaler unscales p.grad" in found["scaler"]
 
 
@@ -449,15 +449,15 @@ def refused(rank, world):
         ("twice", "call ddp_project once"),
         ("ranks", "ranks have different parameters, shapes, ranks or sides"),
         ("joined", r"within model.join\(\)"),
-        ("fira", "FiraAdamW needs whole gradients: it uses what of the gradient lies outside the subspace as well"),
-        ("apollo", "lies outside the subspace"),
-        ("ldadam", "lies outside the subspace"),
-        ("frugal", "lies outside the subspace"),
+        ("fira", "FiraAdamW needs whole gradients: it also uses the part of the gradient outside the subspace"),
+        ("apollo", "part of the gradient outside the subspace"),
+        ("ldadam", "part of the gradient outside the subspace"),
+        ("frugal", "part of the gradient outside the subspace"),
         ("subset_norm", "nothing is projected"),
-        ("subspace_momentum", "lies outside the subspace"),
-        ("snsm", "second moments are of the whole gradient|lies outside the subspace"),
-        ("galore_plus", "lies outside the subspace"),
-        ("flora", "second moments are of the whole gradient|lies outside the subspace"),
+        ("subspace_momentum", "part of the gradient outside the subspace"),
+        ("snsm", "second moments are of the whole gradient|part of the gradient outside the subspace"),
+        ("galore_plus", "part of the gradient outside the subspace"),
+        ("flora", "second moments are of the whole gradient|part of the gradient outside the subspace"),
     ],
 )
 def test_refusals(what, said, results):
