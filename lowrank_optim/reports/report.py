@@ -1,4 +1,4 @@
-"""What an optimizer does to each parameter, as a table."""
+"""The table that `report()` returns: how an optimizer updates each parameter."""
 
 from __future__ import annotations
 
@@ -11,20 +11,26 @@ from ..engine.mode import StepMode
 from ..engine.table import ParameterTable
 from .storages import stored
 
-_NORM_BYTES = 16  # a square and on how many ranks there is a gradient, in float64
+_NORM_BYTES = 16  # two float64: a sum of squares, and the number of ranks that have a gradient
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter.
+    """The row of one parameter.
 
     Attributes:
-        state_bytes, full_bytes: in this process.
-        layout: what of a DTensor is in this process; "" for ordinary tensors.
-        sent_per_step, sent_per_refresh: bytes that this process handed to collectives for it, on average, beside the
-            norms of gradients; None where nothing was measured yet. Of shards a refresh sends its bytes in addition,
-            with `ddp_project` instead.
+        name, shape: of the whole parameter, also where it is sharded.
+        method: the class that projects it, or the rule for plain parameters.
+        rank, side: of the projection; None and "-" where there is none.
+        state_bytes: bytes of its state in this process.
+        full_bytes: bytes of two float32 moments of the local part; 0 for frozen parameters.
+        skipped: non-finite gradients that were skipped.
+        reason: the remark: why the parameter is plain or frozen, or how a layer is converted.
+        layout: the local part of a DTensor; "" for ordinary tensors.
+        sent_per_step, sent_per_refresh: average bytes that this process handed to collectives for the parameter,
+            without the norms of gradients; None before the first measurement. A refresh of a shard sends its bytes in
+            addition to those of a step; with `ddp_project` it sends them instead.
     """
 
     name: str
@@ -42,7 +48,12 @@ class Row:
 
 
 class Report(list[Row]):
-    """A list of rows whose `str` is a table with a summary below it, and a note, if there is one."""
+    """A list of rows whose `str` is a table with a summary line below it.
+
+    Attributes:
+        note: a remark at the end of the summary, or "".
+        verb: the participle for parameters that the method reduces: "projected" or "converted".
+    """
 
     note: str = ""
     verb: str = "projected"
@@ -63,19 +74,19 @@ class Report(list[Row]):
 
     @property
     def summary(self) -> str:
-        """One line: how much is projected, and the state beside full-rank moments."""
+        """Return one line: how many parameters are projected, and the state compared with full-rank moments."""
         state, full = sum(row.state_bytes for row in self), sum(row.full_bytes for row in self)
         projected = sum(row.rank is not None for row in self)
         skipped = sum(row.skipped for row in self)
-        what = "parameters" if self.verb == "projected" else "layers and parameters"
-        line = f"{projected} of {len(self)} {what} {self.verb}; state {human(state)}"
+        subject = "parameters" if self.verb == "projected" else "layers and parameters"
+        line = f"{projected} of {len(self)} {subject} {self.verb}; state {human(state)}"
         line += f", {state / max(full, 1):.2f} of the {human(full)} of two float32 moments"
         line += f"; {skipped} non-finite gradients skipped" if skipped else ""
         return line + (f"; {self.note}" if self.note else "")
 
 
 def report(table: ParameterTable, mode: StepMode | None) -> Report:
-    """Return one row per tensor that is updated, and what the mode or the layout has to say below the table."""
+    """Return one row per updated tensor, with the note of the mode or of the layouts below the table."""
     found = Report(parameter_row(table, mode, p) for p, _ in table.members())
     if mode is not None:
         found.note = mode.note()
@@ -86,7 +97,7 @@ def report(table: ParameterTable, mode: StepMode | None) -> Report:
 
 
 def parameter_row(table: ParameterTable, mode: StepMode | None, p: Tensor) -> Row:
-    """Return the row of one tensor that is updated."""
+    """Return the row of one updated tensor."""
     plan, state = table.plans[p], table.state(p)
     layout = table.layouts[p]
     per_step, per_refresh = (None if mode is None else mode.sent(p)) or layout.sent
@@ -108,6 +119,7 @@ def parameter_row(table: ParameterTable, mode: StepMode | None, p: Tensor) -> Ro
 
 
 def _cells(row: Row, sharded: bool) -> tuple[str, ...]:
+    """Return the cells of a row as text, with columns for layout and traffic if a parameter is sharded."""
     shape = "x".join(map(str, row.shape)) or "scalar"
     rank = "-" if row.rank is None else str(row.rank)
     cells = row.name, shape, row.method, rank, row.side, human(row.state_bytes)
@@ -118,7 +130,7 @@ def _cells(row: Row, sharded: bool) -> tuple[str, ...]:
 
 
 def human(count: float) -> str:
-    """A byte count for people: 1.5 MiB."""
+    """Return a byte count in a readable unit, such as "1.50 MiB"."""
     unit = 0
     while count >= 1024 and unit < len(_UNITS) - 1:
         count, unit = count / 1024, unit + 1
@@ -126,5 +138,5 @@ def human(count: float) -> str:
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Persistent bytes of any optimizer: every storage that its state keeps alive, counted once and whole."""
+    """Return the persistent bytes of any optimizer: each storage that its state keeps alive, counted once and whole."""
     return stored(list(optimizer.state.values()))

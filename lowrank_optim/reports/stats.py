@@ -1,5 +1,7 @@
-"""Counters of a training run, for any logger. Nothing here is needed to train, and nothing of it is in checkpoints
-that is not state anyway."""
+"""Counters of a training run, for any logger.
+
+Training does not need them. Checkpoints have only the counters that are part of the state.
+"""
 
 from __future__ import annotations
 
@@ -30,25 +32,28 @@ def stats(table: ParameterTable, watch: Watch) -> dict[str, float]:
 
 
 def _counts(states: list[dict[str, Tensor]], key: str) -> list[int]:
-    """Of all matrices."""
+    """Return the counter of every matrix, over all states that have it."""
     return [int(count) for counts in _read([state[key] for state in states if key in state]) for count in counts]
 
 
 def _restarting(table: ParameterTable) -> list[dict[str, Tensor]]:
-    """States of the matrices whose moments a refresh resets; the first one finds nothing to reset."""
+    """Return the states of the parameters whose moments a refresh resets.
+
+    Their first refresh finds nothing to reset, so `stats` counts one reset fewer than refreshes.
+    """
     restarts = {id(group) for group in table.groups if table.method.recipe(group).refresh.restarts}
     return [state for p, group in table.members() if id(group) in restarts and (state := table.state(p))]
 
 
 def _shares(captured: dict[str, dict[int, Tensor]]) -> dict[str, float]:
-    """The mean of the matrices of each parameter."""
+    """Return the share of the gradient's energy in the subspace by parameter, averaged over its matrices."""
     read = iter(_read([part for parts in captured.values() for part in parts.values()]))
     numbers = {name: [share for _ in parts for share in next(read)] for name, parts in captured.items()}
-    return {name: sum(some) / len(some) for name, some in numbers.items()}
+    return {name: sum(shares) / len(shares) for name, shares in numbers.items()}
 
 
 def _read(tensors: list[Tensor]) -> list[list[float]]:
-    """The numbers of each tensor, with one synchronisation per device."""
+    """Return the numbers of each tensor, with one synchronization per device."""
     devices: dict[torch.device, list[int]] = {}
     for i, tensor in enumerate(tensors):
         devices.setdefault(tensor.device, []).append(i)

@@ -1,4 +1,4 @@
-"""Which memory do tensors keep alive? Counted as the allocator does: each storage once, and whole."""
+"""The memory that tensors keep alive, counted as the allocator does: each storage once, and whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def storages(value: object) -> dict[int, int]:
-    """Bytes of every storage that tensors within `value` keep alive, by the storage's identity."""
+    """Return the bytes of every storage that tensors within `value` keep alive, by the storage's identity."""
     found: dict[int, int] = {}
     for tensor in _tensors(value):
         for storage in backing(tensor):
@@ -20,22 +20,23 @@ def storages(value: object) -> dict[int, int]:
 
 
 def stored(value: object) -> int:
-    """Bytes of all storages that tensors within `value` keep alive."""
+    """Return the total bytes of the storages that tensors within `value` keep alive."""
     return sum(storages(value).values())
 
 
 def backing(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    """The storages of a tensor; more than one where it is made of others, as quantized weights are."""
+    """Yield the storages of a tensor; several where it wraps other tensors, as quantized weights do."""
     if is_traceable_wrapper_subclass(tensor):
         inner = (getattr(tensor, name) for name in cast(Any, tensor).__tensor_flatten__()[0])
         for part in inner:
-            if isinstance(part, Tensor):  # a DTensor also has its mesh there
+            if isinstance(part, Tensor):  # a DTensor lists its mesh too
                 yield from backing(part)
     else:
         yield tensor.untyped_storage()
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
+    """Yield all tensors within nested containers and objects."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
