@@ -33,10 +33,10 @@ def adopt(table: ParameterTable, early: bool = False) -> None:
     """
     for group in table.groups:
         given = [p for _, p in table.given[group[GROUP]]]
-        there = [*group["params"], *(later(given) if early else ())]
-        new = [p for p in dict.fromkeys(there) if p not in table.plans and p not in table.pieces]
+        held = [*group["params"], *(later(given) if early else ())]
+        new = [p for p in dict.fromkeys(held) if p not in table.plans and p not in table.pieces]
         if not new or any(p is q for p in group["params"] for q in given):
-            continue  # a parameter that someone has appended to the group is refused elsewhere
+            continue  # a parameter that a user has appended to the group is refused elsewhere
         method = table.method
         shard_checks.can_be_replaced(table.name, method.ways(group), method.irreplaceable)
         _refuse_nothing(table)

@@ -1,7 +1,7 @@
-"""What a wrapper trains in the place of some parameters of a module, whole, for work between steps.
+"""Whole master weights of a module's parameters, for work between steps such as merges.
 
-Under DeepSpeed that is in float32 and elsewhere, and the parameters themselves are rounded copies of it, which come
-after our step: what is written to them alone would be lost.
+DeepSpeed trains float32 weights in tensors of its own. After each step it rounds them into the parameters, so a change
+of the parameters alone would be lost.
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ from ..recipe.plan import shape_of
 
 @contextmanager
 def masters(table: ParameterTable, module: nn.Module, keys: Sequence[str]) -> Iterator[None]:
-    """Within, these parameters of a module are what is trained of them, whole, and what is written to that stays.
+    """Replace parameters of a module by their whole master weights within the context, and keep writes to them.
 
-    What lies in flat tensors is gathered, so it should be thin: all ranks enter, and must write the same.
+    Parameters in flat tensors are gathered, so they should be small, such as factors. All ranks must enter the context
+    and write the same values.
+
+    Args:
+        keys: names of the parameters within `module`.
     """
     held = cast(dict[str, Any], module._parameters)
     params = {key: held[key] for key in keys}
@@ -37,31 +41,35 @@ def masters(table: ParameterTable, module: nn.Module, keys: Sequence[str]) -> It
         yield
     finally:
         held.update(params)
-    for one, x in zip(spread, whole, strict=True):
-        _put(one, x)
+    for part, x in zip(spread, whole, strict=True):
+        _put(part, x)
 
 
 def largest(spread: Mapping[Tensor, Spread], numbers: Tensor) -> Tensor:
-    """Of each number the largest of all ranks that share some parameters, which all call it."""
+    """Return the elementwise maximum of `numbers` over the ranks that share `spread`; all of them must call it."""
     return total(numbers, next(iter(spread.values())).peers, dist.ReduceOp.MAX)
 
 
 def _gathered(spread: Sequence[Spread]) -> list[Tensor]:
-    """Parameters of one group, whole; in one all-reduce, in which each element has one summand."""
+    """Return whole parameters of a group, gathered by one all-reduce.
+
+    Each element is nonzero on one rank only, so the sum changes no bit.
+    """
     if not spread:
         return []
-    first, shapes = spread[0], [shape_of(one.range.param) for one in spread]
+    first, shapes = spread[0], [shape_of(source.range.param) for source in spread]
     sizes = [math.prod(shape) for shape in shapes]
     x = torch.zeros(sum(sizes), dtype=first.flat.dtype, device=first.range.param.device)
-    for part, one in zip(torch.split(x, sizes), spread, strict=True):
-        part[one.whole] = one.flat.detach()[one.here]
+    for part, source in zip(torch.split(x, sizes), spread, strict=True):
+        part[source.whole] = source.flat.detach()[source.here]
     parts = torch.split(total(x, first.peers), sizes)
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _put(one: Spread, whole: Tensor) -> None:
-    own = whole.reshape(-1)[one.whole]
-    one.flat.detach()[one.here].copy_(own)
-    shard = getattr(one.range.param, "ds_tensor", None)
-    if shard is not None:  # where this flat tensor was published before another one was stepped
+def _put(part: Spread, whole: Tensor) -> None:
+    """Write the local part of a whole parameter to its flat tensor."""
+    own = whole.reshape(-1)[part.whole]
+    part.flat.detach()[part.here].copy_(own)
+    shard = getattr(part.range.param, "ds_tensor", None)
+    if shard is not None:  # DeepSpeed may have copied this flat tensor to the shard already, before stepping another
         shard.detach()[: len(own)].copy_(own)
