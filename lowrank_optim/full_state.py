@@ -1,6 +1,7 @@
-"""Optimizer state without a layout: whole tensors by parameter name, with which any number of processes can go on.
+"""Optimizer state without a layout: whole tensors by parameter name, from which any number of processes can resume.
 
-What knows layouts is `Layout.gather` and `Layout.part`, and of flat tensors assembly.py; what is in between is plain.
+Only `Layout.gather`, `Layout.part` and `wrappers/assembly.py` (flat tensors) know layouts. The dictionaries that they
+exchange hold plain tensors.
 """
 
 from __future__ import annotations
@@ -26,24 +27,24 @@ _KEYS = ("format", "method", "groups", "state")
 
 
 def full_state(optimizer: LowRankOptimizer) -> dict[str, Any] | None:
-    """All state of an optimizer, independent of how many processes there are and of how they share it.
+    """Return all state of an optimizer, independent of the number of processes and of how they share it.
 
-    For one process, DistributedDataParallel, FSDP2 (also hybrid) and DeepSpeed ZeRO 0 to 3. All ranks call it, and each
-    sharded tensor is on all of them for a moment, one after the other (of ZeRO 1 to 3: the state of each parameter).
-    Names are without what wrappers put into them, so that what a wrapped model has saved is that of the bare one.
+    It works for one process, DistributedDataParallel, FSDP2 (also hybrid) and DeepSpeed ZeRO 0 to 3. All ranks must
+    call it. Each rank holds one whole tensor at a time (with ZeRO 1 to 3, the whole state of one parameter). Names are
+    without the prefixes that wrappers add, so a wrapped model and a bare model save the same names.
 
     Returns:
-        On rank 0, and without torch.distributed: `format`, `method` (the class), `groups` (the numbers of each group,
-        and the names of its parameters) and `state` (by parameter name, tensors on the CPU), copies that
-        `torch.load(weights_only=True)` takes. Under DeepSpeed also `masters`, where it updates other weights than the
-        model's (float32 beside bfloat16), and `borders`, what two processes have of one row and differs in its last
-        bits. None on other ranks.
+        On rank 0, and without torch.distributed, a dictionary of copies that `torch.load(weights_only=True)` takes:
+        `format`, `method` (the class), `groups` (the numbers of each group, and the names of its parameters) and
+        `state` (tensors on the CPU, by parameter name). Under DeepSpeed also `masters`, where it updates weights of
+        another dtype than the model's (float32 instead of bfloat16), and `borders`, rows of state that two processes
+        have and that differ in their last bits. On other ranks None.
 
     Errors:
-        TypeError: an optimizer that is not of this package, such as DeepSpeed's `engine.optimizer`.
-        NotImplementedError: parameters in flat tensors of some ranks, of which others may have more.
-        ValueError: two parameters of one name.
-        RuntimeError: state that should be the same on all ranks and is not, such as with one head per rank (LTE).
+        TypeError: the optimizer is not of this package, such as DeepSpeed's `engine.optimizer`.
+        NotImplementedError: flat tensors belong to a part of the ranks only, so other ranks may have more parameters.
+        ValueError: two parameters have the same name.
+        RuntimeError: state that must be the same on all ranks differs, such as with one head per rank (LTE).
 
     Example::
 
@@ -53,6 +54,7 @@ def full_state(optimizer: LowRankOptimizer) -> dict[str, Any] | None:
     """
     _find(optimizer)
     _same_on_all_ranks(optimizer)
+    # Every rank walks the same parameters in the same order, because each of these loops runs collectives.
     state: dict[str, dict[str, Tensor]] = {}
     for name, layout, tensors in _by_name(optimizer):
         whole = {key: layout.gather(x) for key, x in tensors.items()}
@@ -68,25 +70,25 @@ def full_state(optimizer: LowRankOptimizer) -> dict[str, Any] | None:
     if others():
         return None
     full = {"format": FORMAT, "method": type(optimizer).__name__, "groups": list(_groups(optimizer)), "state": state}
-    return {**full, **{key: some for key, some in (("borders", borders), ("masters", masters)) if some}}
+    return {**full, **{key: extra for key, extra in (("borders", borders), ("masters", masters)) if extra}}
 
 
 def load_full_state(optimizer: LowRankOptimizer, state: Mapping[str, Any] | None) -> None:
-    """Goes on with what `full_state` has returned, on any number of processes; all ranks call it.
+    """Load the state that `full_state` has returned, on any number of processes; all ranks must call it.
 
-    State of equal bits, so that as many processes as before go on bit for bit (of DeepSpeed in the same stage), and
-    others to rounding. Load the model's weights by their own means, before `deepspeed.initialize`, and this after it:
-    then DeepSpeed's float32 weights become the saved ones (docs/distributed.md).
+    The loaded state has the saved bits. The same number of processes (with DeepSpeed also the same stage) resumes bit
+    for bit; other numbers resume to rounding. Load the model's weights separately, before `deepspeed.initialize`, and
+    call this function after it: then DeepSpeed's float32 weights become the saved masters (docs/distributed.md).
 
     Args:
-        optimizer: built as the saved one was, from parameters of the same names.
-        state: on every rank, or on rank 0 and None on others, to which it is then sent. Each rank has it whole in main
-            memory meanwhile.
+        optimizer: built as the saved optimizer was, from parameters of the same names.
+        state: the saved state on every rank, or on rank 0 only and None on other ranks, to which it is then sent. Each
+            rank holds the whole state in main memory while it loads.
 
     Errors:
-        TypeError, NotImplementedError: as of `full_state`, and numbers of groups that cannot be used here.
-        ValueError: a state of another format, method or model; it names what is missing and what is unknown. Nothing
-            was loaded then, on no rank.
+        TypeError, NotImplementedError: as `full_state`, and for numbers of groups that cannot be used here.
+        ValueError: the state has another format, method or model; the message names missing and unknown parameters.
+            Then no rank has loaded anything.
     """
     _find(optimizer)
     state = _everywhere(state)
@@ -95,38 +97,38 @@ def load_full_state(optimizer: LowRankOptimizer, state: Mapping[str, Any] | None
     saved: dict[str, Any] = {"state": {}, "param_groups": [], "full": {"borders": {}, "masters": {}, **state}}
     index, flats = 0, optimizer.table.pieces
     for group in optimizer.param_groups:
-        here = dict(enumerate(group["params"], index))
-        index += len(here)
+        local = dict(enumerate(group["params"], index))
+        index += len(local)
         own = {key: group[key] for key in ("param_names",) if key in group}
-        saved["param_groups"].append({**numbers[group[GROUP]], **own, "params": list(here)})
-        names = {i: _name(optimizer, p) for i, p in here.items() if p not in flats}
+        saved["param_groups"].append({**numbers[group[GROUP]], **own, "params": list(local)})
+        names = {i: _name(optimizer, p) for i, p in local.items() if p not in flats}
         saved["state"] |= {i: state["state"][name] for i, name in names.items() if name in state["state"]}
     optimizer.load_state_dict(saved)
 
 
 def _copies(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """On the CPU of rank 0, one after the other."""
+    """Return copies on the CPU of rank 0; other ranks only consume the iterator, which may sum over ranks."""
     return {key: x.to("cpu", copy=True) for key, x in tensors if not others()}
 
 
 def _find(optimizer: LowRankOptimizer) -> None:
-    """Where everything is, before anything is done with it."""
+    """Refuse optimizers that cannot be saved, and enter tensors that replace parameters into the table."""
     if not isinstance(optimizer, LowRankOptimizer):
         raise TypeError(
             f"full_state and load_full_state need an optimizer of lowrank_optim, got {type(optimizer).__name__}. Under "
-            "DeepSpeed pass the one that was given to deepspeed.initialize, not engine.optimizer"
+            "DeepSpeed pass the optimizer that was given to deepspeed.initialize, not engine.optimizer"
         )
     names: set[str] = set()
     for name in (name for group in optimizer.param_groups for name in _names(optimizer, group)):
         if name in names:
-            raise ValueError(f"two parameters are called {name}; give each a name of its own")
+            raise ValueError(f"two parameters are called {name}; give each its own name")
         names.add(name)
     adoption.adopt(optimizer.table, early=True)
     assembly.check(optimizer.table)
 
 
 def _by_name(optimizer: LowRankOptimizer) -> Iterator[tuple[str, Layout, dict[str, Tensor]]]:
-    """What is here of the state of each parameter that has any and is in no flat tensor."""
+    """Yield (name, layout, local state) of each parameter that has state and is in no flat tensor."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             if optimizer.state.get(p) and p not in optimizer.table.pieces:
@@ -134,33 +136,38 @@ def _by_name(optimizer: LowRankOptimizer) -> Iterator[tuple[str, Layout, dict[st
 
 
 def _name(optimizer: LowRankOptimizer, p: Tensor) -> str:
+    """Return the name of a parameter without the prefixes of wrappers."""
     return bare_name(optimizer.table.plans[p].name)
 
 
 def _names(optimizer: LowRankOptimizer, group: dict[str, Any]) -> list[str]:
-    """Of the parameters that a group was made of, whatever is in their place now."""
+    """Return the names of the parameters that a group was given, even if other tensors replace them now."""
     return [_name(optimizer, p) for _, p in optimizer.table.given[group[GROUP]]]
 
 
 def _numbers(optimizer: LowRankOptimizer, state: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """The saved numbers of each group, by its own number."""
+    """Return the saved options of each group by its group number; saved groups are found by their names."""
     saved = {frozenset(group["names"]): group for group in state["groups"]}
     found = {group[GROUP]: saved[frozenset(_names(optimizer, group))] for group in optimizer.param_groups}
-    return {one: {key: value for key, value in group.items() if key != "names"} for one, group in found.items()}
+    return {number: {key: value for key, value in group.items() if key != "names"} for number, group in found.items()}
 
 
 def _groups(optimizer: LowRankOptimizer) -> Iterator[dict[str, Any]]:
+    """Yield the options of each group, with the names of its parameters."""
     for group in optimizer.param_groups:
         numbers = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         for key, value in numbers.items():
-            numbers[key] = value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value  # lr may be one
+            numbers[key] = (
+                value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+            )  # lr may be a tensor
         yield {"names": _names(optimizer, group), **numbers}
 
 
-# -- what does not fit -------------------------------------------------------------------------------------------------
+# -- states that do not fit --------------------------------------------------------------------------------------------
 
 
 def _check(optimizer: LowRankOptimizer, state: Any) -> None:
+    """Refuse a state that is not a full state of such an optimizer."""
     if not isinstance(state, Mapping) or any(key not in state for key in _KEYS):
         keys = list(state) if isinstance(state, Mapping) else type(state).__name__
         raise _misfit(f"expected the keys {list(_KEYS)}, got {keys!r:.80}. Was it made by full_state?")
@@ -173,28 +180,32 @@ def _check(optimizer: LowRankOptimizer, state: Any) -> None:
 
 
 def _check_names(optimizer: LowRankOptimizer, groups: list[Mapping[str, Any]]) -> None:
+    """Refuse groups of other parameters. Groups may have another order, as may the parameters within a group."""
     saved = [frozenset(group["names"]) for group in groups]
     ours = [frozenset(_names(optimizer, group)) for group in optimizer.param_groups]
-    known, here = {name for names in saved for name in names}, {name for names in ours for name in names}
-    missing, unknown = here - known, known - here
+    known, present = {name for names in saved for name in names}, {name for names in ours for name in names}
+    missing, unknown = present - known, known - present
     if missing:
         raise _misfit(f"it has nothing for {few(sorted(missing))}")
     if unknown:
         raise _misfit(f"no parameter here is called {few(sorted(unknown))}")
     split = [names for names in ours if names not in saved]
     if split:
-        raise _misfit(f"its groups are others: {few(sorted(split[0]))} are one group here. Build the groups alike")
+        raise _misfit(f"its groups differ: {few(sorted(split[0]))} are one group here. Build the groups alike")
 
 
 def _check_tensors(optimizer: LowRankOptimizer, state: Mapping[str, Any]) -> None:
-    """Of what is in flat tensors: also of parameters of which this rank has nothing, so that all say the same."""
+    """Refuse state and masters that do not fit parameters in flat tensors.
+
+    A rank also checks parameters of which it has no part, so that all ranks raise the same error.
+    """
     numbers = _numbers(optimizer, state)
-    for p, one in optimizer.table.spread.items():
-        group, name = {**one.group, **numbers[one.group[GROUP]]}, _name(optimizer, p)
+    for p, spread in optimizer.table.spread.items():
+        group, name = {**spread.group, **numbers[spread.group[GROUP]]}, _name(optimizer, p)
         plan = decide(name, 0, 0, shape_of(p), group, optimizer.ranked)
         if name in state["state"]:
             checks.loaded_state(
-                name, state["state"][name], assembly.expected(optimizer.table, plan, one.flat.dtype, group)
+                name, state["state"][name], assembly.expected(optimizer.table, plan, spread.flat.dtype, group)
             )
     for p in [p for pairs in optimizer.table.given.values() for _, p in pairs]:
         saved = state.get("masters", {}).get(_name(optimizer, p))
@@ -203,6 +214,7 @@ def _check_tensors(optimizer: LowRankOptimizer, state: Mapping[str, Any]) -> Non
 
 
 def _misfit(why: str) -> ValueError:
+    """Return the error for a state that does not fit."""
     return ValueError(f"the full state does not fit: {why}; nothing was loaded")
 
 
@@ -210,19 +222,22 @@ def _misfit(why: str) -> ValueError:
 
 
 def _agreed(check: Callable[[], None]) -> None:
-    """Raises on all ranks what it raises on any."""
+    """Run a check on all ranks, and raise on every rank: its own error, or else that of the first rank with an error.
+
+    A rank that raised alone would leave the other ranks waiting in the next collective.
+    """
     own = None
     try:
         check()
     except (ValueError, NotImplementedError) as error:
         own = error
-    for one in [own, *_of_each(own)]:
-        if one is not None:
-            raise one
+    for failure in [own, *_of_each(own)]:
+        if failure is not None:
+            raise failure
 
 
 def _of_each(own: Any) -> list[Any]:
-    """What each rank has, in their order."""
+    """Return the objects of all ranks, in the order of the ranks."""
     if not _several():
         return [own]
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -235,9 +250,10 @@ def _several() -> bool:
 
 
 def _everywhere(state: Mapping[str, Any] | None) -> Any:
-    """The state on every rank, sent by rank 0 if some have none."""
+    """Return the state on every rank, sent by rank 0 if any rank has None."""
     if not _several():
         return state
+    # All ranks must know whether there is a broadcast before any of them enters it.
     having = _of_each(state is not None)
     if not having[0]:
         raise _misfit("rank 0 was given None")
@@ -249,20 +265,26 @@ def _everywhere(state: Mapping[str, Any] | None) -> Any:
 
 
 def _sum(x: Tensor) -> int:
+    """Return the sum of the bytes of a tensor, as a checksum."""
     return int(x.detach().contiguous().view(-1).view(torch.uint8).sum())
 
 
 def _of_all_ranks(optimizer: LowRankOptimizer, found: dict[str, assembly.Borders]) -> dict[str, assembly.Borders]:
-    """What each of them has found in flat tensors, by name."""
+    """Return the borders that all ranks have found in flat tensors, by parameter name."""
     if not optimizer.table.spread:
         return found
     everyone = _of_each(found)
-    names = dict.fromkeys(name for one in everyone for name in one)
-    return {name: {at: row for one in everyone for at, row in one.get(name, {}).items()} for name in names}
+    names = dict.fromkeys(name for borders in everyone for name in borders)
+    return {
+        name: {start: row for borders in everyone for start, row in borders.get(name, {}).items()} for name in names
+    }
 
 
 def _same_on_all_ranks(optimizer: LowRankOptimizer) -> None:
-    """Of state that is not cut, rank 0 speaks for all; a sum of its bytes tells if it may."""
+    """Refuse state that is not sharded and differs between ranks, because only rank 0 saves it.
+
+    Checksums are compared, not the tensors themselves. DTensors are left out: their shards differ by design.
+    """
     if not _several():
         return
     sums = {
@@ -271,11 +293,11 @@ def _same_on_all_ranks(optimizer: LowRankOptimizer) -> None:
         for key, x in tensors.items()
         if not hasattr(x, "device_mesh") and x.numel()
     }
-    sums |= {what: _sum(x) for what, x in assembly.replicated(optimizer.table) if x.numel()}
+    sums |= {label: _sum(x) for label, x in assembly.replicated(optimizer.table) if x.numel()}
     everyone = _of_each(sums)
-    odd = [what for what in everyone[0] if any(other.get(what) != everyone[0][what] for other in everyone)]
-    if odd or any(other.keys() != sums.keys() for other in everyone):
+    odd = [label for label in everyone[0] if any(theirs.get(label) != everyone[0][label] for theirs in everyone)]
+    if odd or any(theirs.keys() != sums.keys() for theirs in everyone):
         raise RuntimeError(
-            f"ranks have different state ({few(odd) or 'of different parameters'}), so there is no state of all of "
-            "them; nothing was saved. Save each rank's own state_dict()"
+            f"ranks have different state ({few(odd) or 'of different parameters'}), so there is no common state of all "
+            "ranks; nothing was saved. Save each rank's own state_dict()"
         )

@@ -132,7 +132,7 @@ class Renamed(nn.Module):
         (lambda s: {**s, "method": "FiraAdamW"}, "it is of FiraAdamW, and this optimizer is GaLoreAdamW"),
         (lambda s: renamed(s, "up.bias", "up.b"), "it has nothing for up.bias"),
         (lambda s: {**s, "groups": [*s["groups"], {"names": ["new"]}]}, "no parameter here is called new"),
-        (lambda s: halved(s), "its groups are others: .* are one group here"),
+        (lambda s: halved(s), "its groups differ: .* are one group here"),
         (lambda s: with_state(s, "up.weight", "basis", torch.ones(2, 2)), r"fit up.weight: basis is \(2, 2\)"),
         (lambda s: with_state(s, "norm.weight", "more", torch.zeros(2)), "fit norm.weight: more on one"),
     ],
