@@ -1,8 +1,8 @@
-"""The base of methods that change how weights are kept: converted layers, AdamW on their factors, a restart rule.
+"""The base of weight-space methods: converted layers, AdamW on their factors, and a restart rule.
 
-The engine is the one of all other methods. It sees factors as parameters in full space, so state in 8 bits, stochastic
-rounding, skipped gradients, step in backward and checkpoints are what they are everywhere. What is added here: the
-layers, and what happens to them after an update.
+The engine is the same as for all other methods. It sees factors as parameters in full space, so state in 8 bits,
+stochastic rounding, skipped gradients, step in backward and checkpoints work as everywhere else. This module adds the
+layers, and their restarts after an update.
 """
 
 from __future__ import annotations
@@ -38,12 +38,23 @@ _HOW_TO_CONVERT = ("rank", "include", "exclude")
 
 
 class WeightSpaceOptimizer(LowRankOptimizer):
-    """A subclass says which layer, which of its options are the layer's, and what a restart does."""
+    """The base class. A subclass names its layer, the options that belong to the layer, and what a restart does.
+
+    Args:
+        model: its linear layers are converted in place.
+        options: all arguments of the subclass: options of groups, of the conversion, and `rest_lr`.
+        strict: whether layers that cannot be converted are an error.
+
+    Attributes:
+        layer: the class that replaces linear layers.
+        layer_options: constructor arguments that go to the layer instead of the groups.
+        conversion: the converted layers by name, and the reasons why other layers were left.
+    """
 
     layer: ClassVar[type[ReparameterizedLinear]]
     irreplaceable = "its restarts read and write these"
     unpartitionable = "its restarts read and write frozen weights"
-    layer_options: ClassVar[tuple[str, ...]] = ()  # constructor arguments that are the layer's and not the groups'
+    layer_options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module, options: dict[str, Any], *, strict: bool = False) -> None:
         options, model = dict(options), layer_checks.whole_model(model)
@@ -52,6 +63,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
         defaults = {**options, "rank": None, "factors": False}
         hyperparameters.check({**defaults, **how, "rest_lr": rest_lr}, self.choices)
         self.check(defaults)
+        # A sharded model was converted before `fully_shard`, so that its factors are shards; its layers are taken over.
         if any(hasattr(layer.leader, "device_mesh") for _, layer in converted(model)):
             layer_checks.chosen_by_convert([*how.pop("include"), *how.pop("exclude")])
             conversion = adopt(model, type(self).__name__, self.layer, **how)
@@ -65,33 +77,34 @@ class WeightSpaceOptimizer(LowRankOptimizer):
             groups = _groups(model, conversion, rest_lr) + self.extra_groups(conversion)
             super().__init__(groups, defaults, strict=strict)
         except Exception:
-            conversion.undo()
+            conversion.undo()  # the model must be as before
             raise
-        conversion.places.clear()  # the plain layers hold the dense weights
+        conversion.places.clear()  # frees the plain layers, which hold the dense weights
 
-    # -- what a method says --------------------------------------------------------------------------------------------
+    # -- what a subclass defines ---------------------------------------------------------------------------------------
 
     def check(self, group: dict[str, Any]) -> None:
-        """Raises a ValueError for options that mean nothing together."""
+        """Raise a ValueError for options that exclude each other."""
 
     def extra_groups(self, conversion: Conversion) -> list[dict[str, Any]]:
-        """Groups beside those of the factors and of what is not converted."""
+        """Return groups in addition to those of the factors and of the parameters that are not converted."""
         return []
 
     def refuse_shard(self, plan: Plan, group: dict[str, Any]) -> None:
+        """Refuse partial resets of sharded factors, which would need all of their moments."""
         if group["factors"] and group.get("reset") in PARTIAL:
             layer_checks.whole_restart(type(self).__name__, group["reset"])
 
     def updated(self, layers: Sequence[ReparameterizedLinear]) -> None:
-        """Called after each update with the layers that have seen it, before any of them restarts."""
+        """Observe an update, before any layer restarts. `layers` are the layers that took part in it."""
 
     @abc.abstractmethod
     def restart(self, name: str, layer: ReparameterizedLinear, count: int, group: dict[str, Any]) -> bool:
-        """Called after update number `count` of a layer; does what is due then, and says whether anything was."""
+        """Restart a layer if a restart is due after its update number `count`; return whether it was."""
 
     @abc.abstractmethod
     def restarts(self, count: int, group: dict[str, Any]) -> int:
-        """How many restarts a layer has seen after `count` updates."""
+        """Return how many restarts a layer has had after `count` updates."""
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
         return adamw(group)
@@ -107,7 +120,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
         super()._step()
         group, layers, restarted = self.param_groups[0], self.conversion.layers, 0
         if not (group["factors"] and group["params"]):
-            return  # under ZeRO groups are stepped one after the other, and the others are away
+            return  # DeepSpeed steps one group at a time and hides the others; restarts follow the factors' own step
         changed = {name: n for name, n in zip(layers, self._counts(), strict=True) if n != self._counted[name]}
         self.updated([layers[name] for name in changed])
         self._counted.update(changed)
@@ -120,35 +133,47 @@ class WeightSpaceOptimizer(LowRankOptimizer):
             )  # fmt: skip
 
     def _count(self, layer: ReparameterizedLinear) -> int:
-        """Updates that a layer was offered, those with a gradient that was not finite among them."""
+        """Return the updates that a layer was offered, including those skipped for a non-finite gradient."""
         return self._offered(layer.leader)
 
     def _counts(self) -> list[int]:
-        """The same of each layer. Under ZeRO all ranks call it: not all of them have something of each factor."""
+        """Return the counts of all layers. Under ZeRO all ranks must call it: a rank may have no part of a factor."""
         layers = self.conversion.layers.values()
         if not self.table.spread:
             return [self._count(layer) for layer in layers]
-        # Factors may be in different flat tensors, which are stepped one after the other: the last completes a layer.
+        # The factors of a layer may be in different flat tensors, which DeepSpeed steps one after the other. The layer
+        # is complete with the last of them, so the minimum over its factors counts.
         sizes = [len(layer.factors) for layer in layers]
         offered = [self._offered(getattr(layer, key)) for layer in layers for key in layer.factors]
         everywhere = largest(self.table.spread, torch.tensor(offered))
-        return [int(some.min()) for some in torch.split(everywhere, sizes)]
+        return [int(counts.min()) for counts in torch.split(everywhere, sizes)]
 
     def _offered(self, factor: Tensor) -> int:
+        """Return the number of updates that the local parts of a factor were offered; 0 without a local part."""
         states = [self.table.state(p) for p in self.table.of_parameter(factor)]
         return max((int(state["step"]) + int(state["skipped"]) for state in states if state), default=0)
 
     def _restarts(self, name: str, layer: ReparameterizedLinear) -> int:
+        """Return how many restarts a layer has had so far."""
         return self.restarts(self._counted[name], self.param_groups[0])
 
     def trained(self, layer: ReparameterizedLinear, *keys: str) -> AbstractContextManager[None]:
-        """Within, these factors of a layer are what is trained, where a wrapper (DeepSpeed) trains other tensors."""
+        """Replace factors of a layer by the tensors that are trained, within the returned context.
+
+        They differ where a wrapper such as DeepSpeed trains master weights.
+        """
         return masters(self.table, layer, keys)
 
     def reset(
         self, layer: ReparameterizedLinear, how: str = "drop", ratio: float = 1.0, only: Collection[str] | None = None
     ) -> float:
-        """Empties the moments of a layer's factors, or of some of them; the share of entries that were reset."""
+        """Reset the moments of a layer's factors, and return the fraction of their entries that were reset.
+
+        Args:
+            how: the kind of reset, as the option `reset` names it.
+            ratio: the fraction of entries that a partial reset drops.
+            only: names of the factors to reset; None: all.
+        """
         group, lost, total = self.param_groups[0], 0, 0
         for key in layer.factors:
             for p in self.table.of_parameter(getattr(layer, key)):
@@ -161,7 +186,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
         return self._last_reset
 
     def settle(self, layer: ReparameterizedLinear, only: Collection[str]) -> None:
-        """Factors that were overwritten owe nothing to what they were (`bf16_update="kahan"`)."""
+        """Clear the compensation (`bf16_update="kahan"`) of overwritten factors, as it belongs to old values."""
         for key in only:
             for p in self.table.of_parameter(getattr(layer, key)):
                 if COMPENSATION in (state := self.table.state(p)):
@@ -174,10 +199,10 @@ class WeightSpaceOptimizer(LowRankOptimizer):
         self.check(group)
 
     def refuse_nothing(self, reasons: list[tuple[str, str]]) -> None:
-        """Accepts any: a model in which nothing could be converted was refused before."""
+        """Accept all groups: a model in which nothing could be converted was refused before."""
 
     def restart_workspace(self) -> int:
-        """Bytes that the restart of one layer takes for a moment, at most; for `estimate_memory`."""
+        """Return the most bytes that the restart of one layer holds for a moment; `estimate_memory` counts them."""
         layers = self.conversion.layers.values()
         return max(layer.restart_workspace() * working_dtype(layer.leader).itemsize for layer in layers)
 
@@ -191,19 +216,20 @@ class WeightSpaceOptimizer(LowRankOptimizer):
         self._continue()
 
     def _continue(self) -> None:
-        """What follows from the state, after it was loaded."""
+        """Restore the counts that follow from the state, after it was loaded."""
         self._counted = dict(zip(self.conversion.layers, self._counts(), strict=True))
 
     # -- what a user sees ----------------------------------------------------------------------------------------------
 
     def report(self) -> Report:
-        """One row per converted layer, with all state of its factors, then one per other parameter. `print` it."""
+        """Return one row per converted layer, with the state of all its factors, then one per other parameter."""
         table = super().report()
         table[:] = self._rows()
         table.verb = "converted"
         return table
 
     def _rows(self) -> Iterator[Row]:
+        """Yield the rows of the report."""
         inside: set[Tensor] = set()
         for name, layer in self.conversion.layers.items():
             params = [p for key, p in layer.named_parameters() if key != "bias"]
@@ -229,12 +255,12 @@ class WeightSpaceOptimizer(LowRankOptimizer):
                 yield replace(row, reason=f"not converted: {left}" if left else _why_not(row))
 
     def stats(self) -> dict[str, float]:
-        """Counters for any logger, as a flat dict of numbers.
+        """Return counters for any logger, as a flat dict of numbers.
 
         Returns:
-            restarts: of layers, over all of them.
-            state_reset: the share of a layer's state that the last restart reset.
-            skipped_gradients: parameters left out of a step because their gradient was not finite.
+            restarts: restarts so far, summed over all layers.
+            state_reset: the fraction of a layer's state that the last restart reset.
+            skipped_gradients: how often a parameter was skipped because its gradient was not finite.
         """
         layers = self.conversion.layers.items()
         return {
@@ -245,7 +271,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
 
 
 def _groups(model: nn.Module, conversion: Conversion, rest_lr: float | None) -> list[dict[str, Any]]:
-    """Factors; other matrices; vectors, without decay."""
+    """Return the groups of a converted model: factors, other matrices, and vectors without weight decay."""
     own = {id(getattr(layer, key)) for layer in conversion.layers.values() for key in layer.factors}
     factors: list[tuple[str, Tensor]] = []
     matrices: list[tuple[str, Tensor]] = []
@@ -262,6 +288,7 @@ def _groups(model: nn.Module, conversion: Conversion, rest_lr: float | None) -> 
 
 
 def _why_not(row: Row) -> str:
+    """Return why a parameter is not part of a converted layer."""
     frozen = "frozen: no state yet"
     if row.reason == frozen:
         return frozen
