@@ -116,7 +116,7 @@ class LoQT(WeightSpaceOptimizer):
     # -- when ----------------------------------------------------------------------------------------------------------
 
     def restart(self, name: str, layer: ReparameterizedLinear, count: int, group: dict[str, Any]) -> bool:
-        """What there was to do was done within the update, where the gradient was."""
+        """Return whether the layer took a new subspace; that happened within the update, where the gradient was."""
         return layer.leader in self._due
 
     def restarts(self, count: int, group: dict[str, Any]) -> int:
@@ -127,25 +127,28 @@ class LoQT(WeightSpaceOptimizer):
         return sum(time < self._count(layer) for time in self._times(place, layer))
 
     def _times(self, place: int, layer: ReparameterizedLinear) -> Iterator[int]:
+        """Yield the counts at which a layer takes new subspaces, up to its current count."""
         group = self.param_groups[0]
         return _times(self._count(layer), place if group["stagger"] else 0, group)
 
     def _is_due(self, place: int, layer: ReparameterizedLinear) -> bool:
+        """Whether a layer takes a new subspace before its next update. `place`: its index among the layers."""
         group, count = self.param_groups[0], self._count(layer)
         if group["gap_growth"] > 1:
-            return count in self._times(place, layer)  # gaps grow, so these are few
+            return count in self._times(place, layer)  # gaps grow, so there are few counts to search
         gap = group["update_proj_gap"]
         return count == 0 or (count + ahead(place if group["stagger"] else 0, gap)) % gap == 0
 
     def _aim(self) -> None:
-        """Weights that are due for a new subspace get a gradient in the next step, and no others keep one."""
-        self._due: set[Tensor] = set()  # their factors; only what is said here counts, as anyone may unfreeze a model
+        """Request gradients, in the next step, of exactly the weights that are due for a new subspace."""
+        # The factors of these layers are the only record: requires_grad is none, as users may unfreeze a whole model.
+        self._due: set[Tensor] = set()
         for place, layer in enumerate(cast(Any, self.conversion.layers).values()):
             due = self._is_due(place, layer)
             if due:
                 self._due.add(layer.B)
             else:
-                layer.base.grad = None  # which `zero_grad(set_to_none=False)` would keep for good
+                layer.base.grad = None  # zero_grad(set_to_none=False) would keep the whole gradient allocated
             layer.base.requires_grad_(due and layer.B.requires_grad)
 
     def _continue(self) -> None:
@@ -160,7 +163,7 @@ class LoQT(WeightSpaceOptimizer):
         return replace(adamw(group), momentum=NoMomentum(), scaling=NoScaling())
 
     def extra_groups(self, conversion: Conversion) -> list[dict[str, Any]]:
-        """The quantized weights: no moments, but gradient scalers and `zero_grad` must find their gradients."""
+        """Return a group of the quantized weights. They have no moments, but GradScaler and `zero_grad` need them."""
         bases = [
             (f"{name}.base", cast(QuantizedLinear, layer).base.requires_grad_(True))
             for name, layer in conversion.layers.items()
@@ -176,7 +179,7 @@ class LoQT(WeightSpaceOptimizer):
         return _StepperOfBases(table, watch)
 
     def bases(self) -> dict[Tensor, QuantizedLinear]:
-        """Returns the layer of each quantized weight."""
+        """Return the layer of each quantized weight."""
         layers = (cast(QuantizedLinear, layer) for layer in self.conversion.layers.values())
         return {layer.base: layer for layer in layers}
 
@@ -185,9 +188,9 @@ class LoQT(WeightSpaceOptimizer):
         return layer.B in self._due
 
     def agree(self, layer: QuantizedLinear, grad: Tensor) -> None:
-        """Averages the gradient of a weight over data-parallel ranks, and makes the first rank's weight that of all.
+        """Average the gradient of a weight over data-parallel ranks; before the first update, send rank 0's weight too.
 
-        Wrappers see to both, but only for parameters that always have a gradient.
+        Wrappers do both only for parameters that have a gradient in every step.
         """
         dist.all_reduce(grad.div_(dist.get_world_size()))
         if self._count(layer) == 0:
@@ -195,7 +198,12 @@ class LoQT(WeightSpaceOptimizer):
                 dist.broadcast(x, 0)
 
     def new_subspace(self, layer: QuantizedLinear, g: Tensor, algebra: Algebra) -> Tensor:
-        """Fits the subspace of a layer to the gradient of its weight, and returns the gradient of its factor."""
+        """Fit the subspace of a layer to the gradient of its weight, and return the gradient of its factor.
+
+        Args:
+            g: the local part of the gradient (m, n).
+            algebra: the operations on `g`, which is sharded under `fully_shard`.
+        """
         group, count = self.param_groups[0], self._count(layer)
 
         def draw(shape: tuple[int, ...], purpose: str = "sketch", some: slice | None = None) -> Tensor:
@@ -215,7 +223,10 @@ class LoQT(WeightSpaceOptimizer):
 
 
 class _StepperOfBases(Stepper):
-    """Where a quantized weight is due and has its gradient, that gradient replaces the one of the layer's factor."""
+    """A stepper that updates a layer with a new subspace from the gradient of its quantized weight.
+
+    The gradient of the layer's factor belongs to the old subspace and is dropped.
+    """
 
     def update(self, members: list[Member], rescale: Rescale | None = None) -> None:
         loqt, table = cast(LoQT, self.table.method), self.table
@@ -248,9 +259,10 @@ class _StepperOfBases(Stepper):
 
 
 def _times(until: int, place: int, group: dict[str, Any]) -> Iterator[int]:
-    """Counts of updates before which a layer takes a new subspace, up to `until`.
+    """Yield the counts of updates before which a layer takes a new subspace, up to `until`.
 
-    Layers have their turns at different times, but for the first: without a subspace there is no step.
+    All layers take the first one at count 0, because there is no step without a subspace. Later ones are staggered by
+    `place`, the index of the layer.
     """
     gap, growth = group["update_proj_gap"], group["gap_growth"]
     yield 0

@@ -81,7 +81,7 @@ class LTE(WeightSpaceOptimizer):
     )
     layer = MultiHeadLinear
     irreplaceable = ""
-    unpartitionable = "its merges keep copies of the factors beside the weights, and read all of both"
+    unpartitionable = "its merges keep copies of the factors next to the weights, and read all of both"
     layer_options = ("heads", "ranks", "alpha", "base", "init")
     choices = {"base": ("dense", "int8", "nf4"), "init": INITS, "reset": ("keep", "drop")}
 
@@ -123,16 +123,17 @@ class LTE(WeightSpaceOptimizer):
             leave_to_ranks(model, [getattr(layer, key) for layer in self.conversion.layers.values() for key in own])
 
     def check(self, group: dict[str, Any]) -> None:
+        """Refuse a captured step with heads on ranks, whose first step and merges run collectives."""
         if group["capturable"] and hasattr(self, "conversion") and self._apart:
             raise ValueError(
-                'capturable=True with heads="ranks": what is captured cannot wait for other processes; leave it out'
+                'capturable=True with heads="ranks": a captured step cannot wait for other processes; leave it out'
             )
 
     def merge_now(self) -> None:
-        """Merges all layers before it is due, so that evaluation, saving or `lowrank_optim.merge` see all there is.
+        """Merge all layers before a merge is due, so that evaluation, saving and `lowrank_optim.merge` use all updates.
 
-        With heads="ranks" every process must call it after the same update. Training goes on from there; heads then
-        know of each other earlier than they would have.
+        With heads="ranks" every process must call it after the same update. Training continues from there, and each
+        head sees the updates of the others earlier than without the call.
         """
         for name, layer in self.conversion.layers.items():
             self._merge(layer, self._counted[name])
@@ -149,15 +150,18 @@ class LTE(WeightSpaceOptimizer):
         return count // int(group["merge_every"])
 
     def _merge(self, layer: ReparameterizedLinear, count: int) -> None:
-        # Merges are many and small. To nearest, what is below the last bit of W would be lost, and heads not know it.
+        """Add the mean of a layer's heads to its weight."""
+        # Merges are many and small. Rounding to nearest would lose changes below the last bit of W, and heads would
+        # subtract a share that W never got.
         stochastic = self.param_groups[0]["bf16_update"] != "none"
         with self.trained(layer, *layer.factors):
             cast(MultiHeadLinear, layer).merge_(count, stochastic)
 
-    # -- heads on ranks: all count alike, whatever happens to the gradients of one -------------------------------------
+    # -- heads on ranks: counts must stay equal, also where the gradients of one head are skipped ----------------------
 
     @property
     def _apart(self) -> bool:
+        """Whether heads are in different processes."""
         return any(cast(MultiHeadLinear, layer).world > 1 for layer in self.conversion.layers.values())
 
     @torch._disable_dynamo
@@ -171,7 +175,7 @@ class LTE(WeightSpaceOptimizer):
 
     @contextmanager
     def _all_gradients(self) -> Iterator[None]:
-        """Layers that this rank's batch did not reach have a gradient of zero, as they would beside other heads."""
+        """Give layers that this rank's batch did not reach a gradient of zero, as heads in one process would have."""
         params = [getattr(layer, key) for layer in self.conversion.layers.values() for key in layer.factors]
         missing = [p for p in params if p.grad is None and p.requires_grad]
         for p in missing:
@@ -186,7 +190,11 @@ class LTE(WeightSpaceOptimizer):
         return _StepperOfHeads(table, watch)
 
     def agreed(self, dry: bool) -> bool:
-        """Whether a step that is dry on this rank is dry for all heads; before the first update, ranks find it out."""
+        """Whether a step is dry for all heads. Ranks exchange this before the first update only.
+
+        Args:
+            dry: whether the step is dry on this rank: all its gradients are zero.
+        """
         if not self._apart or any(self._counted.values()):
             return dry
         layer = next(iter(self.conversion.layers.values()))
@@ -195,12 +203,15 @@ class LTE(WeightSpaceOptimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Else a GradScaler would leave out the step on the rank with an overflow alone, before it can be refused."""
+        """Whether a GradScaler must call the step even after an overflow.
+
+        Otherwise it would skip the step on the rank with the overflow only, before the step can refuse the scaler.
+        """
         return self._apart or super()._step_supports_amp_scaling
 
 
 class _StepperOfHeads(Stepper):
-    """With one head per rank, all ranks have to agree on whether the first step is a dry run."""
+    """A stepper for heads on ranks, which must agree on whether the first step is a dry run."""
 
     def dry_run(self, members: list[Member]) -> bool:
         return cast(LTE, self.table.method).agreed(super().dry_run(members))
