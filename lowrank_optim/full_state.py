@@ -240,9 +240,9 @@ def _of_each(own: Any) -> list[Any]:
     """Return the objects of all ranks, in the order of the ranks."""
     if not _several():
         return [own]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return everyone
+    per_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(per_rank, own)
+    return per_rank
 
 
 def _several() -> bool:
@@ -273,10 +273,10 @@ def _of_all_ranks(optimizer: LowRankOptimizer, found: dict[str, assembly.Borders
     """Return the borders that all ranks have found in flat tensors, by parameter name."""
     if not optimizer.table.spread:
         return found
-    everyone = _of_each(found)
-    names = dict.fromkeys(name for borders in everyone for name in borders)
+    per_rank = _of_each(found)
+    names = dict.fromkeys(name for borders in per_rank for name in borders)
     return {
-        name: {start: row for borders in everyone for start, row in borders.get(name, {}).items()} for name in names
+        name: {start: row for borders in per_rank for start, row in borders.get(name, {}).items()} for name in names
     }
 
 
@@ -294,9 +294,9 @@ def _same_on_all_ranks(optimizer: LowRankOptimizer) -> None:
         if not hasattr(x, "device_mesh") and x.numel()
     }
     sums |= {label: _sum(x) for label, x in assembly.replicated(optimizer.table) if x.numel()}
-    everyone = _of_each(sums)
-    odd = [label for label in everyone[0] if any(theirs.get(label) != everyone[0][label] for theirs in everyone)]
-    if odd or any(theirs.keys() != sums.keys() for theirs in everyone):
+    per_rank = _of_each(sums)
+    odd = [label for label in per_rank[0] if any(theirs.get(label) != per_rank[0][label] for theirs in per_rank)]
+    if odd or any(theirs.keys() != sums.keys() for theirs in per_rank):
         raise RuntimeError(
             f"ranks have different state ({few(odd) or 'of different parameters'}), so there is no common state of all "
             "ranks; nothing was saved. Save each rank's own state_dict()"

@@ -110,6 +110,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
         return adamw(group)
 
     def plain(self, group: dict[str, Any]) -> Recipe:
+        """Return AdamW's recipe; factors get clocks that restarts reset from outside of the recipe."""
         recipe = self.recipe(group)
         return replace(recipe, refresh=Outside(single=group.get("reset") in PARTIAL)) if group["factors"] else recipe
 
@@ -219,7 +220,7 @@ class WeightSpaceOptimizer(LowRankOptimizer):
         """Restore the counts that follow from the state, after it was loaded."""
         self._counted = dict(zip(self.conversion.layers, self._counts(), strict=True))
 
-    # -- what a user sees ----------------------------------------------------------------------------------------------
+    # -- reports -------------------------------------------------------------------------------------------------------
 
     def report(self) -> Report:
         """Return one row per converted layer, with the state of all its factors, then one per other parameter."""

@@ -357,8 +357,8 @@ def _step_bytes(p: Tensor, plan: Plan, recipe: Recipe, group: dict[str, Any]) ->
     elements = plan.count * _working_elements(plan, recipe, rank)
     spec, closed = _narrow(plan, recipe, rank, working)
     specs = spec.values()
-    # Narrow state is opened; if it changes at each step, its rounded result is a second tensor. A closed one is worked
-    # on by a kernel, which in plain torch goes piece by piece.
+    # Narrow state is opened; if it changes at each step, its rounded result is a second tensor. Closed state is worked
+    # on by a kernel, which in plain torch opens a piece at a time.
     for key, tensor in spec.items():
         count = plan.count * math.prod(tensor.shape)
         elements += min(count, PIECE) if key in closed else count * (1 if tensor.steady else 2)

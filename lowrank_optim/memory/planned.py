@@ -72,6 +72,7 @@ class Counting(Shards):
         return torch.ones(x.shape, dtype=x.dtype, device="cpu").tolist()
 
     def leading(self, g: Tensor, rank: int) -> Tensor:
+        # The number of passes depends on the values, so the traffic of a refresh is unknown.
         cast(Tally, self.traffic).unknown = True
         return g.new_empty(g.shape[-2], rank)
 
@@ -118,6 +119,7 @@ class Planned(Cut):
     shape: Shape = ()
 
     def here(self, x: Tensor) -> Tensor:
+        """Return the local rows of a whole tensor; other tensors are local already."""
         (piece,) = self.pieces.values()
         return x[piece.start : piece.start + piece.length] if tuple(x.shape) == self.shape else x
 

@@ -227,6 +227,7 @@ def other_plain(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry])
 
 
 def wide_state(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
+    """Compare float32 state with the same state in bfloat16 and int8."""
     wide = [entry for entry in entries if entry.group.get("state_dtype") == "float32"]
     kept = sum(entry.bytes for entry in wide)
     less = {dtype: _with(optimizer, wide, state_dtype=dtype) for dtype in ("bfloat16", "int8")}
@@ -272,6 +273,7 @@ def stacked(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> 
 
 
 def whole_gradients(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
+    """Compare all gradients with the largest one, which step in backward would keep."""
     if in_backward(optimizer) is not None:
         return
     sizes = [entry.p.numel() * entry.p.element_size() for entry in entries]
@@ -283,6 +285,7 @@ def whole_gradients(facts: Facts, optimizer: LowRankOptimizer, entries: list[Ent
 
 
 def accumulated_whole(facts: Facts, optimizer: LowRankOptimizer, entries: list[Entry]) -> Iterator[str]:
+    """Find gradients that step in backward accumulates whole."""
     handle = in_backward(optimizer)
     if handle is None or handle.accumulation_steps == 1:
         return

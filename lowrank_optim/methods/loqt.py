@@ -158,6 +158,7 @@ class LoQT(WeightSpaceOptimizer):
     # -- the step ------------------------------------------------------------------------------------------------------
 
     def plain(self, group: dict[str, Any]) -> Recipe:
+        """Return the recipe of a group; quantized weights keep no moments, as no step updates them."""
         if not group["whole"]:
             return super().plain(group)
         return replace(adamw(group), momentum=NoMomentum(), scaling=NoScaling())
@@ -231,20 +232,21 @@ class _StepperOfBases(Stepper):
     def update(self, members: list[Member], rescale: Rescale | None = None) -> None:
         loqt, table = cast(LoQT, self.table.method), self.table
         bases = loqt.bases()
+        # Factors of layers that are due are left out: the old subspace of their gradients is about to be replaced.
         factors = {layer.B for layer in bases.values() if loqt.due(layer)}
         due = [member for member in members if member.p in bases and loqt.due(bases[member.p])]
-        others = [member for member in members if member.p not in bases and member.p not in factors]
+        remaining = [member for member in members if member.p not in bases and member.p not in factors]
         if ranks()[1] > 1:
             for member in due:
                 if not table.layouts[member.p].sharded:
                     loqt.agree(bases[member.p], member.grad)
         # With nonfinite="raise" the step stops before the first subspace is taken.
-        strict = [member for member in due + others if member.group["nonfinite"] == "raise"]
+        strict = [member for member in due + remaining if member.group["nonfinite"] == "raise"]
         if strict:
             self.finite(strict, None)
         for member in due:
             self._update_due(loqt, bases[member.p], member, rescale)
-        super().update(others, rescale)
+        super().update(remaining, rescale)
 
     def _update_due(self, loqt: LoQT, layer: QuantizedLinear, member: Member, rescale: Rescale | None) -> None:
         """Take a new subspace and update the layer's factor in it; a bad or zero gradient leaves the layer due."""

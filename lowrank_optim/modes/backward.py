@@ -295,7 +295,7 @@ class StepInBackward:
         """Return the remark below the table of `report()`."""
         return f"steps during backward, after {self.accumulation_steps} of them"
 
-    # -- what a user sees ----------------------------------------------------------------------------------------------
+    # -- reports -------------------------------------------------------------------------------------------------------
 
     def report(self) -> Report:
         """Return a table of the gradient bytes kept between micro-batches, in windows without a refresh.

@@ -147,8 +147,8 @@ class DDPProject:
             sent = [(bucket.buffer(), [])]
         work = [dist.all_reduce(flat.div_(self.group.size()), group=self.group, async_op=True) for flat, _ in sent]
         futures: list[Future[Any]] = [handle.get_future() for handle in work]
-        *others, last = futures
-        return last.then(functools.partial(self._take, bucket, sent, thin, others))
+        *earlier, last = futures
+        return last.then(functools.partial(self._take, bucket, sent, thin, earlier))
 
     def _projected(self, grads: dict[Tensor, Tensor]) -> tuple[dict[Tensor, Tensor], set[Tensor]]:
         """Return R of each matrix that is sent projected in this step, and the matrices whose refresh is due.
@@ -182,7 +182,7 @@ class DDPProject:
         bucket: dist.GradBucket,
         sent: list[_Flat],
         thin: dict[Tensor, Tensor],
-        others: list[Future[Any]],
+        earlier: list[Future[Any]],
         last: Future[Any],
     ) -> Tensor:
         """Copy averaged gradients back into the bucket, and add averaged coordinates to the sums.
@@ -191,7 +191,7 @@ class DDPProject:
         makes that stream wait for the all-reduce, without blocking the host or the rest of backward. The stream of a
         callback of `collect_all` would wait for nothing.
         """
-        for future in (*others, last):
+        for future in (*earlier, last):
             future.wait()  # raises an error of the collective
         for flat, places in sent:
             sizes = [place.numel() for place in places]
