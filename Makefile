@@ -29,6 +29,9 @@ WORDED := ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md csrc/README.md docs/desig
 WORDED += $(addprefix lowrank_optim/,layers accumulate.py build.py groups.py schedules.py)
 # All of distributed/ but for shards.py, which imports a function called `beside`.
 WORDED += $(filter-out %/shards.py,$(wildcard lowrank_optim/distributed/*.py))
+WORDED += $(addprefix lowrank_optim/,full_state.py modes reports weight_space.py wrappers)
+# All of memory/ but planned.py, which answers for `Algebra.told`.
+WORDED += $(filter-out %/planned.py,$(wildcard lowrank_optim/memory/*.py))
 
 # Installed once, and again only when what is to be installed changes.
 $(STAMP): pyproject.toml constraints.txt
