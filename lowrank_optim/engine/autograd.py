@@ -1,4 +1,4 @@
-"""What everything needs that works while backward runs."""
+"""Helpers for work that runs inside `loss.backward()` or inside a user's autocast region."""
 
 from __future__ import annotations
 
@@ -12,18 +12,24 @@ from torch.utils.hooks import RemovableHandle
 
 
 def on_gradient(p: Tensor, ready: Callable[[Tensor], None]) -> RemovableHandle:
-    """Calls `ready(p)` whenever a backward pass has completed `p.grad`, also if p is frozen now and trained later."""
+    """Call `ready(p)` each time a backward pass has completed `p.grad`, also if `p` is frozen now and trained later."""
+    # torch refuses a hook on a frozen parameter, but keeps a hook whose parameter is frozen later. So the parameter
+    # counts as trained while the hook is registered.
     trained = p.requires_grad
-    p.requires_grad_(True)  # torch takes no hooks for frozen parameters, but keeps them while one is frozen
+    p.requires_grad_(True)
     handle = cast(Any, p).register_post_accumulate_grad_hook(ready)
     p.requires_grad_(trained)
     return cast(RemovableHandle, handle)
 
 
 def full_precision(tensors: Iterable[Tensor]) -> ExitStack:
-    """Within it no autocast reaches our products: a loop may run backward, or its step, in an autocast context."""
+    """Return a context without autocast on the devices of `tensors`.
+
+    A training loop may call `step()` or `backward()` inside an autocast region, which would run the projections in 16
+    bits.
+    """
     stack = ExitStack()
-    for kind in {device.type for device in {tensor.device for tensor in tensors}}:
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            stack.enter_context(torch.autocast(kind, enabled=False))
+    for device_type in {device.type for device in {tensor.device for tensor in tensors}}:
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
     return stack

@@ -1,5 +1,8 @@
-"""Limits on what a step holds at once. Read at each use, as `limits.NAME`, so that tests can change them."""
+"""Limits on the memory of a step. Read them as `limits.NAME` at each use, so that tests can change them."""
 
-CHUNK_BYTES = 64 << 20  # of gradients stacked at once: what a step may hold beyond one matrix
-SLICE = 1 << 20  # elements of a plain parameter updated at once on CPU, where copies and noise then stay in cache
-CACHE = 1 << 18  # bytes of gradients looked at together on CPU: what stays in cache until they are used
+# Bytes of gradients that are stacked into one chunk: what a step may hold beyond its largest matrix.
+CHUNK_BYTES = 64 << 20
+# Elements of a plain parameter that are updated at once on a CPU. Their copies and noise then stay in cache.
+SLICE = 1 << 20
+# Bytes of gradients whose norms are taken together on a CPU. They are then still in cache when the update reads them.
+CACHE = 1 << 18

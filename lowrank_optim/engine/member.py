@@ -1,4 +1,4 @@
-"""A parameter in one step."""
+"""The unit that a step works on: a parameter together with everything that updates it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ RecipeOf = Callable[[Plan, dict[str, Any]], Recipe]
 
 
 class Member(NamedTuple):
-    """A parameter in one step, with all that is known of it.
+    """One parameter in one step.
 
     Attributes:
-        grad: whole and shaped like the parameter, or where it is `projected` only the coordinates R of it.
+        p: the tensor that is updated: a parameter, its copy or a fragment of it.
+        grad: its gradient, like `p`; or, if `projected`, only the coordinates R `(r, n)` or `(b, r, n)`.
+        projected: whether `grad` is R already, because it was accumulated or sent as coordinates.
+        state: the live state of `p`; an update writes into it.
     """
 
     p: Tensor

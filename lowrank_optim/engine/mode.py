@@ -1,4 +1,8 @@
-"""The one slot for another way to take a step: step in backward, `ddp_project`."""
+"""The one slot for another way to take a step: `step_in_backward` or `ddp_project`.
+
+The optimizer sees only this protocol. The modes implement it from a layer above, so neither imports the other, and two
+modes at once are impossible.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,13 @@ from torch import Tensor
 
 
 class StepMode(Protocol):
-    """A way to take a step that replaces `Stepper.step`. It lives in `Stepper.mode`, and copies do not inherit it.
+    """A way to take a step that replaces `Stepper.step`. It is kept in `Stepper.mode`, and copies do not inherit it.
 
     Attributes:
-        name: of the function that starts the mode, for messages.
-        amp_by_itself: a GradScaler calls `optimizer.step()` without looking for gradients first, because backward has
-            already used some of them.
-        expects_overflow: non-finite gradients are no surprise, since a GradScaler is still searching for its scale.
+        name: the function that starts the mode, for messages.
+        amp_by_itself: whether a GradScaler calls `optimizer.step()` without a search for gradients, because backward
+            has already used some of them.
+        expects_overflow: whether a non-finite gradient is no surprise, since a GradScaler still searches for its scale.
     """
 
     name: str

@@ -1,4 +1,8 @@
-"""The state of a chunk while its step is taken: what is stored, opened when somebody asks for it."""
+"""The state of a chunk during its step: a stored tensor is opened when a part reads it, and not before.
+
+Opening a tensor in few bits (bfloat16, int8) makes a float32 copy. Kernels that update the stored tensor itself need no
+copy, so they take it from here while it is still closed. Once a tensor is open, the open one is the newer one.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,13 @@ from ..recipe.store import Noise, Store
 
 
 class Stored(NamedTuple):
-    """One tensor of one parameter as it is kept, by suffix, with the noise that it would be rounded with."""
+    """One logical tensor of one parameter in its stored form.
+
+    Attributes:
+        store: how it is stored.
+        kept: the stored tensors, by suffix of their key.
+        noise: the random numbers with which a write in this step is rounded.
+    """
 
     store: Store
     kept: dict[str, Tensor]
@@ -19,13 +29,13 @@ class Stored(NamedTuple):
 
 
 class Opened(MutableMapping[str, Tensor]):
-    """Tensors by name, as parts see them. A kernel that works on what is stored leaves them closed: there is no copy.
+    """State tensors by name, as parts see them. A tensor is opened by its first read.
 
     Args:
-        keys: what there is.
-        read: opens one, for all parameters of the chunk.
-        find: one as it is stored, parameter by parameter.
-        split: what has been opened or computed, by parameter.
+        keys: names of the tensors.
+        read: opens the tensor of a name, `(b, *spec.shape)` for the b matrices of the chunk.
+        find: returns the tensor of a name in stored form, one entry per parameter.
+        split: cuts an open or computed tensor into one tensor per parameter.
     """
 
     def __init__(
@@ -35,6 +45,7 @@ class Opened(MutableMapping[str, Tensor]):
         find: Callable[[str], list[Stored]],
         split: Callable[[Tensor], list[Tensor]],
     ) -> None:
+        # None stands for a tensor that is still closed.
         self._tensors: dict[str, Tensor | None] = dict.fromkeys(keys)
         self._read, self._find, self.split = read, find, split
 
@@ -57,20 +68,27 @@ class Opened(MutableMapping[str, Tensor]):
         return len(self._tensors)
 
     def __contains__(self, key: object) -> bool:
+        # Inherited from Mapping, this test would read the tensor, and so open it.
         return key in self._tensors
 
     def is_open(self, key: str) -> bool:
+        """Whether a tensor has been opened. Its stored form is then out of date."""
         return self._tensors[key] is not None
 
     def stored(self, *keys: str) -> list[tuple[Stored, ...]] | None:
-        """These tensors of each parameter, to be updated where they are; None if one is open, and the newer one."""
+        """Return these tensors of each parameter in stored form, to be updated there; None if one of them is open."""
         if any(map(self.is_open, keys)):
             return None
         return list(zip(*map(self._find, keys), strict=True))
 
 
 class OfMatrix(MutableMapping[str, Tensor]):
-    """What of a state belongs to matrix `index` of the batch, or to a slice: views, opened when somebody asks."""
+    """The state of one matrix of a batch, or of a slice of it, as views that write through.
+
+    Args:
+        st: the state of the batch.
+        index: the number of the matrix, or the slice.
+    """
 
     def __init__(self, st: MutableMapping[str, Tensor], index: int | slice) -> None:
         self._st, self._index = st, index

@@ -1,4 +1,4 @@
-"""Counters that the engine keeps while it runs."""
+"""Counters that the engine keeps while it runs, and that `optimizer.stats()` reads."""
 
 from __future__ import annotations
 
@@ -15,16 +15,25 @@ from ..recipe.plan import Plan
 
 @dataclass
 class Watch:
-    """What the engine notes as it goes along. Tensors stay where they are until somebody asks: no synchronisation."""
+    """The counters of one optimizer. They are in no checkpoint.
+
+    Attributes:
+        refresh_seconds: wall time of the host in refreshes.
+        captured: the share of the gradient's energy that each subspace captured at its last refresh, by the name of the
+            parameter and the number of its first matrix in the refreshed piece.
+    """
 
     refresh_seconds: float = 0.0
-    captured: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # by parameter, and by its first matrix
+    # Shares stay on the device where they were computed until `stats()` reads them, so a step does not synchronize.
+    captured: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    # Under lockstep the refreshes of several chunks overlap. They are timed as one interval, from the first entry to
+    # the last exit.
     _open: int = 0
     _start: float = 0.0
 
     @contextmanager
     def refreshing(self) -> Iterator[None]:
-        """Around the work of a refresh; several may overlap, and are timed as one."""
+        """Time the refreshes that run inside this context; contexts that overlap are timed as one."""
         if not self._open:
             self._start = time.perf_counter()
         self._open += 1
@@ -36,6 +45,6 @@ class Watch:
                 self.refresh_seconds += time.perf_counter() - self._start
 
     def note_captured(self, plans: list[Plan], first: int, shares: Tensor) -> None:
-        """`shares`: one number per matrix of the chunk."""
+        """Store the captured shares `(b,)` of a chunk, which has one number per matrix."""
         for plan, share in zip(plans, torch.split(shares, [plan.count for plan in plans]), strict=True):
             self.captured.setdefault(plan.name, {})[first] = share
