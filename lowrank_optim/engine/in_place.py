@@ -1,9 +1,9 @@
-"""Updates members where their tensors are stored: nothing is opened, refitted, stacked or written back.
+"""Updates of members where their tensors are stored: nothing is opened, refitted, stacked or written back.
 
-Such members need no chunk: `update.move_`, the lines of `recipe.py`, runs on their own tensors. Where a kernel takes
-lists of tensors, it does its part for all members at once, so a norm vector or a tiny matrix costs little more than its
-place in a list (`fused.py` knows these kernels). `grouping.py` decides who comes here. The members of one call share
-recipe, group, dtype, device and clock.
+A float32 matrix between refreshes, or a float32 vector, needs no chunk: `update.move_`, the lines of `recipe.py`, runs
+on its own tensors. Where a kernel takes lists of tensors, it does its part for all members at once, so a norm vector or
+a tiny matrix costs little more than its place in a list (`fused.py` knows these kernels). `grouping.py` decides which
+members come here. The members of one call share recipe, group, dtype, device and clock.
 """
 
 from __future__ import annotations
@@ -22,24 +22,27 @@ from .update import MoveArgs, move_
 
 
 def clock(member: Member, recipe: Recipe) -> float:
-    """Return the steps that the moments have seen, this one included."""
+    """Return the steps that the moments of a member have seen, this one included."""
+    # A matrix that has no basis yet has -1 here; its moments have seen every step.
     birth = max(0, int(member.state["refreshed_at"])) if recipe.refresh.restarts else 0
     return float(int(member.state["step"]) + 1 - birth)
 
 
 def whole_(recipe: Recipe, members: list[Member]) -> None:
-    """Update plain parameters, all in one kernel."""
+    """Update plain parameters, all with one kernel."""
     group, states = members[0].group, [member.state for member in members]
     params, grads = [member.p.detach() for member in members], [member.grad for member in members]
     t = clock(members[0], recipe)
     fused.whole(recipe)(recipe, params, grads, states, float(group["lr"]), group["weight_decay"], t)  # type: ignore[misc]
+    # All weights have changed in the one call above, so their counts follow in one call, too.
     torch._foreach_add_([state["step"] for state in states], 1)
 
 
 def together_(recipe: Recipe, members: list[Member]) -> None:
-    """Update matrices between refreshes: products one by one, the direction of all in one kernel."""
+    """Update matrices between refreshes: products matrix by matrix, the directions of a batch with one kernel."""
     t = clock(members[0], recipe)
-    # The coordinates R (r, n) of a whole batch are held until its kernel has run, so a batch is what stays in cache.
+    # R (r, n) = P^T G reads G (m, n); the kernel reads R and both moments (r, n), and finds D (r, n). R of a whole
+    # batch is held until its kernel has run, so a batch is what stays in cache.
     for batch in in_cache(members):
         g = [member.plan.oriented(member.grad) for member in batch]  # (m, n), views of p.grad
         states = [_state(recipe, member, x) for member, x in zip(batch, g, strict=True)]
@@ -50,17 +53,18 @@ def together_(recipe: Recipe, members: list[Member]) -> None:
 
 
 def alone_(recipe: Recipe, members: list[Member]) -> None:
-    """Update matrices and vectors one by one."""
+    """Update matrices and vectors one at a time."""
     t: Clock = clock(members[0], recipe)
     for member in members:
         g = member.plan.oriented(member.grad)
         st = _state(recipe, member, g)
         g = recipe.residual.before(g, st)
+        # Where each coordinate has an age, the clock is a tensor (r, 1); else the members share a number.
         _move_(recipe, member, g, None, st, ages_(st, recipe.refresh, g.dtype) if recipe.aged else t)
 
 
 def _state(recipe: Recipe, member: Member, g: Tensor) -> State:
-    """Return all tensors that a step needs: the stored ones, and what the basis derives and nobody stores."""
+    """Return all tensors that a step reads: the stored ones, and those that the basis derives and nobody stores."""
     state = member.state
     if not recipe.basis.derives or not member.plan.projected:
         return state
@@ -78,4 +82,4 @@ def _move_(
     w, step = member.plan.oriented(member.p.detach()), float(count) + 1
     lr, decay, ascend = float(group["lr"]), group["weight_decay"], group["maximize"]
     move_(MoveArgs(recipe, WHOLE, w, g, r, st, lr, decay, ascend, t, step, d=d))
-    count.fill_(step)  # a third of the time of an addition
+    count.fill_(step)  # takes a third of the time of an addition
