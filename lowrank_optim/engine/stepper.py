@@ -51,8 +51,9 @@ class Stepper:
         self.table, self.watch = table, watch
         self.mode: StepMode | None = None
         self.move: Move | None = None
+        # Recipes hold until a group is edited, works until the signature of their members changes.
         self._recipes: Recipes | None = None
-        self._kept: dict[int, tuple[Any, list[Work]]] = {}  # signature and works, by the plan of the first member
+        self._kept: dict[int, tuple[Any, list[Work]]] = {}  # (signature, works), by the plan of the first member
 
     def step(self) -> None:
         """Update every parameter that has a gradient."""
@@ -66,6 +67,7 @@ class Stepper:
         """Refuse gradients that no rule can use, and move state to where its parameter is."""
         if self.table.unverified:
             self.table.verify()
+        # Rules need dense gradients that are cut like their parameters. State follows a model that was moved or cast.
         for p, group, grad, _, plan, layout, state in members:
             if grad.layout is not torch.strided:
                 checks.gradient(plan.name, grad)
@@ -76,37 +78,42 @@ class Stepper:
     def dry_run(self, members: list[Member]) -> bool:
         """Whether this is a first step on zero gradients, as checkpoint helpers and DeepSpeed make one.
 
-        Such a step creates state and changes nothing. Nobody makes one with flat tensors: a step sees a few of them at
-        a time, and could not tell.
+        Such a step creates state and changes nothing: a basis fitted to zeros would stay for a whole interval. Nobody
+        makes one with flat tensors, of which a step has only a few at a time and could not tell.
         """
+        # From the second step on, counters on the CPU answer.
         if self.table.pieces or any(member.state["step"] or member.state["skipped"] for member in members):
             return False
         if any(state["step"] or state["skipped"] for state in self.table.all_states()):
             return False
+        # Ranks decide together: a rank whose shards are zero must not leave the others waiting in a collective.
         nonzero = any(bool(member.layout.here(member.grad).any()) for member in members)
         return not (self.table.common().anywhere(nonzero) if self.table.sharded else nonzero)
 
     @torch._disable_dynamo
     def update(self, members: list[Member], rescale: Rescale | None = None) -> None:
-        """Take the whole step of some parameters, which may also be a single one.
+        """Take the whole step of some members. A mode passes a single member, as soon as its gradient is complete.
 
         Args:
-            rescale: is given each member and the norm of its gradient, and returns the factor for the gradient, which
-                is multiplied in place.
+            rescale: returns the factor for the gradient of a member, given the member and the norm of its gradient. The
+                gradient is multiplied in place.
         """
         if self._recipes is None or self._recipes.version != self.table.version:
             self._recipes = Recipes(self.table.recipe, self.table.version, self._recipes)
         recipes = self._recipes
         with full_precision(member.p for member in members):
-            # On a CPU a gradient is still in cache from its norm when it is used next; ranks decide on all norms.
+            # On a CPU a gradient is still in cache from its norm when its update reads it. Over ranks one message has
+            # the norms of all gradients, so they come first.
             cached = one_by_one(members) and not (self.table.sharded and self.table.common().groups)
             for batch in in_cache(members) if cached else [members]:
                 finite = self.finite(batch, rescale)
                 if not finite:
                     continue
+                # A cut of ZeRO may fall within a row: neighboring ranks then add up their parts of its gradient.
                 if self.table.sharded:
                     complete_edges((member.layout, member.grad) for member in finite)
                 works = self._works(finite, recipes)
+                # Members in place first. A chunk is formed when its turn comes, from the gradients of this step.
                 for work in works:
                     if work.in_place is not None:
                         work.in_place(work.recipe, [finite[i] for i in work.places])
@@ -120,6 +127,7 @@ class Stepper:
     def _works(self, members: list[Member], recipes: Recipes) -> list[Work]:
         """Return the works of these members: those of the last step, unless something has changed since."""
         signature = grouping.signature(members, recipes, self.move is None)
+        # Batches of one step begin with different members, and each keeps its own works.
         key = id(members[0].plan)
         kept = self._kept.get(key)
         if kept is None or kept[0] != signature:
@@ -127,15 +135,20 @@ class Stepper:
         return kept[1]
 
     def _in_lockstep(self, members: list[Member], chunks: Iterator[Chunk], recipes: Recipes) -> None:
-        """Update chunks of which other ranks have parts: their thin sums over ranks are sent together."""
-        told = self._counted_elsewhere(members, recipes)
+        """Update chunks of which other ranks have parts, so that their thin sums over ranks are sent together."""
+        # The stacks must be found first: after the updates none of their matrices is due any more.
+        stacks = self._spread_stacks_due(members, recipes)
+        # The chunks of a wave run as tasks that stop at each sum, and all sums that wait then travel in one message.
         for wave in grouping.waves(_pieces(chunks)):
             together([partial(update_, piece, piece.algebra, self.move) for piece in wave])
-        together([partial(member.layout.tell_all_, member.state) for member in told])
+        # Each rank has advanced the refresh counters of its own matrices; now all ranks learn all of them.
+        together([partial(member.layout.tell_all_, member.state) for member in stacks])
 
-    def _counted_elsewhere(self, members: list[Member], recipes: Recipes) -> list[Member]:
-        """Return the stacks of which this step may refit some matrices, and other ranks have some."""
+    def _spread_stacks_due(self, members: list[Member], recipes: Recipes) -> list[Member]:
+        """Return the stacks that are spread over ranks and of which any rank may refit a matrix in this step."""
         apart = [member for member in members if member.layout.counts_apart]
+        # A chunk has the local matrices only. All ranks must find the same stacks, so the schedule is asked about the
+        # matrices of all ranks, whose counters every rank keeps.
         chunks = (chunk for member in apart for chunk in self.chunks([member], recipes))
         wholes = (
             replace(chunk, plans=[member.plan], states=[member.state], first=0)
@@ -144,15 +157,17 @@ class Stepper:
         return [member for member, whole in zip(apart, wholes, strict=True) if refresh_due(whole)]
 
     def chunks(self, members: list[Member], recipes: Recipes | None = None) -> Iterator[Chunk]:
-        """Yield the chunks that some members form, whatever path they would take."""
+        """Yield the chunks that these members form, whatever path they would take in a step."""
         for work in grouping.buckets(members, recipes or Recipes(self.table.recipe, self.table.version)):
             yield work.chunk([members[i] for i in work.places], self.watch)
 
     def finite(self, members: list[Member], rescale: Rescale | None) -> list[Member]:
-        """Return the members whose gradients are finite. Count the others, or refuse before anything is updated."""
+        """Return the members whose gradients are finite. Count the others, or refuse them before any update."""
         norms = gradient_norms(
             [member.grad if member.layout is HERE else member.layout.here(member.grad) for member in members]
         )
+        # The norm of a shard says nothing about the whole gradient. One all-reduce gives the norms of all of them, so
+        # every rank skips the same parameters.
         if self.table.sharded and self.table.common().groups:
             pairs = ((member.p, norm) for member, norm in zip(members, norms, strict=True))
             whole = self.table.common().norms(pairs)
@@ -182,7 +197,7 @@ class Stepper:
 
 
 def _pieces(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-    """Yield the pieces that are updated at once. A parameter counts its step after its last piece."""
+    """Yield the pieces that are updated at once, and count the step of a parameter after its last piece."""
     for chunk in chunks:
         yield from chunk.pieces()
         for state in chunk.states:
