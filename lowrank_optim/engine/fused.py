@@ -1,8 +1,9 @@
-"""Combinations of parts for which one kernel exists. Same numbers to rounding, fewer passes over memory.
+"""Combinations of parts for which one kernel exists: the same numbers up to rounding, in fewer passes over memory.
 
-Tables from the types of parts, and of the stores that keep their tensors, to functions, so that neither the engine nor
-the parts know of it. Each function says by its result whether it could do the work; where it could not, the parts do it
-one by one.
+EMA and RMS one after the other read and write the moments `(r, n)` several times; a kernel for both does so once. But
+neither the engine nor a part may know another part. So this file has tables from the types of parts, and of the stores
+that keep their tensors, to functions. A function reports whether it could do the work; otherwise the parts do it, one
+after the other. Without the tables everything still runs.
 """
 
 from __future__ import annotations
@@ -27,13 +28,19 @@ from ..recipe.store import Spec
 from . import fused_factored
 from .open_state import Opened, Stored
 
-_DTYPES, _DEVICES = (torch.float32, torch.float64), ("cpu", "cuda")  # that kernels have
+_DTYPES, _DEVICES = (torch.float32, torch.float64), ("cpu", "cuda")  # for which kernels exist
 _MOMENTS = "exp_avg", "exp_avg_sq"
 
 
 def direction(recipe: Recipe, st: State, r: Tensor, t: Clock, whole: Tensor | None) -> tuple[Tensor, Clock] | None:
-    """(D, gain) in one kernel, or None. `whole`: the gradient that r was computed from, None where r came as it is."""
+    """Return (D, gain) from one kernel, or None if no kernel can find D.
+
+    Args:
+        r: the coordinates `(r, n)` or `(b, r, n)`.
+        whole: the gradient that r was computed from; None if the caller brought r.
+    """
     kernel = _DIRECTIONS.get((type(recipe.momentum), type(recipe.scaling)))
+    # A compiler fuses the parts by itself, and cannot look into our kernels.
     if kernel is None or recipe.momentum_of != "gradient" or torch.compiler.is_compiling():
         return None
     # D takes the place of r, one pass over memory less, unless r is the gradient's memory or is read again.
@@ -42,33 +49,34 @@ def direction(recipe: Recipe, st: State, r: Tensor, t: Clock, whole: Tensor | No
 
 
 def whole(recipe: Any) -> _Step | None:
-    """The kernel for the whole update of several W, if these parts have one."""
+    """Return the kernel for the whole update of several W, if these parts have one."""
     parts = (recipe.basis, recipe.momentum, recipe.scaling, recipe.residual, recipe.step_size)
     kernel = _STEPS.get(tuple(map(type, parts)))
     return kernel if kernel is not None and _is_adam(recipe) and recipe.scale == 1 else None
 
 
 def takes(w: Tensor) -> bool:
-    """Are there kernels for parameters like this one?"""
+    """Whether there are kernels for parameters like this one."""
     return w.dtype in _DTYPES and w.device.type in _DEVICES
 
 
 def _suits(w: Tensor, g: Tensor, st: State) -> bool:
-    """Kernels of `whole` walk tensors flat, whatever their strides, so all must be laid out alike."""
+    """Whether W, G and both moments have one dtype and are contiguous, since kernels walk them flat."""
     m, v = (st[key] for key in _MOMENTS)
-    alike = takes(w) and w.dtype == g.dtype == m.dtype == v.dtype
-    return alike and w.is_contiguous() and g.is_contiguous() and m.is_contiguous() and v.is_contiguous()
+    one_dtype = takes(w) and w.dtype == g.dtype == m.dtype == v.dtype
+    return one_dtype and w.is_contiguous() and g.is_contiguous() and m.is_contiguous() and v.is_contiguous()
 
 
 def step_(
     recipe: Recipe, algebra: Algebra, w: Tensor, g: Tensor, st: State, lr: Clock, weight_decay: float, t: Clock
 ) -> bool:
-    """The whole update of w in one kernel, or False and nothing is changed."""
+    """Update w from its gradient in one kernel. Return False, and change nothing, if there is no such kernel."""
     if torch.compiler.is_compiling():
         return False
     if algebra is WHOLE and fused_factored.suits(recipe, w, g, st, t):
         fused_factored.step_(recipe, w, g, st, cast(float, lr), weight_decay, cast(float, t))
         return True
+    # A clock per matrix cannot be passed: torch's kernel takes one step count per tensor.
     one_clock = not isinstance(t, Tensor) or t.dim() == 0
     if (kernel := whole(recipe)) is None or not (one_clock and _suits(w, g, st)):
         return False
@@ -77,13 +85,22 @@ def step_(
 
 
 def listed(recipe: Recipe) -> bool:
-    """Is there a kernel for the state of several matrices, of which each holds little more than R and D until then?"""
+    """Whether a list kernel finds the directions of several matrices, each of which holds only R and D until then.
+
+    A clock that is a tensor, and error feedback, need the matrices one at a time.
+    """
     kinds = type(recipe.momentum), type(recipe.scaling)
     return kinds in _DIRECTIONS and _is_adam(recipe) and not (recipe.aged or recipe.residual.feeds_back)
 
 
 def directions(recipe: Any, states: Sequence[State], r: list[Tensor], whole: list[Tensor], t: float) -> list[Tensor]:
-    """D of several matrices in one kernel, where `listed` says so. `whole`: the gradients that r was computed from."""
+    """Return D of several matrices from one kernel, for recipes that `listed` accepts.
+
+    Args:
+        r: their coordinates `(r, n)`.
+        whole: the gradients that r was computed from.
+    """
+    # As in `direction`, D takes the place of R where nobody reads R again and R is not the memory of a gradient.
     spared = type(recipe.residual) is Drop
     rows = [x.contiguous() for x in r]
     d = [y if spared and not _share_memory(y, g) else y.clone() for y, g in zip(rows, whole, strict=True)]
@@ -94,9 +111,10 @@ def directions(recipe: Any, states: Sequence[State], r: list[Tensor], whole: lis
 
 
 def stays_closed(recipe: Any, spec: Mapping[str, Spec], working: torch.dtype, stack: bool) -> set[str]:
-    """The tensors that a step without a refresh updates as they are stored; for `estimate_memory`.
+    """Return the names of the tensors that a step without a refresh updates as they are stored; for `estimate_memory`.
 
-    `stack`: of a stack of matrices, which may restart at times of their own.
+    Args:
+        stack: whether the matrices are a stack, which may restart at different steps.
     """
     if (type(recipe.momentum), type(recipe.scaling)) not in _DIRECTIONS:
         return set()
@@ -107,10 +125,12 @@ def stays_closed(recipe: Any, spec: Mapping[str, Spec], working: torch.dtype, st
 
 
 def _adam_direction(recipe: Any, st: State, r: Tensor, t: Clock, spare: bool) -> tuple[Tensor, Clock] | None:
+    """Find Adam's direction, with the moments where they are stored if possible, else with open ones."""
     if not (r.is_contiguous() and r.dtype in _DTYPES and recipe.momentum.debias):
         return None
     if isinstance(t, Tensor) and t.numel() != 1:
         return _by_age(recipe, st, r, t, spare)
+    # A clock on the device is read there, so that a captured step does not replay an old count.
     step, count = (t, 0.0) if isinstance(t, Tensor) else (None, t)
     rule = recipe.momentum.beta, recipe.scaling.beta, recipe.scaling.eps, count, step
     d = r if spare else r.clone()
@@ -118,9 +138,9 @@ def _adam_direction(recipe: Any, st: State, r: Tensor, t: Clock, spare: bool) ->
 
 
 def _by_age(recipe: Any, st: State, r: Tensor, t: Tensor, spare: bool) -> tuple[Tensor, Clock] | None:
-    """Where each row has a clock of its own."""
+    """Find Adam's direction where each row of R has its own clock: t is `(r, 1)` or `(b, r, 1)`."""
     m, v = (st[key] for key in _MOMENTS)
-    if t.shape != (*r.shape[:-1], 1) or t.dtype != r.dtype or not _alike(r, m, v):
+    if t.shape != (*r.shape[:-1], 1) or t.dtype != r.dtype or not _match(r, m, v):
         return None
     d = r if spare else r.clone()
     rule = recipe.momentum.beta, recipe.scaling.beta, recipe.scaling.eps
@@ -129,27 +149,33 @@ def _by_age(recipe: Any, st: State, r: Tensor, t: Tensor, spare: bool) -> tuple[
 
 
 def _from_store(st: State, d: Tensor, rule: _Rule) -> bool:
-    """Moments updated where they are kept, whatever they are kept as."""
+    """Update moments in their stored form, and d to the direction. Return False if this store has no kernel."""
     if not isinstance(st, Opened) or (pairs := st.stored(*_MOMENTS)) is None:
         return False
-    kinds = {type(one.store) for one in pairs[0]}
+    # One call serves all parameters of a chunk, so their moments must have one kind of store.
+    kinds = {type(stored.store) for stored in pairs[0]}
     kernel = _FROM_STORE.get(kinds.pop()) if len(kinds) == 1 else None
-    alike = all(x.is_contiguous() and x.device == d.device for pair in pairs for one in pair for x in one.kept.values())
-    return kernel is not None and alike and kernel(pairs, st.split(d), rule)
+    usable = all(
+        x.is_contiguous() and x.device == d.device for pair in pairs for stored in pair for x in stored.kept.values()
+    )
+    return kernel is not None and usable and kernel(pairs, st.split(d), rule)
 
 
 def _from_open(st: State, d: Tensor, rule: _Rule) -> bool:
+    """Update open moments `(r, n)` or `(b, r, n)`, and d to the direction."""
     m, v = (st[key] for key in _MOMENTS)
-    if not _alike(d, m, v):
+    if not _match(d, m, v):
         return False
     torch.ops.lowrank_optim.projected_adam_.default(m, v, d, *rule)
     return True
 
 
 def _float32(pairs: _Pairs, d: list[Tensor], rule: _Rule) -> bool:
-    moments = [[one.kept[""] for one in each] for each in zip(*pairs, strict=True)]
+    """Update moments that are stored in float32, or in float64 for float64 parameters."""
+    moments = [[stored.kept[""] for stored in moment] for moment in zip(*pairs, strict=True)]
     if any(x.dtype != d[0].dtype for tensors in moments for x in tensors):
         return False
+    # A list of one tensor costs more than a single call.
     if len(d) == 1:
         torch.ops.lowrank_optim.projected_adam_.default(moments[0][0], moments[1][0], d[0], *rule)
     else:
@@ -158,9 +184,12 @@ def _float32(pairs: _Pairs, d: list[Tensor], rule: _Rule) -> bool:
 
 
 def _bfloat16(pairs: _Pairs, d: list[Tensor], rule: _Rule) -> bool:
+    """Update moments that are stored in bfloat16; the kernel rounds them stochastically."""
     if d[0].dtype != torch.float32 or any(isinstance(m.noise[2], Places) for m, _ in pairs):
-        return False  # columns of a sharded parameter have numbers that do not follow each other
-    moments = [[one.kept[""] for one in each] for each in zip(*pairs, strict=True)]
+        return False  # noise numbers of a block of columns have gaps, which the kernel does not step over
+    moments = [[stored.kept[""] for stored in moment] for moment in zip(*pairs, strict=True)]
+    # Each moment has its own purpose in the random stream. Key and first number belong to the parameter, so the second
+    # moment has those of the first one.
     drawn = [numbers_of(key, stream) for key, stream, _ in (m.noise for m, _ in pairs)]
     (_, purpose, time, at), (_, (purpose_sq, _), _) = drawn[0], pairs[0][1].noise
     keys, starts = [key for key, *_ in drawn], [m.noise[2] for m, _ in pairs]
@@ -170,15 +199,19 @@ def _bfloat16(pairs: _Pairs, d: list[Tensor], rule: _Rule) -> bool:
 
 
 def _int8(pairs: _Pairs, d: list[Tensor], rule: _Rule) -> bool:
+    """Update moments that are stored as int8 codes with one peak per block."""
     if d[0].dtype != torch.float32:
         return False
-    tensors = [[one.kept[suffix] for one in each] for each in zip(*pairs, strict=True) for suffix in ("", "_peak")]
+    tensors = [
+        [stored.kept[suffix] for stored in moment] for moment in zip(*pairs, strict=True) for suffix in ("", "_peak")
+    ]
     levels = *quantize.dynamic_levels(True, d[0].device), *quantize.dynamic_levels(False, d[0].device)
     torch.ops.lowrank_optim.projected_adam_int8_list_.default(*tensors, d, *levels, Int8.block, *rule)
     return True
 
 
-def _alike(d: Tensor, *moments: Tensor) -> bool:
+def _match(d: Tensor, *moments: Tensor) -> bool:
+    """Whether moments have the layout that kernels demand: contiguous, with dtype and device of d."""
     return all(x.is_contiguous() and x.dtype == d.dtype and x.device == d.device for x in moments)
 
 
@@ -187,15 +220,16 @@ def _share_memory(x: Tensor, y: Tensor) -> bool:
 
 
 def _is_adam(recipe: Any) -> bool:
+    """Whether the rule is Adam's: gradients are averaged, the average is scaled in the subspace, bias is corrected."""
     return bool(recipe.momentum_of == "gradient" and recipe.scaling_in == "subspace" and recipe.momentum.debias)
 
 
 def _adamw_(
     recipe: Any, w: list[Tensor], g: list[Tensor], st: Sequence[State], lr: Clock, weight_decay: float, t: Clock
 ) -> None:
-    """torch's fused AdamW."""
-    m, v = ([one[key] for one in st] for key in _MOMENTS)
-    # made on the device: to send a number to a GPU would stop the host
+    """Update parameters with torch's fused AdamW. Its bits are expected of a plain float32 parameter."""
+    m, v = ([state[key] for state in st] for key in _MOMENTS)
+    # Filled on the device: to send a number from the host would make the host wait.
     step = t.float() if isinstance(t, Tensor) else torch.full((), t, dtype=torch.float32, device=w[0].device)
     torch._fused_adamw_(
         w, g, m, v, [], [step] * len(w),
@@ -204,6 +238,7 @@ def _adamw_(
     )  # fmt: skip
 
 
+# The tables. They come last because they name the functions above.
 _Direction = Callable[[Recipe, State, Tensor, Clock, bool], "tuple[Tensor, Clock] | None"]
 _Step = Callable[[Recipe, list[Tensor], list[Tensor], Sequence[State], Clock, float, Clock], None]
 _Rule = tuple[float, float, float, float, "Tensor | None"]  # beta1, beta2, eps, t and where it is on the device

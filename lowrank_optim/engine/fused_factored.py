@@ -1,4 +1,8 @@
-"""Adafactor's whole update of a plain matrix: G is read three times, W twice, and no matrix is made."""
+"""Adafactor's whole update of a plain matrix on a CPU, without a second matrix.
+
+Adafactor divides G `(m, n)` by the root of a second moment of rank one, which is a factor per row times a factor per
+column. The parts make the quotient as a matrix. Here the factors are applied in passing: G is read three times, W twice.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +25,14 @@ _DTYPES = torch.float32, torch.float64
 
 
 def has(recipe: Any) -> bool:
-    """Are these the parts of Adafactor, scaling before it averages?"""
+    """Whether these are the parts of Adafactor, which scales the gradient before it averages."""
     parts = type(recipe.basis), type(recipe.scaling), type(recipe.residual)
     averages = type(recipe.momentum) in (EMA, NoMomentum) and recipe.momentum_of == "update"
     return parts == (Identity, Factored, Drop) and averages and recipe.scale == 1
 
 
 def suits(recipe: Any, w: Tensor, g: Tensor, st: State, t: Clock) -> bool:
-    """Is it one matrix that lies in the memory of a CPU without gaps, and all that is beside it, and is t known?"""
+    """Whether the kernel can update w: one matrix on a CPU, with contiguous tensors of one dtype, and t on the host."""
     if not has(recipe) or isinstance(t, Tensor) or w.dim() != 2 or w.device.type != "cpu":
         return False
     tensors = [w, g, *([st["exp_avg"]] if type(recipe.momentum) is EMA else [])]
@@ -36,13 +40,16 @@ def suits(recipe: Any, w: Tensor, g: Tensor, st: State, t: Clock) -> bool:
 
 
 def step_(recipe: Any, w: Tensor, g: Tensor, st: State, lr: float, weight_decay: float, t: float) -> None:
-    """One pass for the means of G, one for the size of its update, one for that of W, and one that moves W."""
+    """Update w in four passes: the means of G, the size of its update, the size of W, and the move of W."""
     momentum, scaling = recipe.momentum, recipe.scaling
     factors = scaling.factors_(WHOLE, st, g, t)
     length = float(recipe.step_size(WHOLE, lr, w, t))
     gain = 1.0
+    # Clipping divides by the root mean square of the update, if that is above `clip`. Its energy is a sum over G and the
+    # factors (m, 1) and (1, n), so the update itself is not made.
     if scaling.clip is not None:
         gain /= max(1.0, math.sqrt(float(ops.factored_energy(g, factors)) / max(1, g.numel())) / scaling.clip)
+    # The average m <- beta m + (1 - beta) U runs in the kernel, too. `gain` scales U, `length` what is taken from W.
     mean, beta = None, 0.0
     if type(momentum) is EMA:
         mean, beta = st["exp_avg"], momentum.beta
