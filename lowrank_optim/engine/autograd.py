@@ -28,6 +28,7 @@ def full_precision(tensors: Iterable[Tensor]) -> ExitStack:
     A training loop may call `step()` or `backward()` inside an autocast region, which would run the projections in 16
     bits.
     """
+    # Autocast has a switch per device type, and the parameters of a model may be on several.
     stack = ExitStack()
     for device_type in {device.type for device in {tensor.device for tensor in tensors}}:
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):

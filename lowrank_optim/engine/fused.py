@@ -50,6 +50,7 @@ def direction(recipe: Recipe, st: State, r: Tensor, t: Clock, whole: Tensor | No
 
 def whole(recipe: Any) -> _Step | None:
     """Return the kernel for the whole update of several W, if these parts have one."""
+    # torch's kernel also decays by lr, so a scale other than 1 cannot be multiplied into its lr.
     parts = (recipe.basis, recipe.momentum, recipe.scaling, recipe.residual, recipe.step_size)
     kernel = _STEPS.get(tuple(map(type, parts)))
     return kernel if kernel is not None and _is_adam(recipe) and recipe.scale == 1 else None
@@ -118,6 +119,8 @@ def stays_closed(recipe: Any, spec: Mapping[str, Spec], working: torch.dtype, st
     """
     if (type(recipe.momentum), type(recipe.scaling)) not in _DIRECTIONS:
         return set()
+    # The conditions of `_adam_direction` and `_from_store`, as far as they are known before a step. Plain
+    # parameters are left out: the kernel for a whole update looks at open moments.
     adam = _is_adam(recipe) and not recipe.basis.elementwise
     one_clock = AGE not in spec and not (stack and recipe.refresh.restarts)
     known = working == torch.float32 and all(type(spec[key].store) in _FROM_STORE for key in _MOMENTS)
@@ -205,6 +208,7 @@ def _int8(pairs: _Pairs, d: list[Tensor], rule: _Rule) -> bool:
     tensors = [
         [stored.kept[suffix] for stored in moment] for moment in zip(*pairs, strict=True) for suffix in ("", "_peak")
     ]
+    # The kernel decodes and encodes with two maps: m has a sign, v has none.
     levels = *quantize.dynamic_levels(True, d[0].device), *quantize.dynamic_levels(False, d[0].device)
     torch.ops.lowrank_optim.projected_adam_int8_list_.default(*tensors, d, *levels, Int8.block, *rule)
     return True

@@ -1,7 +1,8 @@
 """Adafactor's whole update of a plain matrix on a CPU, without a second matrix.
 
 Adafactor divides G `(m, n)` by the root of a second moment of rank one, which is a factor per row times a factor per
-column. The parts make the quotient as a matrix. Here the factors are applied in passing: G is read three times, W twice.
+column. The parts make the quotient as a matrix. Here the factors are applied in passing: G is read three times, W
+twice.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def step_(recipe: Any, w: Tensor, g: Tensor, st: State, lr: float, weight_decay:
     factors = scaling.factors_(WHOLE, st, g, t)
     length = float(recipe.step_size(WHOLE, lr, w, t))
     gain = 1.0
-    # Clipping divides by the root mean square of the update, if that is above `clip`. Its energy is a sum over G and the
-    # factors (m, 1) and (1, n), so the update itself is not made.
+    # Clipping divides by the root mean square of the update, if that is above `clip`. Its energy is a sum over G and
+    # the factors (m, 1) and (1, n), so the update itself is not made.
     if scaling.clip is not None:
         gain /= max(1.0, math.sqrt(float(ops.factored_energy(g, factors)) / max(1, g.numel())) / scaling.clip)
     # The average m <- beta m + (1 - beta) U runs in the kernel, too. `gain` scales U, `length` what is taken from W.

@@ -146,6 +146,7 @@ def signature(members: list[Member], recipes: Recipes, may_stay: bool) -> list[A
         if not plan.batch and "refreshed_at" in state:
             refreshed = int(state["refreshed_at"])
             due = plan.projected and is_due(recipe, plan, state, step, refreshed)
+        # Plans and layouts are frozen, and the table keeps them alive, so their identities are enough.
         found += (
             id(plan), id(layout), recipe,
             step - base, refreshed if recipe.refresh.restarts else 0, due, projected,
@@ -225,6 +226,7 @@ def _is_plain_state(member: Member, recipe: Recipe) -> bool:
         return False
     for key, spec in recipe.spec(plan.matrix, plan.rank or 0, plan.small).items():
         store = cast(Store, spec.store)
+        # Narrow state is opened, which a chunk does.
         if store.narrow:
             return False
         x = member.state[key]
@@ -257,6 +259,7 @@ def buckets(members: list[Member], recipes: Recipes) -> Iterator[Work]:
         spec = layout.spec(recipe.spec(layout.matrix(plan), plan.rank or 0, plan.small))
         shapes = {key: kept.shape for key, kept in spec.items()} | {WEIGHT: layout.weight(plan)}
         bucket = Bucket(spec, shapes, working_dtype(p), layout.most(plan), is_packed(p))
+        # `most`, not the local size: all ranks must form the same chunks, or their sums would not match.
         limit = max(1, limits.CHUNK_BYTES // (bucket.working.itemsize * max(1, bucket.most)))
         for start in range(0, len(places), limit):
             yield Work(recipe, places[start : start + limit], None, bucket)
@@ -268,6 +271,7 @@ def waves(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
     The chunks of a wave are together at most as large as one chunk may be, since a step holds all of them until their
     sums have arrived.
     """
+    # A sum over ranks takes longer to begin than to send, so few large messages are faster than many small ones.
     wave: list[Chunk] = []
     for chunk in chunks:
         if chunk.silent:

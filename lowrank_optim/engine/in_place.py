@@ -68,6 +68,7 @@ def _state(recipe: Recipe, member: Member, g: Tensor) -> State:
     state = member.state
     if not recipe.basis.derives or not member.plan.projected:
         return state
+    # A new dict: derived tensors live for this step only, while the stored ones are updated where they are.
     return {**state, **derived(recipe, WHOLE, member.plan, 0, g, state, int(state["refreshes"]))}
 
 

@@ -99,6 +99,7 @@ def time_of(chunk: Chunk, last: Tensor, inner: int) -> Time:
     Args:
         last: the step of the last refresh of each matrix of the parameter, -1 for none.
     """
+    # Refreshes count steps from 0, updates from 1. Moments that restart have seen the steps since the last refresh.
     since = max(0, int(last[inner])) if chunk.recipe.refresh.restarts else 0
     return Time(chunk.step - 1, float(chunk.step - 1 - since))
 
@@ -205,6 +206,7 @@ def due_matrices(chunk: Chunk) -> Iterator[Due]:
     """Yield each matrix that is due for a refresh before this step. Only counters on the CPU are read."""
     if chunk.plans[0].projected:
         last = [at for state in chunk.states for at in state["refreshed_at"].view(-1).tolist()]
+        # In a staggered schedule each matrix of the optimizer has its own place, those of a stack included.
         for plan, state, inner, outer in chunk.matrices():
             counters = _counters(chunk, plan, state, inner)
             if chunk.recipe.refresh.due(chunk.step - 1, last[outer], plan.place + chunk.first + inner, counters):

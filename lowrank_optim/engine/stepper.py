@@ -172,6 +172,7 @@ class Stepper:
             pairs = ((member.p, norm) for member, norm in zip(members, norms, strict=True))
             whole = self.table.common().norms(pairs)
             norms = [whole.get(member.p, norm) for member, norm in zip(members, norms, strict=True)]
+        # Clipping and unscaling during backward need the norm of the gradient, which is known only now.
         if rescale is not None:
             for member, factor in zip(members, map(rescale, members, norms), strict=True):
                 if factor != 1:
@@ -184,6 +185,7 @@ class Stepper:
     def skip(self, members: list[Member]) -> None:
         """Count members with a non-finite gradient and warn the first time, or raise."""
         names = [member.plan.name for member in members]
+        # In a normal step such a group makes all norms come first (`one_by_one`), so nothing has been updated yet.
         if any(member.group["nonfinite"] == "raise" for member in members):
             checks.nonfinite(names)
         expected = self.mode is not None and self.mode.expects_overflow

@@ -1,9 +1,9 @@
 """The parameters of one optimizer: which there are, and the plan, layout, state and recipe of each.
 
-Everything that needs to know these takes a `ParameterTable`; nobody else reads private attributes of the optimizer.
-A wrapper such as DeepSpeed puts other tensors in place of parameters: float32 copies, or flat tensors that
-hold ranges of many parameters. The table knows these too (`wrappers/adoption.py` enters them), so that whatever tensor
-is updated, its plan is that of the parameter.
+Code that needs any of this takes a `ParameterTable`, and reads no private attribute of the optimizer. A wrapper such as
+DeepSpeed puts other tensors in place of parameters: float32 copies, or flat tensors that hold ranges of many
+parameters. The table knows these too (`wrappers/adoption.py` enters them), so that whatever tensor is updated, its plan
+is that of the parameter.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from ..recipe.recipe import Recipe
 from .member import Member
 from .state import fresh
 
-GROUP = "group_id"  # key of a param group: its number, which survives whatever else is done to the group
+GROUP = "group_id"  # key of a param group: its number, which stays the same when the content of the group changes
 
 
 class Home(NamedTuple):
-    """Where a fragment of a parameter is stored: in which flat tensor, and of which group."""
+    """The place of a fragment of a parameter: its flat tensor, and the group of that."""
 
     flat: Tensor
     fragment: Fragment
@@ -79,7 +79,7 @@ class ParameterTable:
         spread: the parameters in flat tensors, in an order that all ranks share.
         copies: the tensor that is updated in place of a parameter.
         sharded: whether a step needs other processes.
-        version: increases when a group comes or is edited; what was derived from groups before is then out of date.
+        version: increases when a group is added or edited; everything derived from groups before is then out of date.
     """
 
     def __init__(self, method: Method) -> None:
@@ -87,9 +87,11 @@ class ParameterTable:
         self.name = method.__class__.__name__
         self.groups: list[dict[str, Any]] = []
         self.states: dict[Tensor, Any] = {}
+        # By the tensor that is updated. Without a wrapper this is the parameter itself.
         self.plans: dict[Tensor, Plan] = {}
         self.layouts: dict[Tensor, Layout] = {}
         self.given: dict[int, list[tuple[str, Tensor]]] = {}
+        # Filled by `wrappers/adoption.py` alone: what DeepSpeed has put in place of parameters.
         self.homes: dict[Tensor, Home] = {}
         self.pieces: dict[Tensor, list[Tensor]] = {}
         self.spread: dict[Tensor, Spread] = {}
@@ -101,10 +103,11 @@ class ParameterTable:
         self._adopted: dict[int, list[Tensor]] = {}  # tensors of each group when it was last searched for new ones
         self._commons: dict[tuple[Tensor, ...], Common] = {}
 
-    # -- groups come -----------------------------------------------------------------------------------------------
+    # -- groups are added ----------------------------------------------------------------------------------------------
 
     def admit(self, group: dict[str, Any]) -> None:
         """Enter a new group: check it, plan and lay out its parameters, create their state. All of it, or nothing."""
+        # A number of its own, since positions in `param_groups` change if a caller removes a group.
         number = group[GROUP] = max(self._seen, default=-1) + 1
         self._note_given(group)
         try:
@@ -114,9 +117,10 @@ class ParameterTable:
             if group["strict"]:
                 checks.nothing_lost(self.name, ((plan.name, plan.reason) for plan in plans.values() if plan.fallback))
             # Parameters without memory (meta, ZeRO-3) or without gradients (frozen) get state with the first gradient.
-            now = [p for p in plans if p.requires_grad and not (p.is_meta or hasattr(p, "ds_shape"))]
-            states = {p: fresh(p, plans[p], self.recipe(plans[p], group), group, layouts[p]) for p in now}
+            ready = [p for p in plans if p.requires_grad and not (p.is_meta or hasattr(p, "ds_shape"))]
+            states = {p: fresh(p, plans[p], self.recipe(plans[p], group), group, layouts[p]) for p in ready}
         except Exception:
+            # The table has changed nowhere else: everything above may raise, and nothing below does.
             del self.given[number]
             raise
         self.enter(plans, layouts)
@@ -128,8 +132,10 @@ class ParameterTable:
     ) -> ParameterTable:
         """Return the table of groups that a state dict, a pickle or a copy has brought.
 
-        numbers: of the groups, if their parameters are those of this table; None: the parameters are new.
+        Args:
+            numbers: the numbers of the groups, if their parameters are those of this table; None if they are new.
         """
+        # A new table, so that a state dict that does not fit leaves the present one as it is.
         new = ParameterTable(self.method)
         new.groups, new.states = groups, states
         if numbers is not None:
@@ -138,6 +144,7 @@ class ParameterTable:
             group[GROUP] = number
             if numbers is None:
                 new._note_given(group)
+            # Loaded options replace those of the constructor, and may come from another version or from a user's edit.
             hyperparameters.check(group, self.method.choices)
             plans = new.decide(group)
             new.enter(plans, new.lay_out(plans, group))
@@ -145,15 +152,19 @@ class ParameterTable:
         return new
 
     def _note_given(self, group: dict[str, Any]) -> None:
+        """Note the parameters of a group as the optimizer was given them, before a wrapper replaces them."""
         names = group.get("param_names", [""] * len(group["params"]))
         self.given[group[GROUP]] = list(zip(names, group["params"], strict=True))
 
     def decide(self, group: dict[str, Any]) -> dict[Tensor, Plan]:
         """Return the plans of a group's parameters, in the order in which they were given."""
         plans: dict[Tensor, Plan] = {}
+        # Unnamed parameters are keyed by their number, and projected matrices take their turns in a staggered schedule
+        # by their place. Both count over all groups, so a group that is added later moves no earlier parameter.
         before = [self.plans[p] for given in self.given.values() for _, p in given if p in self.plans]
         taken = sum(plan.count for plan in before if plan.projected)
         for name, p in self.given[group[GROUP]]:
+            # The local shape plays no part, so a sharded run decides as one process does.
             plan = decide(name, len(before) + len(plans), taken, shape_of(p), group, self.method.ranked)
             checks.parameter(plan.name, p)
             if plan.projected:
@@ -163,7 +174,7 @@ class ParameterTable:
         return plans
 
     def lay_out(self, plans: dict[Tensor, Plan], group: dict[str, Any]) -> dict[Tensor, Layout]:
-        """Return the layouts of some tensors; refuse a shard that this method or its way of stepping cannot serve."""
+        """Return the layouts of some tensors. Refuse a shard that this method or its way of stepping cannot serve."""
         layouts = {p: layout_of(p, plan) for p, plan in plans.items()}
         for p, layout in layouts.items():
             if layout.sharded:
@@ -171,10 +182,11 @@ class ParameterTable:
         return layouts
 
     def admit_shard(self, plan: Plan, layout: Cut, group: dict[str, Any]) -> None:
-        """Refuse what the method, or the way in which its step is run, cannot do on a shard."""
+        """Refuse whatever the method, or the way in which its step is run, cannot do on a shard."""
         for way, used in self.method.ways(group).items():
             if used:
                 shard_checks.unsharded(plan.name, way)
+        # Parts see the sides of the whole matrix, in which a cut side is marked: so a spec shows which state is cut.
         recipe = self.recipe(plan, group)
         spec = recipe.spec(layout.matrix(plan), plan.rank or 0, plan.small)
         shard_checks.cut(self.name, plan, layout.pieces, recipe.uncut(), layout.cut_blocks(spec))
@@ -186,12 +198,14 @@ class ParameterTable:
         self.layouts.update(layouts)
         self.sharded = self.sharded or any(layout.sharded for layout in layouts.values())
         self.version += 1
-        self._commons = {}  # made again, since new parameters may be shared by other ranks
+        # Other ranks may share the new parameters, so the groups of ranks that decide together may change.
+        self._commons = {}
 
     # -- groups change ---------------------------------------------------------------------------------------------
 
     def strangers(self) -> bool:
-        """Whether a group holds other tensors than when this was last asked."""
+        """Whether a group holds other tensors than at the last call, for example those of a wrapper."""
+        # By identity: `==` would compare the elements of tensors.
         found = False
         for group in self.groups:
             params, before = group["params"], self._adopted.get(group[GROUP], ())
@@ -200,22 +214,24 @@ class ParameterTable:
         return found
 
     def recheck(self) -> None:
-        """Check edits of a group as its first options were, once per edit."""
+        """Check edits of a group as its first options were checked, once per edit and before anything is updated."""
+        # Schedulers and users write into live groups. A snapshot leaves out lr, which may change in each step.
         for group in self.groups:
-            now, before = hyperparameters.snapshot(group), self._seen[group[GROUP]]
+            options, before = hyperparameters.snapshot(group), self._seen[group[GROUP]]
             if self.pieces:
-                now["params"] = before["params"]  # their number: flat tensors come and go
-            if now == before:
+                options["params"] = before["params"]  # their number: flat tensors are in a group only for a while
+            if options == before:
                 continue
             hyperparameters.known_keys(group, self.method.defaults)
-            hyperparameters.unchanged(now, before, self.method.fixed)
+            hyperparameters.unchanged(options, before, self.method.fixed)
             self.method.refuse_group(group)
+            # Options may be valid as such, but not for the matrices of the group.
             for p in self.of_group(group):
                 if self.plans[p].projected:
                     self.method.refuse(self.plans[p], group)
                 if self.layouts[p].sharded:
                     self.admit_shard(self.plans[p], cast(Cut, self.layouts[p]), group)
-            self._seen[group[GROUP]] = now
+            self._seen[group[GROUP]] = options
             self.version += 1
 
     # -- what is known of a parameter --------------------------------------------------------------------------------
@@ -231,6 +247,7 @@ class ParameterTable:
 
     def state(self, p: Tensor) -> dict[str, Any]:
         """Return the live state of a parameter or fragment; empty if there is none yet."""
+        # A fragment has no entry in `optimizer.state`: its state is within that of its flat tensor, under its key.
         home = self.homes.get(p)
         if home is None:
             return self.states.get(p, {})  # type: ignore[no-any-return]
@@ -251,7 +268,7 @@ class ParameterTable:
     # -- which tensors are updated -----------------------------------------------------------------------------------
 
     def members(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """Yield (tensor, group) of all that is updated, also of fragments whose flat tensor is away at the moment."""
+        """Yield (tensor, group) of every updated tensor, also of fragments whose flat tensor is in no group now."""
         for group in self.groups:
             yield from ((p, group) for p in group["params"] if p not in self.pieces)
         yield from ((piece, home.group) for piece, home in self.homes.items())
@@ -267,6 +284,7 @@ class ParameterTable:
 
     def with_gradients(self) -> list[Member]:
         """Return a member for each tensor that has a gradient."""
+        # This runs in every step, so what a plain parameter needs is read here and not through `member`.
         found: list[Member] = []
         for group in self.groups:
             for p in group["params"]:
@@ -292,11 +310,12 @@ class ParameterTable:
         return state
 
     def _fragments_with_gradients(self, flat: Tensor, grad: Tensor) -> Iterator[Member]:
+        """Yield a member for each fragment of a flat tensor, with views of the flat tensor and of its gradient."""
         for piece in self.pieces[flat]:
             _, fragment, group = self.homes[piece]
-            here = slice(fragment.offset, fragment.offset + fragment.length)
-            piece.data = flat.data[here]  # the flat tensor may have been moved
-            yield self.member(piece, group, grad[here])
+            span = slice(fragment.offset, fragment.offset + fragment.length)
+            piece.data = flat.data[span]  # DeepSpeed may have moved the flat tensor to other memory
+            yield self.member(piece, group, grad[span])
 
     # -- other ranks ---------------------------------------------------------------------------------------------------
 
@@ -306,10 +325,12 @@ class ParameterTable:
             verify(*self.unverified.pop())
 
     def common(self) -> Common:
-        """Return the decisions that ranks take together: of all parameters, or of the flat tensors of this step."""
+        """Return the decisions that ranks take together, for all parameters or for the flat tensors of this step."""
+        # DeepSpeed's stage 3 puts a few flat tensors into the groups at a time, and ranks then decide on these alone.
         flats = tuple(p for group in self.groups for p in group["params"] if p in self.pieces) if self.pieces else ()
         if flats not in self._commons:
             tensors = [piece for flat in flats for piece in self.pieces[flat]] if flats else self.layouts
             self._commons[flats] = Common(self.plans, {p: self.layouts[p] for p in tensors})
+            # Once, before the first decision: all ranks must mean the same matrices in the same order.
             self._commons[flats].agree()
         return self._commons[flats]

@@ -89,6 +89,7 @@ def update_(chunk: Chunk, algebra: Algebra = WHOLE, move: Move | None = None) ->
     w = chunk.weights(as_kept=True) if narrow and recipe.step_size.reads_weights else like
     if recipe.basis.derives:
         derive_(chunk, algebra, like, st, new)
+    # Captured energy is a statistic of refreshes, and needs R in the new basis, which `move_` computes anyway.
     note = functools.partial(note_captured, chunk, algebra) if refreshed and recipe.basis.orthonormal else None
     lr, decay, ascend = chunk.lr, group["weight_decay"], group["maximize"]
     args = MoveArgs(recipe, algebra, w, g, r, st, lr, decay, ascend, t, chunk.now, note, narrow)

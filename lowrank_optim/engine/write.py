@@ -128,11 +128,13 @@ def _take_entries_(w: Tensor, place: Tensor, values: Tensor, columns: Columns | 
     Entries of other columns are subtracted as zeros. Selecting them would need their number, for which the host would
     wait.
     """
+    # w has some columns (m, k) of the matrix (m, n), but positions count in the whole matrix, row by row.
     n = w.shape[-1] if columns is None else columns.whole
     row, column = place.long() // n, place.long() % n
     if columns is not None:
         values = values * ((column >= columns.first) & (column < columns.stop))
         column = (column - columns.first).clamp_(0, w.shape[-1] - 1)
+    # Positions may repeat once they are clamped, so values are accumulated.
     where = [row, column]
     if w.dim() > 2:
         where.insert(0, torch.arange(len(w), device=w.device).unsqueeze(-1).expand_as(row))
