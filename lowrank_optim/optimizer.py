@@ -1,4 +1,4 @@
-"""The engine: one loop that every gradient-projection method runs. It never asks which part it holds."""
+"""`LowRankOptimizer`, the base class of all methods: what `torch.optim` asks of an optimizer, on top of the engine."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ _GROUP_ONLY = {"skip_embeddings": True, "as_matrix": "auto"}  # hyper-parameters
 
 
 class LowRankOptimizer(Optimizer, abc.ABC):
-    """Base of all methods: subclasses give a plain signature and `recipe`, nothing else.
+    """Base class of all methods: a subclass gives a plain signature and `recipe`, and nothing else.
 
-    One optimizer serves the whole model: matrices are projected; vectors, embeddings, heads and matrices too small for
-    their rank get the same rule in full space. `report()` says which, and why.
+    One optimizer serves the whole model. Matrices are projected; vectors, embeddings, heads and matrices too small for
+    their rank get the same rule in full space. `report()` says which parameter gets which, and why.
     """
 
     rule = "AdamW"  # what the method is in full space
     default_rank: int | float = 0.25  # of rank="auto"
     ranked = True  # False: matrices are served whole, and `rank=None` in a group only leaves them out
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # options with values of this method's own
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # options whose values are this method's own
     fixed: ClassVar[tuple[str, ...]] = ()  # numbers that cannot be edited later, because state was made with them
-    irreplaceable = ""  # why nothing may be updated in the place of its parameters
-    unpartitionable = ""  # why, where that may be, every process must have the parameters whole
+    irreplaceable = ""  # why no other tensor may be updated in place of a parameter
+    unpartitionable = ""  # why, where another tensor may be, every process must have the parameters whole
     _incoming: dict[str, Any] | None = None  # the state dict that is being loaded
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], *, strict: bool = False) -> None:
@@ -56,75 +56,83 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         defaults = {**_GROUP_ONLY, "proj_type": "std", "capturable": False, **defaults, "strict": strict}
         hyperparameters.check(defaults, self.choices)
         native.load()
+        # The table asks the optimizer about its method. A weak reference, so that neither keeps the other alive.
         self._serve(ParameterTable(weakref.proxy(self)), Watch())
         super().__init__(params, defaults)
         self.refuse_nothing([(plan.name, plan.reason) for plan in self._table.plans.values()])
 
     def _serve(self, table: ParameterTable, watch: Watch) -> None:
-        """Begin to step the parameters of a table. Whatever was derived from another table is dropped."""
+        """Step the parameters of a table from now on. Drop everything that was derived from another table."""
         self._table = table
         self._stepper = self._make_stepper(table, watch)
         self._captured = Captured(self._stepper)
 
     def _make_stepper(self, table: ParameterTable, watch: Watch) -> Stepper:
-        """Return what runs the steps; a method whose step is more than its recipe has a stepper of its own."""
+        """Return the loop that runs the steps. A method whose step is more than its recipe returns its own stepper."""
         return Stepper(table, watch)
 
-    # -- what a method says (`recipe/method.py`) -----------------------------------------------------------------------
+    # -- what a method answers (`recipe/method.py`) --------------------------------------------------------------------
 
     @abc.abstractmethod
     def recipe(self, group: dict[str, Any]) -> Recipe:
-        """The method: its parts, with the numbers of this group. Called once per group and step."""
+        """Return the method: its parts, with the numbers of this group.
+
+        It must not depend on lr: the engine keeps a recipe until another option of the group is edited.
+        """
 
     def plain(self, group: dict[str, Any]) -> Recipe:
-        """What parameters get that are not projected: the same rule in full space, unless the method says otherwise."""
+        """Return the recipe of parameters that are not projected: by default the same rule in full space."""
         return self.recipe(group).plain(Identity(), Never(), Drop())
 
     def refuse(self, plan: Plan, group: dict[str, Any]) -> None:
-        """Raises a ValueError for a projected matrix that the method cannot serve; called before anything is kept."""
+        """Raise a ValueError for a projected matrix that the method cannot serve. Nothing has been stored by then."""
 
     def refuse_group(self, group: dict[str, Any]) -> None:
-        """Raises an error for options of a group that are out of range or mean nothing together."""
+        """Raise an error for options of a group that are out of range or mean nothing together."""
         hyperparameters.check(group, self.choices)
         recipe = self.recipe(group)
         if group["capturable"]:
             checks.capturable(type(self).__name__, recipe.residual.feeds_back)
 
     def refuse_shard(self, plan: Plan, group: dict[str, Any]) -> None:
-        """Raises a NotImplementedError for a sharded parameter that the method cannot serve."""
+        """Raise a NotImplementedError for a sharded parameter that the method cannot serve."""
 
     def refuse_nothing(self, reasons: list[tuple[str, str]]) -> None:
-        """Refuses a model in which nothing is projected. `reasons`: name, and why the parameter is not, or ""."""
+        """Refuse a model in which nothing is projected.
+
+        Args:
+            reasons: the name of each parameter, and why it is not projected, or "".
+        """
         if all(reason for _, reason in reasons):
             checks.something_projected(type(self).__name__, self.ranked, reasons)
 
     def ways(self, group: dict[str, Any]) -> dict[str, bool]:
-        """Returns the ways of running a step that need whole parameters, and whether each is in use."""
+        """Return the ways of running a step that need whole parameters, and whether each is in use."""
         stepper = self._stepper
         mode = {} if stepper.mode is None else {stepper.mode.name: True}
         return {"capturable=True": group["capturable"], **mode, "compile()": stepper.move is not None}
 
     def restart_workspace(self) -> int:
-        """Returns the bytes that work between steps takes for a moment; for `estimate_memory`."""
+        """Return the bytes that work between steps takes for a moment; for `estimate_memory`."""
         return 0
 
     # -- what the package asks -----------------------------------------------------------------------------------------
 
     @property
     def table(self) -> ParameterTable:
-        """The parameters, with the plan, layout, state and recipe of each."""
-        # Others assign `param_groups` and `state`, so the table is bound to the present ones whenever it is asked for.
+        """Return the table of the parameters, with the plan, layout, state and recipe of each."""
+        # torch and wrappers assign `param_groups` and `state`, so each access binds the table to the present ones.
         self._table.groups, self._table.states = self.param_groups, self.state
         return self._table
 
     @property
     def stepper(self) -> Stepper:
-        """The loop of one step."""
+        """Return the loop of one step."""
         return self._stepper
 
     @property
     def mode(self) -> StepMode | None:
-        """Another way to take a step (step in backward, `ddp_project`), or None."""
+        """Return the other way to take a step that is in use (step in backward, `ddp_project`), or None."""
         return self._stepper.mode
 
     @mode.setter
@@ -135,10 +143,10 @@ class LowRankOptimizer(Optimizer, abc.ABC):
 
     @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch.optim; checks every option and creates the group's state, or leaves the optimizer as it was."""
+        """Add a group as in torch.optim: check every option and create its state, or leave the optimizer as it was."""
         hyperparameters.known_keys(param_group, self.defaults)
         if param_group.get("rank") is not None:
-            param_group.setdefault("skip_embeddings", False)  # who names a rank for a group means all of it
+            param_group.setdefault("skip_embeddings", False)  # a rank that is named for a group means all of the group
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -151,14 +159,14 @@ class LowRankOptimizer(Optimizer, abc.ABC):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether a GradScaler calls `step` at once, without looking for gradients that backward has used already."""
+        """Whether a GradScaler calls `step` without a search for gradients, which backward may have used already."""
         return self.mode is not None and self.mode.amp_by_itself
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Updates every parameter that has a gradient. Reads one norm per gradient first, in one synchronisation."""
+        """Update every parameter that has a gradient. One norm per gradient is read first, in one synchronization."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -168,9 +176,11 @@ class LowRankOptimizer(Optimizer, abc.ABC):
 
     @torch._disable_dynamo  # a compiled step falls back to this one
     def _step(self) -> None:
+        """Hand the step to the mode, to the captured halves or to the stepper."""
         if self.mode is not None:
             self.mode.finish()
             return
+        # DeepSpeed exchanges the tensors of groups after construction, and in stage 3 in every step.
         if self.table.strangers():
             adoption.adopt(self._table)
         if any(group["capturable"] for group in self.param_groups):
@@ -179,10 +189,10 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             self._stepper.step()
 
     def prepare(self) -> bool:
-        """The host's part of a captured step, to be called before each replay, when gradients are complete.
+        """Run the host's part of a captured step. Call it before each replay, when gradients are complete.
 
-        Looks for non-finite gradients, refits the bases that are due, and writes lr, step and all else that changes to
-        where the graph reads it.
+        It searches for non-finite gradients, refits the bases that are due, and writes lr, step and all other numbers
+        that change to where the graph reads them.
 
         Returns:
             False if a gradient is not finite: then do not replay. Nothing was changed but the counts of `report()`.
@@ -203,9 +213,10 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         return self._captured.prepare(self.table.with_gradients(), replay=True)
 
     def compile(self, **options: Any) -> None:
-        """Compiles the update in place, as `nn.Module.compile` does; refreshes stay as they are.
+        """Compile the update in place, as `nn.Module.compile` does; refreshes stay as they are.
 
-        One graph per recipe, shape and layout of a matrix; neither steps nor refreshes nor a changing lr make another.
+        There is one graph per recipe, shape and layout of a matrix. Neither steps nor refreshes nor a changing lr make
+        another one.
 
         Args:
             options: of torch.compile; `fullgraph=True, dynamic=False` unless given.
@@ -219,7 +230,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         self._stepper.move = CompiledMove(options)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch.optim; step_in_backward and ddp_project also forget what they gathered since the last step."""
+        """Clear gradients as in torch.optim. A mode (step in backward, `ddp_project`) drops what it has gathered."""
         super().zero_grad(set_to_none)
         if self.mode is not None:
             self.mode.forget()
@@ -227,18 +238,21 @@ class LowRankOptimizer(Optimizer, abc.ABC):
     # -- what a user sees ----------------------------------------------------------------------------------------------
 
     def report(self) -> Report:
-        """One row per parameter: shape, method, rank, side, state bytes, or why it is not projected. `print` it."""
+        """Return a table to `print`, with one row per parameter.
+
+        A row has shape, method, rank, side and state bytes, or the reason why the parameter is not projected.
+        """
         return report(self.table, self.mode)
 
     def stats(self) -> dict[str, float]:
-        """Counters for any logger, as a flat dict of numbers; asking costs one read per kind of counter.
+        """Return counters for any logger, as a flat dict of numbers. Asking costs one read per kind of counter.
 
         Returns:
-            refreshes: of bases, over all matrices.
-            refresh_seconds: spent on them by this process, wall time of the host. On accelerators work that was only
-                launched is not in it.
+            refreshes: refreshes of bases, over all matrices.
+            refresh_seconds: wall time of the host that this process has spent on them. On accelerators it does not
+                contain work that was only launched.
             skipped_gradients: parameters left out of a step because their gradient was not finite.
-            moment_resets: matrices whose moments began anew, with `moments="reset"`.
+            moment_resets: matrices whose moments were reset, with `moments="reset"`.
             limiter_hits: residuals that were shortened because they grew too fast (Fira, APOLLO).
             captured_energy: `|P^T G|^2 / |G|^2` at the last refresh, mean of all matrices. Only for orthonormal P,
                 and only after a refresh in this process.
@@ -250,12 +264,13 @@ class LowRankOptimizer(Optimizer, abc.ABC):
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
+        """Return the state as in torch.optim. Tensors that a wrapper has put in place of parameters are included."""
         adoption.adopt(self.table)
         return super().state_dict()
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch.optim, except that state keeps its own dtypes and nothing is half-loaded.
+        """Load a state dict as in torch.optim, except that state keeps its own dtypes and nothing is half-loaded.
 
         torch would cast all state to the parameter's dtype, which loses bits for bfloat16 parameters.
         """
@@ -265,13 +280,15 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         loading.check(self.table, state_dict)
+        # torch must not run the hooks again: they have run, and may have replaced the state dict.
         groups, state, served = self.param_groups, dict(self.state), (self._table, self._stepper, self._captured)
-        self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
         self._incoming = state_dict
         try:
             # torch checks and copies the groups, and calls __setstate__, which takes the state of `_incoming`.
             super().load_state_dict({**state_dict, "state": {}})
         except Exception:
+            # Everything that loading replaces was kept, so a state dict that does not fit changes nothing.
             self.param_groups, (self._table, self._stepper, self._captured) = groups, served
             self.state.clear()
             self.state.update(state)
@@ -280,14 +297,14 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             self._incoming = None
             self._optimizer_load_state_dict_pre_hooks = hooks
         if self.mode is not None:
-            self.zero_grad()  # what was accumulated belongs to the weights before
+            self.zero_grad()  # gradients gathered so far belong to the weights before loading
 
     def __getstate__(self) -> dict[str, Any]:
         shard_checks.can_be_copied(type(self).__name__, bool(self._table.pieces))
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores what is derived; called by pickle, by deepcopy, and by torch's loader in the middle of its work."""
+        """Restore everything that is derived. Called by pickle, by deepcopy, and by torch's loader during its work."""
         incoming = self._incoming
         numbers = None if incoming is None else [group[GROUP] for group in self.param_groups]
         super().__setstate__(state if incoming is None else {**state, "state": self.state})
@@ -299,7 +316,8 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         if old is None:
             self._serve(ParameterTable(weakref.proxy(self)), Watch())
         self._serve(self._table.rebuilt(self.param_groups, self.state, numbers), self._stepper.watch)
-        if old is not None:  # a loaded optimizer steps as before, and a copy in the normal way
+        # A loaded optimizer steps as before; a copy steps in the normal way.
+        if old is not None:
             self._stepper.mode, self._stepper.move = old.mode, old.move
         adoption.adopt(self.table)
         if incoming is not None:

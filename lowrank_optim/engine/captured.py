@@ -68,7 +68,7 @@ class Captured:
         if bad or stepper.dry_run(members):
             return False
         chunks = self._chunks(members)
-        # A graph that updates other parameters than those with a gradient now would step on stale gradients.
+        # The graph must update exactly those parameters that have a gradient now.
         if replay and self.recorded != chunks.keys():
             raise RuntimeError(_NOT_CAPTURED)
         with full_precision(member.p for member in members):

@@ -82,24 +82,23 @@ class Chunk:
     # The next three are floats in a normal step, and tensors on the device in a step that may be captured.
     @property
     def lr(self) -> Clock:
-        """The learning rate of this step."""
+        """Return the learning rate of this step."""
         return float(self.group["lr"]) if self.numbers is None else self.numbers.lr
 
     @property
     def now(self) -> Clock:
-        """The number of this step."""
+        """Return the number of this step."""
         return float(self.step) if self.numbers is None else self.numbers.step
 
     @property
     def time(self) -> int | Tensor:
-        """The number of this step, for random streams."""
+        """Return the number of this step, for random streams."""
         return self.step if self.numbers is None else self.numbers.time
 
     def gradient(self, as_kept: bool = False) -> Tensor:
         """Return G as `(m, n)` or `(b, m, n)`, to be read only: it may be the memory of `p.grad`.
 
-        Args:
-            as_kept: leave it in the dtype of the gradient.
+        `as_kept` leaves it in its own dtype.
         """
         return self._open(self.grads, self._oriented, as_kept)
 
@@ -158,6 +157,7 @@ class Chunk:
         return self.plans[i].key, stream, start
 
     def _read(self, i: int, key: str) -> Tensor:
+        """Return state `key` of parameter i in the working dtype."""
         spec = self.spec[key]
         return cast(Store, spec.store).read(self._kept(i, key), spec.shape, self.working)
 
@@ -244,8 +244,7 @@ class Chunk:
     def clock(self, st: State) -> Clock:
         """Return the steps that the moments have seen, this one included; count them, where each entry has an age.
 
-        The result is a number if all matrices agree, `(b, 1, 1)` if they restarted at different steps, or a tensor of
-        ages that broadcasts with R.
+        The result is a number if all matrices agree, `(b, 1, 1)` if they restart apart, or ages that broadcast with R.
         """
         if AGE in st:
             return ages_(st, self.recipe.refresh, self.working)
@@ -306,17 +305,17 @@ class Chunk:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the parameters in the working dtype, on the rank that has the most of them."""
+        """Return the bytes of the parameters in the working dtype, on the rank that has the most of them."""
         return len(self.params) * self.most * self.working.itemsize
 
     @property
     def _block(self) -> int:
-        """The longest run of elements that a state tensor codes together, which no slice may cut."""
+        """Return the longest run of elements that a state tensor codes together, which no slice may cut."""
         return max([1, *(cast(Store, spec.store).block for spec in self.spec.values())])
 
     @property
     def _slice(self) -> int:
-        """Elements of a slice. On accelerators launches cost time, so G, D and W of a slice together fit a chunk."""
+        """Return the elements of a slice. Launches cost time on accelerators: G, D and W of a slice fill a chunk."""
         return (
             limits.SLICE if self.params[0].device.type == "cpu" else limits.CHUNK_BYTES // (4 * self.working.itemsize)
         )

@@ -53,9 +53,9 @@ class CompiledMove:
         ) -> Update | None:
             return move_(MoveArgs(recipe, algebra, w, g, r, st, lr, decay, ascend, t, step, None, narrow))
 
-        # With fullgraph a break is an error and not a slow step. Shapes are constants: a matrix keeps its shape for
-        # life. torch counts graphs per code object and gives up after a few, so each graph gets its own code object.
+        # torch counts graphs per code object and gives up after a few, so each graph gets its own code object.
         graph.__code__ = graph.__code__.replace(co_name=f"update_{len(self.graphs)}")
+        # With fullgraph a break is an error, not a slow step. Shapes are constants, since parameters keep theirs.
         return torch.compile(graph, **{"fullgraph": True, "dynamic": False, **self.options})
 
 

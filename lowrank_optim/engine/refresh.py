@@ -230,14 +230,9 @@ def _refit(
     draw: Callable[[int | Tensor], Draw],
     fitted: dict[str, Tensor],
 ) -> tuple[Turn | None, dict[str, Tensor]]:
-    """Replace the basis of one matrix and bring its moments along.
+    """Replace the basis of one matrix `(m, n)` by `fitted` in refresh number `count`, and bring its moments along.
 
-    Args:
-        count: refreshes before this one.
-        g: its gradient `(m, n)`.
-        st: its open state, as views that write through.
-        draw: the random numbers of refresh number `count`.
-        fitted: the tensors that `basis.fit` found.
+    `st` is the open state of the matrix, as views that write through.
 
     Returns:
         The turn, if there was a basis before, and the tensors that the new basis derives.

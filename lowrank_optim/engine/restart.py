@@ -61,6 +61,7 @@ def reset_(
 
 
 def _read(state: dict[str, Tensor], key: str, spec: Spec, working: torch.dtype) -> Tensor:
+    """Return one state tensor in the working dtype, however it is stored."""
     store = cast(Store, spec.store)
     return store.read({s: state[key + s] for s in store.suffixes}, spec.shape, working)
 

@@ -55,12 +55,12 @@ class Spread(NamedTuple):
 
     @property
     def whole(self) -> slice:
-        """The local elements, as a range of the whole parameter."""
+        """Return the local elements, as a range of the whole parameter."""
         return slice(self.range.start, self.range.start + self.range.length)
 
     @property
     def here(self) -> slice:
-        """The local elements, as a range of the flat tensor."""
+        """Return the local elements, as a range of the flat tensor."""
         return slice(self.range.offset, self.range.offset + self.range.length)
 
 
@@ -120,7 +120,7 @@ class ParameterTable:
             ready = [p for p in plans if p.requires_grad and not (p.is_meta or hasattr(p, "ds_shape"))]
             states = {p: fresh(p, plans[p], self.recipe(plans[p], group), group, layouts[p]) for p in ready}
         except Exception:
-            # The table has changed nowhere else: everything above may raise, and nothing below does.
+            # Everything that may raise is above, and has changed nothing but the note of the parameters.
             del self.given[number]
             raise
         self.enter(plans, layouts)

@@ -134,7 +134,7 @@ def _take_entries_(w: Tensor, place: Tensor, values: Tensor, columns: Columns | 
     if columns is not None:
         values = values * ((column >= columns.first) & (column < columns.stop))
         column = (column - columns.first).clamp_(0, w.shape[-1] - 1)
-    # Positions may repeat once they are clamped, so values are accumulated.
+    # Values are accumulated: clamped positions may repeat, and add zero.
     where = [row, column]
     if w.dim() > 2:
         where.insert(0, torch.arange(len(w), device=w.device).unsqueeze(-1).expand_as(row))
