@@ -280,8 +280,8 @@ class LowRankOptimizer(Optimizer, abc.ABC):
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         loading.check(self.table, state_dict)
-        # torch must not run the hooks again: they have run, and may have replaced the state dict.
         groups, state, served = self.param_groups, dict(self.state), (self._table, self._stepper, self._captured)
+        # torch must not run the hooks again: they have run, and may have replaced the state dict.
         self._optimizer_load_state_dict_pre_hooks = OrderedDict()
         self._incoming = state_dict
         try:
@@ -304,7 +304,7 @@ class LowRankOptimizer(Optimizer, abc.ABC):
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore everything that is derived. Called by pickle, by deepcopy, and by torch's loader during its work."""
+        """Restore everything that is derived. Pickle and deepcopy call this, and torch's loader in mid-load."""
         incoming = self._incoming
         numbers = None if incoming is None else [group[GROUP] for group in self.param_groups]
         super().__setstate__(state if incoming is None else {**state, "state": self.state})

@@ -34,7 +34,7 @@ from .watch import Watch
 
 @dataclass
 class Chunk:
-    """One parameter on a CPU; elsewhere as many equal ones as fit the limit, stacked. Or a piece of one parameter.
+    """One parameter on a CPU; elsewhere as many equal ones as fit the limit, stacked. A piece of one is a chunk, too.
 
     All tensors are local. Only `layout` and `algebra` know that other ranks may hold other parts of the same matrices.
 

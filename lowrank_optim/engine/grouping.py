@@ -1,9 +1,9 @@
 """Which members are updated together, and on which path.
 
-A member takes the first path that fits. In place, if its tensors need no opening, stacking, cutting or refitting: then
-a kernel for lists serves many members, or `move_` runs on one. Otherwise in a chunk, together with members that are
-equal in everything that a stack needs. The decision takes longer than a small update, so it is kept as a list of works.
-It depends on nothing but the `signature` of the members, and holds until that changes.
+A member is updated in place if its tensors need no opening, stacking, cutting or refitting: a kernel for lists then
+serves many members, or `move_` runs on one. Any other member goes into a chunk, together with members that are equal in
+everything that a stack needs. The decision takes longer than a small update, so it is kept as a list of works. It
+depends on nothing but the `signature` of the members, and holds until that changes.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Recipes:
     def of(self, plan: Plan, group: dict[str, Any]) -> Recipe:
         """Return the recipe of a parameter."""
         key = id(group), plan.rank is not None
-        # The comparison is paid once per edit. Signatures then compare recipes by identity, which is fast.
         recipe = self.found.get(key)
+        # The comparison is paid once per edit. Signatures then compare recipes by identity, which is fast.
         if recipe is None:
             recipe, old = self._ask(plan, group), self._before.get(key)
             recipe = self.found[key] = old if old == recipe and old is not None else recipe

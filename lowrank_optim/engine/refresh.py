@@ -270,7 +270,7 @@ def derived(
         expert: the number of the matrix within its parameter.
         g: the gradient `(m, n)`, or any tensor of its shape and dtype.
         kept: the stored tensors of the basis.
-        count: refreshes so far. A tensor on the device in a captured step.
+        count: refreshes so far; in a captured step a tensor on the device.
     """
     # Refresh number k (0, 1, ...) drew from stream k, so the current basis belongs to stream count - 1.
     last = count.sub(1).clamp(min=0) if isinstance(count, Tensor) else max(0, count - 1)
