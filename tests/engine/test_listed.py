@@ -149,11 +149,11 @@ def test_equal_matrices_share_a_kernel(monkeypatch):
 def test_who_interrupts_a_list_finds_every_weight_counted(case, monkeypatch):
     moved = []
 
-    def interrupted(recipe, algebra, w, *rest, f=move_, **more):
+    def interrupted(args, f=move_):
         if len(moved) == 2:
             raise KeyboardInterrupt
-        moved.append(w.data_ptr())
-        return f(recipe, algebra, w, *rest, **more)
+        moved.append(args.w.data_ptr())
+        return f(args)
 
     params = [nn.Parameter(torch.randn(12, 18)) for _ in range(5)]
     options = case.fitting({"rank": 3, "update_proj_gap": 10, "stagger": False})
