@@ -47,7 +47,8 @@ class Target:
     def fingerprint(self) -> str:
         """Of all that decides what the library is, but for the compiler. The schemas are part of the contract."""
         digest = hashlib.sha256(repr((self, _HOST, _DEVICE, _TORCH, platform.machine(), platform.system())).encode())
-        for path in [_PACKAGE / "ops" / "schema.py", *sorted(sources().rglob("*.*"))]:
+        operators = [_PACKAGE / "ops" / "schema.py", *sorted((_PACKAGE / "ops" / "reference").glob("*.py"))]
+        for path in [*operators, *sorted(sources().rglob("*.*"))]:
             if path.suffix != ".md":
                 digest.update(path.name.encode() + b"\0" + path.read_bytes())
         return digest.hexdigest()[:16]

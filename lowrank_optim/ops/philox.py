@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import BLOCK, Stream, blocks, philox
+from .reference.random import BLOCK, Stream, blocks, philox
 from .schema import kernel
 
 __all__ = [

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .philox import Places, Stream, numbers_of, random_bits16
-from .reference import PIECE
+from .reference.pieces import PIECE
 from .schema import kernel
 
 __all__ = [

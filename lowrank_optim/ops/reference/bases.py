@@ -1,0 +1,57 @@
+"""Bases: Gram matrices, signs, selections, and rows that move."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..blocks import blocks
+
+_NEARLY = {torch.float32: 1 - 2.0**-14, torch.float64: 1 - 2.0**-30}  # as large, but for rounding errors
+
+
+def gram_(out: Tensor, y: Tensor, across: bool = False) -> None:
+    """`Y^T Y` in float64 of y (m, k), or `Y Y^T` if across."""
+    out.zero_()
+    lines = y if across else y.mT
+    for columns in blocks(lines.shape, y.device.type):
+        wide = columns.of(lines).double()
+        out.add_(wide @ wide.mT)
+
+
+def leading_entries(x: Tensor) -> Tensor:
+    """Return the first entry of each column of `x (..., m, r)` that is as large as the largest one: `(..., 1, r)`.
+
+    Entries of a singular vector whose magnitudes differ by no more than rounding errors are equally large.
+    """
+    sizes = x.abs()
+    limit = sizes.amax(-2, keepdim=True).mul_(_NEARLY[x.dtype])
+    return x.gather(-2, sizes.ge_(limit).argmax(-2, keepdim=True))
+
+
+def fix_signs_(basis: Tensor) -> None:
+    """The largest entry of each column becomes positive, the first of equal ones."""
+    if basis.numel():
+        basis.mul_(torch.where(leading_entries(basis) < 0, -1.0, 1.0).to(basis.dtype))
+
+
+def select_top_(index: Tensor, scores: Tensor) -> None:
+    """The positions of the largest scores of each line, ascending; of equal scores the first."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    index.copy_(order[..., : index.shape[-1]].sort(dim=-1).values)
+
+
+def move_rows_(x: Tensor, source: Tensor) -> None:
+    """Each row becomes what row `source` was, or zeros for -1. Sources ascend."""
+    _check_ascent(source)
+    kept = x[source.clamp(min=0)] if len(x) else x
+    x.copy_(kept.masked_fill_((source < 0).view(-1, *[1] * (x.dim() - 1)), 0))
+
+
+def _check_ascent(source: Tensor) -> None:
+    """On a device this would stop the host."""
+    if source.device.type != "cpu":
+        return
+    some = source[source != -1]
+    if some.numel() and (int(some[0]) < 0 or int(some[-1]) >= len(source) or bool((some.diff() <= 0).any())):
+        raise RuntimeError(f"source must ascend from at least 0 to below {len(source)}, none of them twice, or be -1")

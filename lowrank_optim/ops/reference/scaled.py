@@ -1,0 +1,27 @@
+"""Sums of squares, and updates scaled by row, by column or as a whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import pieces
+
+
+def squares_(rows: Tensor, columns: Tensor, x: Tensor) -> None:
+    """Sums of squares over rows (..., m) and columns (..., n) of x (..., m, n), in float64."""
+    columns.zero_()
+    for some in pieces.some_rows(x):
+        squares = x[..., some, :].to(torch.float64, copy=True).square_()
+        rows[..., some] = squares.sum(-1)
+        columns.add_(squares.sum(-2))
+
+
+def take_scaled_(w: Tensor, x: Tensor, factors: Tensor, keep: float) -> None:
+    """`W <- keep W - x factors`. Where keep is 0, w is not read."""
+    if keep == 0:
+        torch.mul(x, factors, out=w).neg_()
+        return
+    w.mul_(keep)
+    for some in pieces.some_rows(x):
+        w[..., some, :].sub_(x[..., some, :] * (factors if factors.shape[-2] == 1 else factors[..., some, :]))
