@@ -47,8 +47,9 @@ class Target:
     def fingerprint(self) -> str:
         """Of all that decides what the library is, but for the compiler. The schemas are part of the contract."""
         digest = hashlib.sha256(repr((self, _HOST, _DEVICE, _TORCH, platform.machine(), platform.system())).encode())
-        operators = [_PACKAGE / "ops" / "schema.py", *sorted((_PACKAGE / "ops" / "reference").glob("*.py"))]
-        for path in [*operators, *sorted(sources().rglob("*.*"))]:
+        ops = _PACKAGE / "ops"
+        schemas = [ops / "schema.py", ops / "signatures.py", *sorted((ops / "reference").glob("*.py"))]
+        for path in [*schemas, *sorted(sources().rglob("*.*"))]:
             if path.suffix != ".md":
                 digest.update(path.name.encode() + b"\0" + path.read_bytes())
         return digest.hexdigest()[:16]

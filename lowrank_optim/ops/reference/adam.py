@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..signatures import Mutated
 from . import pieces
 from .quantize import quantize_blockwise_
 from .random import round_to_bfloat16_
 
 
 def projected_adam_(
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    r: Tensor,
+    exp_avg: Mutated,
+    exp_avg_sq: Mutated,
+    r: Mutated,
     beta1: float,
     beta2: float,
     eps: float,
@@ -33,7 +34,7 @@ def projected_adam_(
 
 
 def projected_adam_rows_(
-    exp_avg: Tensor, exp_avg_sq: Tensor, r: Tensor, beta1: float, beta2: float, eps: float, ages: Tensor
+    exp_avg: Mutated, exp_avg_sq: Mutated, r: Mutated, beta1: float, beta2: float, eps: float, ages: Tensor
 ) -> None:
     """The same where each row has seen a number of steps of its own, `ages`."""
     count = ages.double().view(*r.shape[:-1], 1)
@@ -52,9 +53,9 @@ def _adam_(m: Tensor, v: Tensor, x: Tensor, beta1: float, beta2: float, eps: flo
 
 
 def projected_adam_list_(
-    exp_avg: list[Tensor],
-    exp_avg_sq: list[Tensor],
-    r: list[Tensor],
+    exp_avg: list[Mutated],
+    exp_avg_sq: list[Mutated],
+    r: list[Mutated],
     beta1: float,
     beta2: float,
     eps: float,
@@ -67,9 +68,9 @@ def projected_adam_list_(
 
 
 def projected_adam_bfloat16_list_(
-    exp_avg: list[Tensor],
-    exp_avg_sq: list[Tensor],
-    r: list[Tensor],
+    exp_avg: list[Mutated],
+    exp_avg_sq: list[Mutated],
+    r: list[Mutated],
     beta1: float,
     beta2: float,
     eps: float,
@@ -94,11 +95,11 @@ def projected_adam_bfloat16_list_(
 
 
 def projected_adam_int8_list_(
-    exp_avg: list[Tensor],
-    peak: list[Tensor],
-    exp_avg_sq: list[Tensor],
-    peak_sq: list[Tensor],
-    r: list[Tensor],
+    exp_avg: list[Mutated],
+    peak: list[Mutated],
+    exp_avg_sq: list[Mutated],
+    peak_sq: list[Mutated],
+    r: list[Mutated],
     code_map: Tensor,
     lower: Tensor,
     code_map_sq: Tensor,

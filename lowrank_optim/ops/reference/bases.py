@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from ..blocks import blocks
+from ..signatures import Mutated
 
 _NEARLY = {torch.float32: 1 - 2.0**-14, torch.float64: 1 - 2.0**-30}  # as large, but for rounding errors
 
 
-def gram_(out: Tensor, y: Tensor, across: bool = False) -> None:
+def gram_(out: Mutated, y: Tensor, across: bool = False) -> None:
     """`Y^T Y` in float64 of y (m, k), or `Y Y^T` if across."""
     out.zero_()
     lines = y if across else y.mT
@@ -29,19 +30,19 @@ def leading_entries(x: Tensor) -> Tensor:
     return x.gather(-2, sizes.ge_(limit).argmax(-2, keepdim=True))
 
 
-def fix_signs_(basis: Tensor) -> None:
+def fix_signs_(basis: Mutated) -> None:
     """The largest entry of each column becomes positive, the first of equal ones."""
     if basis.numel():
         basis.mul_(torch.where(leading_entries(basis) < 0, -1.0, 1.0).to(basis.dtype))
 
 
-def select_top_(index: Tensor, scores: Tensor) -> None:
+def select_top_(index: Mutated, scores: Tensor) -> None:
     """The positions of the largest scores of each line, ascending; of equal scores the first."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     index.copy_(order[..., : index.shape[-1]].sort(dim=-1).values)
 
 
-def move_rows_(x: Tensor, source: Tensor) -> None:
+def move_rows_(x: Mutated, source: Tensor) -> None:
     """Each row becomes what row `source` was, or zeros for -1. Sources ascend."""
     _check_ascent(source)
     kept = x[source.clamp(min=0)] if len(x) else x

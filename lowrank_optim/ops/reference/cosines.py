@@ -7,14 +7,15 @@ from torch import Tensor
 
 from .. import cosines
 from ..products import add_product_, product
+from ..signatures import Mutated
 
 
-def cosine_scores_(sums: Tensor, x: Tensor, third: bool, power: int, across: bool) -> None:
+def cosine_scores_(sums: Mutated, x: Tensor, third: bool, power: int, across: bool) -> None:
     """Sums of `|coefficient|^power` over the columns of x, or over its lines if `across`."""
     sums.copy_(cosines.scores(third, x.mT if across else x, power))
 
 
-def cosine_rows_(out: Tensor, x: Tensor, index: Tensor, third: bool, across: bool) -> None:
+def cosine_rows_(out: Mutated, x: Tensor, index: Tensor, third: bool, across: bool) -> None:
     """The coefficients number `index` of each column of x, or of each line if `across`."""
     _check_places(index, x.shape[1 if across else 0])
     chosen = cosines.vectors(third, x.shape[1 if across else 0], index, x.dtype)
@@ -22,7 +23,7 @@ def cosine_rows_(out: Tensor, x: Tensor, index: Tensor, third: bool, across: boo
 
 
 def add_cosines_(
-    w: Tensor, d: Tensor, index: Tensor, alpha: float, beta: float, third: bool, across: bool, first: int = 0
+    w: Mutated, d: Tensor, index: Tensor, alpha: float, beta: float, third: bool, across: bool, first: int = 0
 ) -> None:
     """Vectors times d, which is `(r, k)` and begins with column `first` of it, times alpha, is added to beta W."""
     whole = w.mT if across else w

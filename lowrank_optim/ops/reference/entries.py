@@ -5,24 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..signatures import Mutated
 from . import pieces
 
 LANES = 16  # partial sums of one sampled product
 
 
-def add_at_(dense: Tensor, positions: Tensor, values: Tensor, start: int = 0) -> None:
+def add_at_(dense: Mutated, positions: Tensor, values: Tensor, start: int = 0) -> None:
     """Adds values at flat positions of a tensor of which dense begins with element `start`."""
     _ordered(positions, start, start + dense.numel())
     dense.view(-1).index_add_(0, positions - start if start else positions, values)
 
 
-def gather_at_(out: Tensor, dense: Tensor, positions: Tensor, start: int = 0) -> None:
+def gather_at_(out: Mutated, dense: Tensor, positions: Tensor, start: int = 0) -> None:
     """The elements at flat positions of a tensor of which dense begins with element `start`."""
     _ordered(positions, start, start + dense.numel())
     out.copy_(dense.view(-1).index_select(0, positions - start if start else positions))
 
 
-def add_sampled_product_(out: Tensor, left: Tensor, right: Tensor, positions: Tensor) -> None:
+def add_sampled_product_(out: Mutated, left: Tensor, right: Tensor, positions: Tensor) -> None:
     """Adds elements of `left right^T (m, n)`, from (m, k) and (n, k), in partial sums that are added in halves."""
     _ordered(positions, 0, left.shape[0] * right.shape[0])
     size = max(1, 4 * pieces.PIECE // max(1, left.shape[1]))

@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..signatures import Mutated
 from . import pieces
 
 
-def scale_factored_(out: Tensor, x: Tensor, rows: Tensor, columns: Tensor, most: float) -> None:
+def scale_factored_(out: Mutated, x: Tensor, rows: Tensor, columns: Tensor, most: float) -> None:
     """Each element of x (..., m, n) times the factors of its row and its column, or times `most` if that is less."""
     for _, by_row, by_column, piece, target in pieces.factored_lines(x, rows, columns, out):
         torch.mul(by_row, by_column, out=target).clamp_(max=most).mul_(piece)
 
 
-def factored_energy_(sums: Tensor, x: Tensor, rows: Tensor, columns: Tensor, most: float) -> None:
+def factored_energy_(sums: Mutated, x: Tensor, rows: Tensor, columns: Tensor, most: float) -> None:
     """The sum of squares of the same, one number in float64 per matrix."""
     sums.zero_()
     for which, by_row, by_column, piece in pieces.factored_lines(x, rows, columns):
@@ -23,8 +24,8 @@ def factored_energy_(sums: Tensor, x: Tensor, rows: Tensor, columns: Tensor, mos
 
 
 def step_factored_(
-    w: Tensor,
-    exp_avg: Tensor | None,
+    w: Mutated,
+    exp_avg: Mutated | None,
     x: Tensor,
     rows: Tensor,
     columns: Tensor,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..signatures import Mutated
 from . import pieces
 
 _TINY = torch.finfo(torch.float32).tiny
 
 
 def quantize_blockwise_(
-    codes: Tensor,
-    absmax: Tensor,
+    codes: Mutated,
+    absmax: Mutated,
     x: Tensor,
     code_map: Tensor,
     lower: Tensor,
@@ -47,7 +48,7 @@ def _dithered(unit: Tensor, nearest: Tensor, code_map: Tensor, noise: Tensor) ->
 
 
 def quantize_affine_(
-    codes: Tensor, scale: Tensor, low: Tensor, x: Tensor, bits: int, block: int, noise: Tensor | None = None
+    codes: Mutated, scale: Mutated, low: Mutated, x: Tensor, bits: int, block: int, noise: Tensor | None = None
 ) -> None:
     """Equal steps from the least to the largest element of each block."""
     most = 2**bits - 1
@@ -66,7 +67,7 @@ def quantize_affine_(
         code.copy_(places.clamp_(max=most))
 
 
-def quantize_sixteenths_(codes: Tensor, largest: Tensor, x: Tensor, block: int, noise: Tensor | None = None) -> None:
+def quantize_sixteenths_(codes: Mutated, largest: Mutated, x: Tensor, block: int, noise: Tensor | None = None) -> None:
     """Sixteenths of the largest element of each block, from 1 to 16."""
     for blocks, code, *dither, peak in pieces.block_pieces(
         [x, codes] if noise is None else [x, codes, noise], [largest], block
@@ -79,19 +80,19 @@ def quantize_sixteenths_(codes: Tensor, largest: Tensor, x: Tensor, block: int, 
         code.copy_(places.clamp_(1, 16).sub_(1))
 
 
-def dequantize_blockwise_(x: Tensor, codes: Tensor, absmax: Tensor, code_map: Tensor, block: int) -> None:
+def dequantize_blockwise_(x: Mutated, codes: Tensor, absmax: Tensor, code_map: Tensor, block: int) -> None:
     """The entries of the map times the number of their block."""
     for code, target, peak in pieces.block_pieces([codes, x], [absmax], block):
         target.copy_(code_map.index_select(0, code.flatten().int()).view(code.shape).mul_(peak))
 
 
-def dequantize_affine_(x: Tensor, codes: Tensor, scale: Tensor, low: Tensor, block: int) -> None:
+def dequantize_affine_(x: Mutated, codes: Tensor, scale: Tensor, low: Tensor, block: int) -> None:
     """Steps from the least element of their block."""
     for code, target, step, least in pieces.block_pieces([codes, x], [scale, low], block):
         target.copy_(code.float().mul_(step).add_(least))
 
 
-def pack4_(packed: Tensor, codes: Tensor) -> None:
+def pack4_(packed: Mutated, codes: Tensor) -> None:
     """Two codes below 16 to a byte, the first in the lower half."""
     pairs = codes.shape[-1] // 2
     torch.bitwise_left_shift(codes[..., 1::2], 4, out=packed[..., :pairs])
@@ -99,7 +100,7 @@ def pack4_(packed: Tensor, codes: Tensor) -> None:
     packed[..., pairs:] = codes[..., 2 * pairs :]
 
 
-def unpack4_(codes: Tensor, packed: Tensor) -> None:
+def unpack4_(codes: Mutated, packed: Tensor) -> None:
     """The codes again."""
     codes[..., ::2] = packed & 15
     codes[..., 1::2] = packed[..., : codes.shape[-1] // 2] >> 4

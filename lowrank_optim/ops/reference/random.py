@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..signatures import Mutated
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -48,7 +50,7 @@ def blocks(out: Tensor, lanes: int, start: int, key: int, stream: Stream) -> Ite
         position += size
 
 
-def philox_bits16_(out: Tensor, key: int, purpose: int, time: int, at: Tensor | None = None, start: int = 0) -> None:
+def philox_bits16_(out: Mutated, key: int, purpose: int, time: int, at: Tensor | None = None, start: int = 0) -> None:
     """Uniform 16-bit integers, elements `start` and up of the stream. `at` stands in for time, read on the device."""
     for target, words, skip in blocks(out.view(-1), 8, start, key, (purpose, time if at is None else at.view(()))):
         lanes = target.new_empty(len(words[0]), 8)
@@ -58,7 +60,7 @@ def philox_bits16_(out: Tensor, key: int, purpose: int, time: int, at: Tensor | 
         target.copy_(lanes.flatten()[skip : skip + target.numel()])
 
 
-def philox_noise16_(out: Tensor, key: int, purpose: int, time: int, at: Tensor | None = None, start: int = 0) -> None:
+def philox_noise16_(out: Mutated, key: int, purpose: int, time: int, at: Tensor | None = None, start: int = 0) -> None:
     """The same as the midpoints of 65536 equal cells of (0, 1)."""
     flat, size = out.view(-1), BLOCK * 8
     for position in range(0, out.numel(), size):
@@ -68,14 +70,14 @@ def philox_noise16_(out: Tensor, key: int, purpose: int, time: int, at: Tensor |
         piece.copy_(bits).add_(0.5).mul_(2.0**-16)
 
 
-def philox_uniform_(out: Tensor, key: int, purpose: int, time: int, at: Tensor | None = None, start: int = 0) -> None:
+def philox_uniform_(out: Mutated, key: int, purpose: int, time: int, at: Tensor | None = None, start: int = 0) -> None:
     """The midpoints of 2^23 equal cells of (0, 1), which are floats: none is rounded to 1."""
     for target, words, skip in blocks(out.view(-1), 4, start, key, (purpose, time if at is None else at.view(()))):
         cells = torch.stack(words, dim=-1).flatten()[skip : skip + target.numel()] >> 9
         target.copy_((cells.double() + 0.5) * 2.0**-23)
 
 
-def philox_normal_(out: Tensor, key: int, purpose: int, time: int, at: Tensor | None = None, start: int = 0) -> None:
+def philox_normal_(out: Mutated, key: int, purpose: int, time: int, at: Tensor | None = None, start: int = 0) -> None:
     """Standard normal numbers: Box-Muller, `sqrt(-2 log u)` times the cosine and the sine of `2 pi v`.
 
     Logarithm, cosine and sine are polynomials, as those of libraries differ in their last bits.
@@ -125,7 +127,7 @@ def _normal_pair(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_to_bfloat16_(
-    out: Tensor, x: Tensor, key: int, purpose: int, time: int, at: Tensor | None = None, start: int = 0
+    out: Mutated, x: Tensor, key: int, purpose: int, time: int, at: Tensor | None = None, start: int = 0
 ) -> None:
     """Adds 16 random bits below bfloat16's last one and cuts them off: carries with the probability of the distance."""
     bits = torch.empty(x.shape, dtype=torch.int32, device=x.device)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..signatures import Mutated
 from . import pieces
 
 
-def squares_(rows: Tensor, columns: Tensor, x: Tensor) -> None:
+def squares_(rows: Mutated, columns: Mutated, x: Tensor) -> None:
     """Sums of squares over rows (..., m) and columns (..., n) of x (..., m, n), in float64."""
     columns.zero_()
     for some in pieces.some_rows(x):
@@ -17,7 +18,7 @@ def squares_(rows: Tensor, columns: Tensor, x: Tensor) -> None:
         columns.add_(squares.sum(-2))
 
 
-def take_scaled_(w: Tensor, x: Tensor, factors: Tensor, keep: float) -> None:
+def take_scaled_(w: Mutated, x: Tensor, factors: Tensor, keep: float) -> None:
     """`W <- keep W - x factors`. Where keep is 0, w is not read."""
     if keep == 0:
         torch.mul(x, factors, out=w).neg_()

@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..signatures import Mutated
 from . import pieces
 from .random import BLOCK, Stream, philox
 
 
-def add_nearest_(w: Tensor, x: Tensor, keep: float, factor: Tensor | None = None, first: int = 0) -> None:
+def add_nearest_(w: Mutated, x: Tensor, keep: float, factor: Tensor | None = None, first: int = 0) -> None:
     """`W <- nearest(keep W + x)` in the columns from `first` on. `factor` stands in for keep, read on the device."""
     for target, y in pieces.row_pieces(w[:, first : first + x.shape[1]], x):
         target.copy_(_moved(target.float(), y, keep, factor))
 
 
-def add_kahan_(w: Tensor, owed: Tensor, x: Tensor, keep: float, factor: Tensor | None = None, first: int = 0) -> None:
+def add_kahan_(w: Mutated, owed: Mutated, x: Tensor, keep: float, factor: Tensor | None = None, first: int = 0) -> None:
     """The same of `W + owed`, and then owed is what rounding has kept from W."""
     some = slice(first, first + x.shape[1])
     for target, rest, y in pieces.row_pieces(w[:, some], owed[:, some], x):
@@ -25,7 +26,7 @@ def add_kahan_(w: Tensor, owed: Tensor, x: Tensor, keep: float, factor: Tensor |
 
 
 def add_stochastic_(
-    w: Tensor,
+    w: Mutated,
     x: Tensor,
     keep: float,
     key: int,
