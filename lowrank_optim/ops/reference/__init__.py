@@ -1,11 +1,11 @@
-"""Each operator in plain torch: its default kernel, and the truth that native kernels have to match.
+"""Each operator in plain torch: its default kernel, and the definition that native kernels have to match.
 
-Arguments were checked by `schema.py`. Codes, noise and moments have equal bits in all kernels, as products and sums
-are rounded one by one here (`lerp_` and `alpha=` fuse them in some of torch's loops and not in others); the direction
-may differ in its last bits, as torch's roots do. The files are those of csrc/registration/.
+`schema.py` has checked the arguments. Codes, noise and moments have equal bits in all kernels, because each product and
+each sum is rounded here (`lerp_` and `alpha=` fuse them in only a part of torch's loops). The direction may differ in
+its last bits, because torch's roots do. The files are divided like csrc/registration/.
 """
 
-# ruff: noqa: F401
+# ruff: noqa: F401 -- operators are found by name: `getattr(reference, name)`
 
 from .adam import (
     projected_adam_,

@@ -1,4 +1,4 @@
-"""Bases: Gram matrices, signs, selections, and rows that move."""
+"""Gram matrices, signs and selections for bases, and rows that move when a selection changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NEARLY = {torch.float32: 1 - 2.0**-14, torch.float64: 1 - 2.0**-30}  # as large
 
 
 def gram_(out: Mutated, y: Tensor, across: bool = False) -> None:
-    """`Y^T Y` in float64 of y (m, k), or `Y Y^T` if across."""
+    """Write `Y^T Y` (..., k, k) of y (..., m, k) into `out`, in float64; or `Y Y^T` (..., m, m) if across."""
     out.zero_()
     lines = y if across else y.mT
     for columns in blocks(lines.shape, y.device.type):
@@ -31,26 +31,29 @@ def leading_entries(x: Tensor) -> Tensor:
 
 
 def fix_signs_(basis: Mutated) -> None:
-    """The largest entry of each column becomes positive, the first of equal ones."""
+    """Change the signs of columns of `basis (..., m, r)` so that the entry of largest magnitude is positive.
+
+    Among entries of equal magnitude the first decides.
+    """
     if basis.numel():
         basis.mul_(torch.where(leading_entries(basis) < 0, -1.0, 1.0).to(basis.dtype))
 
 
 def select_top_(index: Mutated, scores: Tensor) -> None:
-    """The positions of the largest scores of each line, ascending; of equal scores the first."""
+    """Write the positions of the largest scores of each row into index (..., r), ascending; first ones win ties."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     index.copy_(order[..., : index.shape[-1]].sort(dim=-1).values)
 
 
 def move_rows_(x: Mutated, source: Tensor) -> None:
-    """Each row becomes what row `source` was, or zeros for -1. Sources ascend."""
+    """Replace row i of x by row `source[i]` of the old x, or by zeros where `source[i]` is -1. Sources ascend."""
     _check_ascent(source)
     kept = x[source.clamp(min=0)] if len(x) else x
     x.copy_(kept.masked_fill_((source < 0).view(-1, *[1] * (x.dim() - 1)), 0))
 
 
 def _check_ascent(source: Tensor) -> None:
-    """On a device this would stop the host."""
+    """Raise where sources do not ascend or are outside. On other devices than CPU, reading values stops the host."""
     if source.device.type != "cpu":
         return
     some = source[source != -1]

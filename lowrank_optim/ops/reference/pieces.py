@@ -1,4 +1,4 @@
-"""How work is cut on CPU into pieces that stay in cache, with their temporaries."""
+"""Work cut into pieces that stay in cache on CPU, with their temporaries; on other devices all work is one piece."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PIECE = 1 << 16  # elements worked on at once on CPU, so that a piece and its temporaries stay in cache
+PIECE = 1 << 16  # elements of a piece on CPU: 256 KiB in float32
 
 
 def factored_lines(x: Tensor, rows: Tensor, columns: Tensor, *others: Tensor) -> Iterator[tuple[Any, ...]]:
-    """(which matrix, factors of some lines, of columns, those lines of x and others); off the CPU all at once."""
+    """Cut matrices between rows, together with the factors of their rows and columns.
+
+    Args:
+        x: (..., m, n).
+        rows, columns: (..., m, 1) and (..., 1, n).
+        others: like x.
+
+    Yields:
+        The number of the matrix (all matrices off the CPU), the factors of the rows of the piece, the factors of
+        columns, and the same rows of x and of each of `others`.
+    """
     by_column, *cut = (one.view(math.prod(one.shape[:-2]), *one.shape[-2:]) for one in (columns, rows, x, *others))
     if x.device.type != "cpu":
         yield slice(None), cut[0], by_column, *cut[1:]
@@ -25,15 +35,22 @@ def factored_lines(x: Tensor, rows: Tensor, columns: Tensor, *others: Tensor) ->
 
 
 def row_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cut matrices (m, n) of one shape between rows: yield the same rows of each."""
     rows, run = tensors[0].shape
     some = max(1, PIECE // max(1, run)) if tensors[0].device.type == "cpu" else max(1, rows)
     return zip(*(torch.split(x, some) for x in tensors), strict=True)
 
 
 def block_pieces(elements: list[Tensor], numbers: list[Tensor], block: int) -> Iterator[list[Tensor]]:
-    """Views `(rows, blocks, width)` of `elements (..., k)`, `(rows, blocks, 1)` of `numbers`, which has one per block.
+    """Cut tensors of blockwise codes between rows and between blocks.
 
-    The short block at the end is a piece of its own, so that nothing has to be padded.
+    Args:
+        elements: tensors (..., k).
+        numbers: tensors (..., ceil(k / block)), with one number per block.
+
+    Yields:
+        Views (rows, blocks, width) of the elements, then views (rows, blocks, 1) of the numbers. The short blocks at
+        the end of rows are pieces of their own, so that nothing has to be padded.
     """
     elements, numbers = (
         [x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0) for x in xs] for xs in (elements, numbers)
@@ -52,7 +69,7 @@ def block_pieces(elements: list[Tensor], numbers: list[Tensor], block: int) -> I
 
 
 def some_rows(x: Tensor) -> Iterator[slice]:
-    """Of each matrix so many on CPU that they and their squares in float64 are a piece, elsewhere all."""
+    """Cut matrices (..., m, n) between rows; a piece is smaller because squares in float64 are made of it."""
     m = x.shape[-2]
     size = max(1, PIECE // 4 // max(1, x.shape[-1])) if x.device.type == "cpu" else max(1, m)
     return (slice(first, min(first + size, m)) for first in range(0, m, size))

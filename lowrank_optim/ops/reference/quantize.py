@@ -1,4 +1,7 @@
-"""Blockwise codes: of a map, of a uniform grid, in sixteenths; and two codes to a byte."""
+"""Blockwise codes: of a map, of a uniform grid and in sixteenths; and two codes packed into a byte.
+
+Tensors are (..., k), with ceil(k / block) blocks per row.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,13 @@ def quantize_blockwise_(
     signed_peak: bool = False,
     noise: Tensor | None = None,
 ) -> None:
-    """The nearest entries of a map; `lower`, `midpoint`: the table that `quantize.nearest_table` made of it."""
+    """Write the codes of the map's entries nearest to x, and the largest magnitude of each block.
+
+    Args:
+        lower, midpoint: the table that `quantize._nearest_table` makes of the map.
+        signed_peak: give `absmax` the sign of the largest element.
+        noise: round stochastically, see `quantize.quantize_blockwise`.
+    """
     for blocks, code, *dither, peak in pieces.block_pieces(
         [x, codes] if noise is None else [x, codes, noise], [absmax], block
     ):
@@ -31,7 +40,7 @@ def quantize_blockwise_(
         largest = torch.maximum(top, -bottom)
         peak.copy_(torch.where(-bottom > top, bottom, top) if signed_peak else largest)
         unit = (blocks / torch.where(largest < _TINY, _TINY, peak)).flatten()
-        # The upper half of a float32 leaves two candidates: a look-up instead of `bucketize`, which is 20 times slower.
+        # The upper half of a float32 leaves two candidate entries. `bucketize` would be 20 times slower than a look-up.
         upper = (unit.view(torch.int32) >> 16).add_(1 << 15)
         higher = (unit > midpoint.index_select(0, upper)).view(torch.uint8)
         nearest = lower.index_select(0, upper).add_(higher)
@@ -39,10 +48,13 @@ def quantize_blockwise_(
 
 
 def _dithered(unit: Tensor, nearest: Tensor, code_map: Tensor, noise: Tensor) -> Tensor:
-    """The entry below each number or the one above. Noise is never 0 or 1: an ulp away from an entry goes to it."""
+    """Return the entry below each number or the next one, with probabilities by distance.
+
+    Noise is never 0 or 1, so a number that is one rounding error away from an entry gets that entry.
+    """
     nearest = nearest.int()
     below = (nearest - (code_map.index_select(0, nearest) > unit).int()).clamp_(min=0)
-    gaps = torch.cat([code_map.diff(), torch.ones_like(code_map[:1])])  # nothing is above the last entry
+    gaps = torch.cat([code_map.diff(), torch.ones_like(code_map[:1])])  # the last entry has no next one
     rest = (unit - code_map.index_select(0, below)).div_(gaps.index_select(0, below))
     return below.add_(rest > noise.flatten())
 
@@ -50,25 +62,26 @@ def _dithered(unit: Tensor, nearest: Tensor, code_map: Tensor, noise: Tensor) ->
 def quantize_affine_(
     codes: Mutated, scale: Mutated, low: Mutated, x: Tensor, bits: int, block: int, noise: Tensor | None = None
 ) -> None:
-    """Equal steps from the least to the largest element of each block."""
+    """Write codes that count equal steps from the least to the largest element of each block, and step and least."""
     most = 2**bits - 1
     tensors, steps = [x, codes] if noise is None else [x, codes, noise], torch.full((), most, device=x.device)
     for blocks, code, *dither, step, least in pieces.block_pieces(tensors, [scale, low], block):
         blocks = blocks.float()
         least.copy_(blocks.amin(-1, True))
-        # By a tensor: accelerators multiply by the inverse of a number. A constant block keeps its value.
+        # Divided by a tensor, because accelerators multiply by the inverse of a number. The least step of `_TINY` makes
+        # all codes of a constant block 0, so that the block keeps its value.
         step.copy_((blocks.amax(-1, True) - least).div_(steps).clamp_(min=_TINY))
         places = (blocks - least).div_(step)
         if not dither:
             places.add_(0.5).floor_()
-        else:  # compared and not added up: a sum would be rounded, and move what is on the grid
+        else:  # noise is compared and not added, because the rounding of a sum would move numbers that are on the grid
             rest = places.frac()
             places.floor_().add_(rest > dither[0])
         code.copy_(places.clamp_(max=most))
 
 
 def quantize_sixteenths_(codes: Mutated, largest: Mutated, x: Tensor, block: int, noise: Tensor | None = None) -> None:
-    """Sixteenths of the largest element of each block, from 1 to 16."""
+    """Write codes 0 to 15, which count sixteenths of the largest element of each block from 1 to 16."""
     for blocks, code, *dither, peak in pieces.block_pieces(
         [x, codes] if noise is None else [x, codes, noise], [largest], block
     ):
@@ -81,19 +94,19 @@ def quantize_sixteenths_(codes: Mutated, largest: Mutated, x: Tensor, block: int
 
 
 def dequantize_blockwise_(x: Mutated, codes: Tensor, absmax: Tensor, code_map: Tensor, block: int) -> None:
-    """The entries of the map times the number of their block."""
+    """Write the entries of the map times the number of their block into x."""
     for code, target, peak in pieces.block_pieces([codes, x], [absmax], block):
         target.copy_(code_map.index_select(0, code.flatten().int()).view(code.shape).mul_(peak))
 
 
 def dequantize_affine_(x: Mutated, codes: Tensor, scale: Tensor, low: Tensor, block: int) -> None:
-    """Steps from the least element of their block."""
+    """Write the least element of each block plus its steps into x."""
     for code, target, step, least in pieces.block_pieces([codes, x], [scale, low], block):
         target.copy_(code.float().mul_(step).add_(least))
 
 
 def pack4_(packed: Mutated, codes: Tensor) -> None:
-    """Two codes below 16 to a byte, the first in the lower half."""
+    """Write two codes below 16 into each byte, the first one into the lower half."""
     pairs = codes.shape[-1] // 2
     torch.bitwise_left_shift(codes[..., 1::2], 4, out=packed[..., :pairs])
     packed[..., :pairs].bitwise_or_(codes[..., : 2 * pairs : 2])
@@ -101,6 +114,6 @@ def pack4_(packed: Mutated, codes: Tensor) -> None:
 
 
 def unpack4_(codes: Mutated, packed: Tensor) -> None:
-    """The codes again."""
+    """Write the codes that `pack4_` has packed."""
     codes[..., ::2] = packed & 15
     codes[..., 1::2] = packed[..., : codes.shape[-1] // 2] >> 4

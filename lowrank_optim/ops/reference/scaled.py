@@ -10,7 +10,7 @@ from . import pieces
 
 
 def squares_(rows: Mutated, columns: Mutated, x: Tensor) -> None:
-    """Sums of squares over rows (..., m) and columns (..., n) of x (..., m, n), in float64."""
+    """Write the sums of squares of x (..., m, n) over rows (..., m) and over columns (..., n), in float64."""
     columns.zero_()
     for some in pieces.some_rows(x):
         squares = x[..., some, :].to(torch.float64, copy=True).square_()
@@ -19,7 +19,11 @@ def squares_(rows: Mutated, columns: Mutated, x: Tensor) -> None:
 
 
 def take_scaled_(w: Mutated, x: Tensor, factors: Tensor, keep: float) -> None:
-    """`W <- keep W - x factors`. Where keep is 0, w is not read."""
+    """Compute `W <- keep W - x factors`, for w and x (..., m, n). Where keep is 0, w is not read.
+
+    Args:
+        factors: (..., m, 1), (..., 1, n) or (..., 1, 1).
+    """
     if keep == 0:
         torch.mul(x, factors, out=w).neg_()
         return
