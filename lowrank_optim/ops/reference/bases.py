@@ -8,7 +8,10 @@ from torch import Tensor
 from ..blocks import blocks
 from ..signatures import Mutated
 
-_NEARLY = {torch.float32: 1 - 2.0**-14, torch.float64: 1 - 2.0**-30}  # as large, but for rounding errors
+_NEARLY = {
+    torch.float32: 1 - 2.0**-14,
+    torch.float64: 1 - 2.0**-30,
+}  # entries count as equally large from this ratio of magnitudes on
 
 
 def gram_(out: Mutated, y: Tensor, across: bool = False) -> None:
@@ -21,7 +24,7 @@ def gram_(out: Mutated, y: Tensor, across: bool = False) -> None:
 
 
 def leading_entries(x: Tensor) -> Tensor:
-    """Return the first entry of each column of `x (..., m, r)` that is as large as the largest one: `(..., 1, r)`.
+    """Return the first entry of each column of x (..., m, r) that is as large as the largest entry: (..., 1, r).
 
     Entries of a singular vector whose magnitudes differ by no more than rounding errors are equally large.
     """
