@@ -1,6 +1,6 @@
 """What native kernels gain: `python -m benchmarks.native [--rounds 15]`.
 
-On one thread, in its CPU time, each kernel beside plain torch (`ops/reference.py`) in turns; ratios are taken round by
+On one thread, in its CPU time, each kernel beside plain torch (`ops/reference/`) in turns; ratios are taken round by
 round and their median is reported. The state kernel also beside torch's own fused AdamW, per element; on moments in few
 bits beside the kernels that open them, update them and write them back; and on a few elements, for what a call costs.
 Steps of whole optimizers are taken in two processes, with `LOWRANK_OPTIM_NATIVE` on and off, beside fused AdamW.

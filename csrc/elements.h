@@ -4,7 +4,7 @@
 // Host compilers and nvcc both compile this file, so it includes neither torch nor a CUDA library.
 //
 // Every product and every sum is rounded separately: all compilers run without contraction (-ffp-contract=off,
-// -fmad=false). A CPU, a GPU and the reference in lowrank_optim/ops/reference.py therefore give equal bits.
+// -fmad=false). A CPU, a GPU and the reference in lowrank_optim/ops/reference/ therefore give equal bits.
 #pragma once
 
 #include <cmath>

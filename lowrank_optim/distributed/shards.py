@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.degenerate import settle_
-from ..ops.reference import leading_entries
+from ..ops.reference.bases import leading_entries
 from ..recipe.algebra import WHOLE, Algebra, Drawn, beside, subspace_iteration
 from ..recipe.store import Side
 from . import lockstep

@@ -1,4 +1,4 @@
-"""The numeric kernels. `reference.py` has those with a native version; `schema.py` makes operators of them."""
+"""The numeric kernels. `reference/` has those with a native version, of which `schema.py` makes operators."""
 
 from . import reference, schema
 from .apply import add_rounded_

@@ -1,4 +1,4 @@
-"""What a step adds to weights in 16 bits: `W <- round(keep W + x)` in one pass, with all arithmetic in float32."""
+"""Updates of weights in 16 bits: `W <- round(keep W + x)` in one pass, with all arithmetic in float32."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from . import reference
 from .philox import Stream, numbers_of
 from .schema import kernel
 
-Noise = tuple[int, Stream, int, int]  # key, stream, number of the first element of x, and from one row of x to the next
+Noise = tuple[int, Stream, int, int]  # key, stream, number of the first element of x, and step from row to row
 
 
 def add_rounded_(
@@ -21,13 +21,14 @@ def add_rounded_(
     owed: Tensor | None = None,
     noise: Noise | None = None,
 ) -> None:
-    """Decays, adds and rounds once: with `owed` by Kahan, with `noise` stochastically, else to nearest.
+    """Update weights by `W <- keep W + x`, and round once: to nearest, with Kahan compensation, or stochastically.
 
     Args:
-        w: (rows, width) in bfloat16, or in float16, which takes no noise.
-        x: (rows, columns), float32; added to the columns of w from `first` on, and nothing happens to the others.
-        keep: what decay leaves of w, a number or one on the device.
-        owed: like w: what rounding has kept from w so far, and then what it keeps from it now.
+        w: (rows, width), bfloat16, or float16 without noise.
+        x: (rows, columns), float32. It is added to the columns of w from `first` on; the remaining columns stay.
+        keep: the factor that weight decay leaves, as a number or as a tensor of one number on the device.
+        owed: like w, the rounding errors so far, which are added before rounding and replaced by the new ones (Kahan).
+        noise: the random numbers of stochastic rounding, one per element of x.
     """
     number, factor = (1.0, keep) if isinstance(keep, Tensor) else (keep, None)
     find = kernel if w.dtype == torch.bfloat16 else lambda name: getattr(reference, name)

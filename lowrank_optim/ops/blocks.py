@@ -1,4 +1,4 @@
-"""Matrices some columns at a time, where what is kept in 16 bits is worked on in 32."""
+"""Matrices cut into blocks of columns, so that a copy in float32 of weights in 16 bits is never a whole matrix."""
 
 from __future__ import annotations
 
@@ -9,26 +9,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 20  # elements worked on at once on CPU: 4 MiB in float32, which stay in cache
-LARGE_BLOCK = 1 << 23  # and elsewhere, where each block costs launches: half of a chunk
-_UNIT = 64  # columns that matrix products and random numbers like to come in
+BLOCK = 1 << 20  # elements of a block on CPU: 4 MiB in float32, which stay in cache
+LARGE_BLOCK = 1 << 23  # the same on other devices, where each block costs launches: half of a chunk
+_UNIT = 64  # blocks are multiples of so many columns, which suits matrix products and random numbers
 
 
 class Columns(NamedTuple):
-    """Columns `first` to `stop` of `whole`, of all matrices of a batch."""
+    """The columns `first` to `stop` of a matrix of `whole` columns, or of each matrix of a batch."""
 
     first: int
     stop: int
     whole: int
 
     def of(self, x: Tensor) -> Tensor:
+        """Return the view of these columns of x (..., whole)."""
         return x[..., self.first : self.stop]
 
 
 def blocks(shape: torch.Size | tuple[int, ...], device: str = "cpu", most: int | None = None) -> Iterator[Columns]:
-    """Cuts matrices `(..., n)` between columns, into blocks of at most so many elements; some columns are the least.
+    """Cut matrices (..., m, n) between columns.
 
-    `most`: unless given, what suits the kind of device.
+    Args:
+        device: the type of the device, which decides the size of blocks.
+        most: elements of a block, instead of the size for that device. A block of a matrix has at least 64 columns, or
+            all of them.
     """
     rows, n = math.prod(shape[:-1]), shape[-1]
     size = max(1, (most or (BLOCK if device == "cpu" else LARGE_BLOCK)) // max(1, rows))
@@ -38,12 +42,12 @@ def blocks(shape: torch.Size | tuple[int, ...], device: str = "cpu", most: int |
 
 
 def largest_block(shape: torch.Size | tuple[int, ...], most: int | None = None) -> int:
-    """Elements of the largest of them, on CPU."""
+    """Return the number of elements of the largest block on CPU."""
     widths = (columns.stop - columns.first for columns in blocks(shape, most=most))
     return math.prod(shape[:-1]) * max(widths, default=0)
 
 
 def widened(x: Tensor) -> Tensor:
-    """In the dtype of arithmetic: float32 where x has fewer bits."""
+    """Return x in the dtype of arithmetic: float32 where x has fewer bits, else its own dtype."""
     working = torch.promote_types(x.dtype, torch.float32)
     return x if x.dtype == working else x.to(working)

@@ -1,7 +1,8 @@
-"""Compiles csrc/: `python -m lowrank_optim.build`, setup.py, and the first optimizer where nothing was prebuilt.
+"""The compilation of csrc/: for `python -m lowrank_optim.build`, setup.py, and the first optimizer without a library.
 
-Only the standard library: setup.py loads this file by its path, in an environment that has no torch. A library is bound
-to torch's stable ABI and to nothing else, so it needs torch's headers (found, not imported) and no other part of it.
+This file imports the standard library only, because setup.py loads it by its path in an environment without torch. A
+library is bound to torch's stable ABI only. So it needs torch's headers, which are found and not imported, and nothing
+else of torch.
 """
 
 from __future__ import annotations
@@ -23,31 +24,45 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 PREBUILT = _PACKAGE / "_native"
-# Products and sums are rounded one by one, or CPU, GPU and reference would differ in their last bits. No -march=native:
-# what is cached or put into a wheel runs on other machines, and csrc/cpu/clones.h has a copy per instruction set.
+# Each product and each sum is rounded, or CPU, GPU and reference would differ in their last bits. There is no
+# -march=native, because a library from a cache or a wheel runs on other machines, and csrc/cpu/clones.h has a copy per
+# instruction set.
 _HOST = ("-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 _DEVICE = ("-O3", "-std=c++17", "-fmad=false", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden")
-_TORCH = ("-DTORCH_TARGET_VERSION=0x020a000000000000",)  # 2.10, the first whose stable ABI has all that is used
+_TORCH = (
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+)  # 2.10, the first version whose stable ABI has all functions that csrc/ uses
 _DEFINES = {"cpu": (), "cuda": ("-DLRO_CUDA",), "emulated": ("-DLRO_EMULATED",)}
 _STANDARD = {"cpu": "-std=c++17", "cuda": "-std=c++17", "emulated": "-std=c++20"}  # C++20 has barriers
 
 
 class BuildError(RuntimeError):
-    """What was missing or failed, in words for the user."""
+    """A missing tool or a failed command, in words for the user."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A library: "cpu", "cuda" for some architectures, or "emulated", the CUDA sources on the CPU, for tests."""
+    """A library to build.
+
+    Attributes:
+        backend: "cpu", "cuda", or "emulated", which runs the CUDA sources on the CPU for tests.
+        archs: the CUDA architectures, such as "9.0" or "10.0+PTX".
+        extra: more flags for host compilers and linker, such as those of sanitizers.
+    """
 
     backend: str
-    archs: tuple[str, ...] = ()  # as "9.0" or "10.0+PTX"
-    extra: tuple[str, ...] = ()  # flags of host compilers and linker, for sanitizers
+    archs: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
-        """Of all that decides what the library is, but for the compiler. The schemas are part of the contract."""
+        """Return a hash of the sources and flags that decide the content of the library; the compiler is not included.
+
+        Schemas are included, because a library registers kernels for them.
+        """
         digest = hashlib.sha256(repr((self, _HOST, _DEVICE, _TORCH, platform.machine(), platform.system())).encode())
-        for path in [_PACKAGE / "ops" / "schema.py", *sorted(sources().rglob("*.*"))]:
+        ops = _PACKAGE / "ops"
+        schemas = [ops / "schema.py", ops / "signatures.py", *sorted((ops / "reference").glob("*.py"))]
+        for path in [*schemas, *sorted(sources().rglob("*.*"))]:
             if path.suffix != ".md":
                 digest.update(path.name.encode() + b"\0" + path.read_bytes())
         return digest.hexdigest()[:16]
@@ -55,7 +70,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a library was built from and by; stands beside it as JSON."""
+    """The origin of a library, stored next to it as JSON.
+
+    Attributes:
+        fingerprint: the hash of its sources and flags, see `Target.fingerprint`.
+        compiler: the versions of its compilers.
+        archs: its CUDA architectures.
+    """
 
     fingerprint: str
     compiler: str
@@ -63,7 +84,7 @@ class Manifest:
 
 
 def sources() -> Path:
-    """csrc/ of a checkout, or the copy of it that a wheel carries."""
+    """Return csrc/ of a checkout, or its copy in an installed wheel."""
     for place in (_PACKAGE / "_csrc", _PACKAGE.parent / "csrc"):
         if (place / "registration.cpp").exists():
             return place
@@ -71,14 +92,15 @@ def sources() -> Path:
 
 
 def library_in(folder: Path, target: Target) -> Path:
+    """Return the path of a library in a folder."""
     return folder / f"lowrank_optim_{target.backend}.so"
 
 
 def manifest_in(folder: Path, target: Target) -> Manifest | None:
-    """None where there is no complete library."""
+    """Return the manifest in a folder, or None where there is no complete library."""
     try:
-        said = json.loads((folder / f"{target.backend}.json").read_text())
-        return Manifest(**{**said, "archs": tuple(said["archs"])}) if library_in(folder, target).exists() else None
+        fields = json.loads((folder / f"{target.backend}.json").read_text())
+        return Manifest(**{**fields, "archs": tuple(fields["archs"])}) if library_in(folder, target).exists() else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -87,12 +109,16 @@ def manifest_in(folder: Path, target: Target) -> Manifest | None:
 
 
 def cache() -> Path:
+    """Return the folder of libraries that were built on this machine."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("LOWRANK_OPTIM_CACHE") or Path(root) / "lowrank_optim")
 
 
 def find_cached(target: Target) -> Path | None:
-    """A folder with this library. Where there is a compiler, only what this compiler made will do."""
+    """Return a cached folder with this library, or None.
+
+    Where there is a compiler, only a library that it has built is used. Without one, a library of any compiler is.
+    """
     fingerprint = target.fingerprint()
     with contextlib.suppress(BuildError):
         folder = cache() / f"{target.backend}-{fingerprint}-{_short(compiler_of(target))}"
@@ -104,9 +130,10 @@ def find_cached(target: Target) -> Path | None:
 
 
 def build_cached(target: Target, retry: bool = False) -> tuple[Path, bool]:
-    """(folder, was it built now?). Of several processes one builds and the others wait.
+    """Return the folder of this library, and whether it was built now.
 
-    The lock vanishes with a process that is killed. A build that failed is not tried again, unless `retry`.
+    One process builds, and all others wait for its lock. The lock ends with its process, also if that is killed. A
+    failed build is not repeated unless `retry`.
     """
     folder = cache() / f"{target.backend}-{target.fingerprint()}-{_short(compiler_of(target))}"
     failure = folder.with_suffix(".failed")
@@ -131,7 +158,8 @@ def build_cached(target: Target, retry: bool = False) -> tuple[Path, bool]:
 
 @contextlib.contextmanager
 def _locked(folder: Path, target: Target) -> Iterator[None]:
-    import fcntl  # not on Windows, where nothing is built
+    """Hold the lock of a target in a folder, which is created."""
+    import fcntl  # does not exist on Windows, where nothing is built
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -149,14 +177,14 @@ def _locked(folder: Path, target: Target) -> Iterator[None]:
 
 
 def build(target: Target, folder: Path) -> Path:
-    """Compiles and links into `folder`, the manifest last: what has one is complete."""
+    """Compile and link into `folder`. The manifest is written last, so a folder with a manifest is complete."""
     root, cxx, include = sources(), _cxx(), _torch_include()
     folder.mkdir(parents=True, exist_ok=True)
     library = library_in(folder, target)
     kernels = sorted((root / ("cpu" if target.backend == "cpu" else "cuda")).glob("*.c[pu]*"))
     host = [cxx, *_HOST, _STANDARD[target.backend], *_DEFINES[target.backend], *target.extra]
     with tempfile.TemporaryDirectory() as scratch:
-        # The one that reads torch's headers takes longest, so it begins.
+        # registration.cpp is compiled first, because torch's headers make it take longest.
         objects = [Path(scratch) / f"{path.stem}.o" for path in [root / "registration.cpp", *kernels]]
         commands = [[*host, *_TORCH, "-isystem", str(include), "-c", str(root / "registration.cpp")]]
         commands += [[*_compile(target, host), str(path)] for path in kernels]
@@ -170,6 +198,7 @@ def build(target: Target, folder: Path) -> Path:
 
 
 def _compile(target: Target, host: Sequence[str]) -> list[str]:
+    """Return the command that compiles a source file of kernels, without the file."""
     if target.backend != "cuda":
         return [*host, "-x", "c++", "-c"]
     codes = []
@@ -182,7 +211,10 @@ def _compile(target: Target, host: Sequence[str]) -> list[str]:
 
 
 def _link(target: Target, cxx: str, objects: list[str], scratch: Path, library: Path) -> None:
-    """Against an empty stand-in for libtorch.so: the loader finds torch's own, with its CUDA part if it has one."""
+    """Link against an empty libtorch.so in `scratch`.
+
+    At run time the loader finds the libtorch.so of the process, with its CUDA part if it has one.
+    """
     if platform.system() == "Darwin":
         _run([cxx, "-shared", "-undefined", "dynamic_lookup", *objects, "-o", str(library)])
         return
@@ -196,6 +228,7 @@ def _link(target: Target, cxx: str, objects: list[str], scratch: Path, library: 
 
 
 def _run(command: list[str]) -> str:
+    """Run a command and return its output, or raise `BuildError` with the end of its messages."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise BuildError(f"{' '.join(command)}\n{(done.stderr or done.stdout)[-4000:]}")
@@ -203,7 +236,7 @@ def _run(command: list[str]) -> str:
 
 
 def compiler_of(target: Target) -> str:
-    """Its version, in one line."""
+    """Return the versions of the compilers of this target, in one line."""
     lines = _run([_cxx(), "--version"]).splitlines()[:1]
     return "; ".join(lines + (_run([_nvcc(), "--version"]).splitlines()[-1:] if target.backend == "cuda" else []))
 
@@ -213,16 +246,17 @@ def _short(text: str) -> str:
 
 
 def _cxx() -> str:
+    """Return the C++ compiler: CXX, or the first of the usual names on PATH."""
     named = os.environ.get("CXX")
     for name in [named] if named else ["g++", "clang++", "c++"]:
         if shutil.which(name):
             return name
-    what = f"CXX={named} is not a program" if named else "no C++ compiler on PATH (g++, clang++, c++)"
-    raise BuildError(f"{what}; install one, or set CXX")
+    reason = f"CXX={named} is not a program" if named else "no C++ compiler on PATH (g++, clang++, c++)"
+    raise BuildError(f"{reason}; install one, or set CXX")
 
 
 def _nvcc() -> str:
-    """What the environment names comes before what is on PATH, as for torch: a system's own is often older."""
+    """Return nvcc: the one that the environment names, else the one on PATH, which is often older."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     named = os.environ.get("CUDACXX") or (f"{home}/bin/nvcc" if home else None)
     for name in (named, "nvcc", "/usr/local/cuda/bin/nvcc"):
@@ -232,7 +266,10 @@ def _nvcc() -> str:
 
 
 def _torch_include() -> Path:
-    """pip hides installed packages from an isolated build, but its interpreter knows where they are."""
+    """Return the folder of torch's headers.
+
+    pip hides installed packages from an isolated build, but the interpreter still knows their folders.
+    """
     paths = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     places = [Path(path) / "torch" / "include" for path in paths if path]
     if named := os.environ.get("LOWRANK_OPTIM_TORCH_INCLUDE"):
@@ -244,12 +281,12 @@ def _torch_include() -> Path:
 
 
 def asked_flags() -> tuple[str, ...]:
-    """More flags for host compilers and linker: sanitizers."""
+    """Return the additional flags for host compilers and linker that the environment names, such as sanitizers."""
     return tuple(os.environ.get("LOWRANK_OPTIM_FLAGS", "").split())
 
 
 def asked_archs() -> tuple[str, ...]:
-    """The architectures that the environment names: "9.0" or "8.0;9.0;10.0+PTX"."""
+    """Return the architectures that the environment names, such as "9.0" or "8.0;9.0;10.0+PTX"."""
     text = os.environ.get("LOWRANK_OPTIM_CUDA_ARCHS", "")
     archs = tuple(text.replace(",", ";").replace(" ", ";").strip(";").split(";")) if text.strip() else ()
     for arch in archs:

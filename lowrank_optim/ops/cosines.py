@@ -1,7 +1,7 @@
 """Cosine dictionaries in plain torch: their vectors by look-up, their coefficients by FFT.
 
-DCT-II has cosines of ascending frequency as its vectors (columns); DCT-III, the `third`, is its transpose, which is its
-inverse.
+The vectors (columns) of DCT-II are cosines of ascending frequency. DCT-III, selected by `third`, is the transpose and
+inverse of DCT-II.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import math
 import torch
 from torch import Tensor
 
-PIECE = 1 << 22  # most elements that go through one FFT
-_IN_CACHE = 1 << 18  # the same on CPU
+PIECE = 1 << 22  # elements of one FFT at most
+_IN_CACHE = 1 << 18  # the same on CPU, where they stay in cache
 
 
 def transforms(n: int) -> bool:
-    """Is this a length that the kernels have? They join 2, 3, 4, 5 or 7 transforms of real numbers in pairs."""
+    """Whether native kernels can transform n numbers: n is even, and its prime factors are 2, 3, 5 and 7."""
     if n < 2 or n % 2:
         return False
     for factor in (2, 3, 5, 7):
@@ -26,21 +26,27 @@ def transforms(n: int) -> bool:
 
 
 def vectors(third: bool, n: int, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """The vectors number `index (..., r)` as columns `(..., n, r)`."""
+    """Return the vectors with the numbers `index (..., r)` as columns (..., n, r)."""
     rows = torch.arange(n, device=index.device).unsqueeze(-1)
     return cosines(third, n, rows, index.unsqueeze(-2), dtype)
 
 
 def scores(third: bool, g: Tensor, power: int) -> Tensor:
-    """Sums of `|coefficient|^power` over the columns of `g (n, k)`, in double over pieces of some columns each."""
+    """Return the sums of `|coefficient|^power` over the columns of g (n, k): (n,), float64.
+
+    Transforms run over pieces of a few columns, and the sums of pieces are added in float64.
+    """
     if not g.numel():  # which torch's FFT refuses
         return g.new_zeros(g.shape[0], dtype=torch.float64)
     return _third_scores(g, power) if third else _second_scores(g, power)
 
 
 def cosines(third: bool, n: int, row: Tensor, column: Tensor, dtype: torch.dtype) -> Tensor:
-    """Entries of the dictionary. Angles are reduced in integers: float32 products reach n^2, and cost 2e-4 of
-    orthogonality at n = 4096. There are 4 n of them, so cosines are looked up."""
+    """Return the entries of the dictionary at `row` and `column`, which broadcast.
+
+    Angles are reduced as integers, because products in float32 reach n^2 and cost 2e-4 of orthogonality at n = 4096.
+    There are only 4 n different angles, so cosines are looked up.
+    """
     whole = torch.int32 if 2 * n * n < 1 << 31 else torch.int64
     frequency, place = (row.to(whole), column.to(whole)) if third else (column.to(whole), row.to(whole))
     angle = frequency * (2 * place + 1)
@@ -52,7 +58,10 @@ def cosines(third: bool, n: int, row: Tensor, column: Tensor, dtype: torch.dtype
 
 
 def _second_scores(g: Tensor, power: int) -> Tensor:
-    """Makhoul's N-point algorithm (1980): even places ascending, odd ones descending, one real FFT, a rotation."""
+    """Return `scores` of DCT-II by Makhoul's N-point algorithm (1980).
+
+    Even elements in ascending order and then odd elements in descending order go through one real FFT and a rotation.
+    """
     n = g.shape[0]
     count, order = n // 2 + 1, _evens_first(n, g.device)
     rotation, sums = _rotation(g, -1), g.new_zeros(2 * count, dtype=torch.float64)
@@ -67,7 +76,7 @@ def _second_scores(g: Tensor, power: int) -> Tensor:
 
 
 def _third_scores(g: Tensor, power: int) -> Tensor:
-    """The inverse of Makhoul's algorithm, step by step."""
+    """Return `scores` of DCT-III by Makhoul's algorithm in reverse."""
     n = g.shape[0]
     count, order = n // 2 + 1, torch.arange(n, device=g.device)
     rotation, sums = _rotation(g, 1), g.new_zeros(n, dtype=torch.float64)
@@ -83,30 +92,34 @@ def _third_scores(g: Tensor, power: int) -> Tensor:
 
 
 def _pieces(g: Tensor) -> tuple[Tensor, ...]:
-    """Some columns at a time, of which there may be four copies before they are as many elements as g."""
+    """Cut g (n, k) between columns; four copies of a piece have at most as many elements as g."""
     most = min(g.numel() // 4, _IN_CACHE if g.device.type == "cpu" else PIECE)
     return torch.split(g, max(1, most // g.shape[0]), dim=-1)
 
 
 def _columns(g: Tensor, order: Tensor) -> Tensor:
-    """The columns of `g (n, b)` as rows of a tensor of its own, their elements in some order; reads lines of memory."""
+    """Return the columns of g (n, b) as rows (b, n) of a new tensor, their elements in the given order (n,).
+
+    Both branches read contiguous lines of memory.
+    """
     if g.stride(-1) == 1:
         return g.index_select(0, order).mT.contiguous()
     return g.mT.index_select(-1, order)
 
 
 def _evens_first(n: int, device: torch.device) -> Tensor:
-    """0, 2, 4, ..., 5, 3, 1."""
+    """Return 0, 2, 4, ..., 5, 3, 1."""
     every = torch.arange(n, device=device)
     return torch.cat([every[::2], every[1::2].flip(-1)])
 
 
 def _rotation(g: Tensor, sign: int) -> Tensor:
+    """Return `exp(sign i pi k / 2n)` for the frequencies k of a real FFT of n numbers, in the complex dtype of g."""
     k = torch.arange(g.shape[0] // 2 + 1, device=g.device, dtype=torch.float64)
     turned = torch.polar(torch.ones_like(k), sign * math.pi * k / (2 * g.shape[0]))
     return turned.to(torch.complex128 if g.dtype == torch.float64 else torch.complex64)
 
 
 def power_sums(x: Tensor, power: int, dim: int) -> Tensor:
-    """Sums of `|x|^power`; x is overwritten."""
+    """Return the sums of `|x|^power` over a dimension; x is overwritten."""
     return (x.abs_() if power == 1 else x.square_()).sum(dim)

@@ -1,4 +1,4 @@
-"""Fixed orthonormal dictionaries of n vectors, and how much of a matrix lies along each; one formula per kind."""
+"""Fixed orthonormal dictionaries D (n, n), vectors as columns: vectors, scores, coefficients and combinations."""
 
 from __future__ import annotations
 
@@ -19,18 +19,23 @@ COSINES = ("dct2", "dct3")
 
 
 def atoms(kind: str, n: int, index: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
-    """The vectors number `index (..., r)` as columns `(..., n, r)`; read from the dictionary, or computed if `fast`."""
+    """Return the vectors with the numbers `index (..., r)` as columns (..., n, r).
+
+    Args:
+        fast: compute vectors of cosine dictionaries instead of reading them from the whole dictionary.
+    """
     if fast and kind in COSINES:
         return cosines.vectors(kind == "dct3", n, index, dtype)
-    columns = dictionary(kind, n, dtype, index.device).mT[index.long()]  # rows of the transpose: one read each
+    columns = dictionary(kind, n, dtype, index.device).mT[index.long()]  # rows of the transpose are contiguous
     return columns.mT
 
 
 def scores(kind: str, g: Tensor, power: int, fast: bool) -> Tensor:
-    """Sums of `|D^T G|^power` over the columns of `g (n, k)`, with the vectors of D as columns: `(n,)`.
+    """Return the sums of `|D^T G|^power` over the columns of g (n, k): (n,).
 
-    By the dense product, which is one tensor of g's size, or if `fast` by transforms of some columns at a time, added
-    up in double.
+    Args:
+        fast: transform a few columns at a time and add up in float64, where there is a transform. Otherwise the dense
+            product `D^T G` is formed, a tensor of g's size.
     """
     if not (fast and kind in COSINES):
         return cosines.power_sums(dictionary(kind, g.shape[0], g.dtype, g.device).mT @ g, power, -1)
@@ -42,14 +47,18 @@ def scores(kind: str, g: Tensor, power: int, fast: bool) -> Tensor:
 
 
 def transforms(kind: str, g: Tensor, fast: bool) -> bool:
-    """Are coefficients of `g (..., n, k)` better transformed than multiplied? Then a step needs no vectors. On CPU."""
+    """Whether coefficients of g (..., n, k) are transformed and not multiplied, so that a step needs no vectors.
+
+    Only the CPU has such kernels.
+    """
     return fast and kind in COSINES and g.device.type == "cpu" and cosines.transforms(g.shape[-2])
 
 
 def coefficients(kind: str, g: Tensor, index: Tensor) -> Tensor:
-    """`D_I^T G`, (..., n, k) -> (..., r, k), by a transform; of g in 16 bits in float32, block by block."""
+    """Return `D_I^T G` (..., r, k) of g (..., n, k) by a transform, in float32 at least."""
     if g.dim() > 2:
-        return torch.stack([coefficients(kind, *one) for one in zip(g, index, strict=True)])
+        return torch.stack([coefficients(kind, *pair) for pair in zip(g, index, strict=True)])
+    # A g in 16 bits is widened block by block, so that there is never a whole copy in float32.
     cut = [Columns(0, g.shape[1], g.shape[1])] if g.dtype.itemsize > 2 else list(blocks(g.shape))
     parts = []
     for columns in cut:
@@ -62,13 +71,17 @@ def coefficients(kind: str, g: Tensor, index: Tensor) -> Tensor:
 def add_combination_(
     kind: str, w: Tensor, d: Tensor, index: Tensor, alpha: float, beta: float, columns: Columns | None = None
 ) -> None:
-    """`W <- beta W + alpha D_I d` by a transform, in one pass over w; where beta is 0, w is not read.
+    """Compute `W <- beta W + alpha D_I d` by a transform, in one pass over w; where beta is 0, w is not read.
 
-    `columns`: w has only these, and d (..., r, k) is whole.
+    Args:
+        w: (..., n, k).
+        d: (..., r, k).
+        index: (..., r), the numbers of the vectors in D_I.
+        columns: the columns of d that w has. None means that w has all of them.
     """
     if w.dim() > 2:
-        for one in zip(w, d, index, strict=True):
-            add_combination_(kind, *one, alpha, beta, columns)
+        for matrix in zip(w, d, index, strict=True):
+            add_combination_(kind, *matrix, alpha, beta, columns)
         return
     x, across = _as_it_lies(w)
     kernel("add_cosines_")(
@@ -79,16 +92,16 @@ def add_combination_(
 
 
 def _as_it_lies(x: Tensor) -> tuple[Tensor, bool]:
-    """A matrix, or its transpose and True if that is what is contiguous."""
+    """Return (x, False) with a contiguous x, or (x^T, True) where only the transpose is contiguous."""
     across = not x.is_contiguous() and x.mT.is_contiguous()
     return (x.mT if across else x.contiguous()), across
 
 
 @functools.lru_cache(maxsize=32)
 def dictionary(kind: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The whole dictionary `(n, n)`, vectors as columns; one per width, dtype and device, made once in float64.
+    """Return the whole dictionary (n, n), vectors as columns, computed in float64.
 
-    They stay for the next optimizer; `dictionary.cache_clear()` frees them.
+    Dictionaries are cached for the next optimizer by width, dtype and device; `dictionary.cache_clear()` frees them.
     """
     if kind in COSINES:
         every = torch.arange(n, device=device)
@@ -101,7 +114,10 @@ def dictionary(kind: str, n: int, dtype: torch.dtype, device: torch.device) -> T
 
 
 def _hadamard(n: int, device: torch.device) -> Tensor:
-    """Sylvester's matrix for a power of two; else that of the largest one that divides n, times a small DCT-II."""
+    """Return Sylvester's matrix of order n, a power of two.
+
+    For other n it is the Kronecker product of the matrix of the largest power of two that divides n and a DCT-II.
+    """
     odd = n
     while odd % 2 == 0:
         odd //= 2

@@ -1,6 +1,6 @@
-"""Balanced factors `B (m, r)`, `A (r, n)` of a matrix: `B^T B = A A^T`, the singular values shared out evenly.
+"""Balanced factors B (m, r), A (r, n) of a matrix: `B^T B = A A^T`. Each factor has the roots of the singular values.
 
-Of all splits of the singular values between the two factors the even one conditions training best (Glentis et al.,
+Of all ways to share the singular values between the factors, the even one conditions training best (Glentis et al.,
 arXiv 2505.22922).
 """
 
@@ -14,14 +14,14 @@ from .linalg import fix_signs
 
 
 def split(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(B, A) with `B A` the best approximation of `w (m, n)` of that rank."""
+    """Return balanced (B, A) whose product is the best approximation of w (m, n) of that rank."""
     u, s, vh = torch.linalg.svd(w, full_matrices=False)
     u, s, vh = _settled(u, s, vh, torch.finfo(w.dtype).eps, rank)
     return _shared_out(u[:, :rank], s[:rank], vh[:rank])
 
 
 def balance(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, A) of the same product, without ever forming it: `O((m + n) r^2)`."""
+    """Return balanced (B, A) with the product of b (m, r) and a (r, n), which is not formed: `O((m + n) r^2)`."""
     qb, rb = torch.linalg.qr(b)
     qa, ra = torch.linalg.qr(a.mT)
     u, s, vh = torch.linalg.svd(rb.double() @ ra.double().mT)
@@ -30,20 +30,29 @@ def balance(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def singular(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(U (k, m), S (k,), V (k, n)) of `w (m, n)`, k = min(m, n): vectors as contiguous rows, signs as in `split`."""
+    """Return the singular value decomposition of w (m, n), signs as in `split`.
+
+    Returns:
+        U (k, m), S (k,) and V (k, n) with k = min(m, n). Vectors are contiguous rows.
+    """
     try:
         u, s, vh = torch.linalg.svd(w, full_matrices=False)
-    except torch.linalg.LinAlgError:  # seldom, and more seldom in float64
+    except torch.linalg.LinAlgError:  # in rare cases; float64 fails in still fewer
         u, s, vh = (x.to(w.dtype) for x in torch.linalg.svd(w.double(), full_matrices=False))
     u, s, vh = _settled(u, s, vh, torch.finfo(w.dtype).eps, len(s))
     return u.mT.contiguous(), s, vh.contiguous()
 
 
 def _settled(u: Tensor, s: Tensor, vh: Tensor, eps: float, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the decomposition that all devices agree on, from any other.
+    """Return the decomposition that all devices agree on, given any decomposition of the same matrix.
 
-    The largest entry of each column of u becomes positive, and v turns with u. Where the value is zero nothing couples
-    them, so v gets a sign of its own.
+    The largest entry of each column of u becomes positive, and v changes its sign together with u. Where the value is
+    zero, nothing couples u and v, so the sign of v is fixed separately.
+
+    Args:
+        u, s, vh: (m, k), (k,) and (k, n).
+        eps: the unit of rounding of the matrix.
+        keep: the number of leading vectors that matter.
     """
     rank = settle_(u, s, vh.mT, eps, keep)
     fixed = fix_signs(u)
@@ -54,6 +63,10 @@ def _settled(u: Tensor, s: Tensor, vh: Tensor, eps: float, keep: int) -> tuple[T
 
 
 def _shared_out(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
-    """Zero becomes a unit of rounding of the largest value: a direction that is zero in both factors never trains."""
+    """Return (B, A) of singular vectors and values, each with the roots of the values.
+
+    A value of zero is replaced by a unit of rounding of the largest value, because a direction that is zero in both
+    factors never trains.
+    """
     root = torch.where(s > 0, s, torch.finfo(s.dtype).eps * s[0]).sqrt()
     return u * root, root.unsqueeze(-1) * vh

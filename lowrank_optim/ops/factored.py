@@ -1,4 +1,4 @@
-"""Matrices scaled by factors of their rows and columns, without a matrix of those factors (Adafactor)."""
+"""Matrices scaled by factors of their rows and columns (Adafactor), without a matrix of the products of factors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .schema import kernel
 
 
 class Factors(NamedTuple):
-    """Element (i, j) is multiplied by `rows[i] columns[j]`, or by `most` if that is less.
+    """Factors of the elements of matrices: `rows[i] columns[j]`, or `most` where that is less.
 
     Args:
         rows, columns: (..., m, 1) and (..., 1, n).
@@ -23,9 +23,9 @@ class Factors(NamedTuple):
 
 
 def scale_factored(x: Tensor, factors: Factors) -> Tensor:
-    """x (..., m, n) scaled, laid out as x is."""
+    """Return x (..., m, n) scaled, in the memory layout of x."""
     rows, columns, most = factors
-    if torch.compiler.is_compiling():  # knows no `out` that is turned, and fuses passes by itself
+    if torch.compiler.is_compiling():  # a compiler knows no transposed `out`, and fuses the passes
         return (rows * columns).clamp_(max=most).mul_(x)
     if x.mT.is_contiguous() and not x.is_contiguous():
         return scale_factored(x.mT, Factors(columns.mT, rows.mT, most)).mT
@@ -36,7 +36,7 @@ def scale_factored(x: Tensor, factors: Factors) -> Tensor:
 
 
 def factored_energy(x: Tensor, factors: Factors) -> Tensor:
-    """The sum of squares of contiguous x (..., m, n) scaled, in float64: (...)."""
+    """Return the sum of squares of each scaled matrix of a contiguous x (..., m, n): (...), float64."""
     sums = torch.empty(x.shape[:-2], dtype=torch.float64, device=x.device)
     kernel("factored_energy_")(sums, x, *factors)
     return sums

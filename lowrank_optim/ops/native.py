@@ -1,8 +1,8 @@
-"""Finds native kernels, loads them, and says what it loaded: prebuilt, else built before, else built now, else none.
+"""Native kernels: find a library that is prebuilt or cached, else build one, load it, and report the result.
 
-Nothing happens at import. The first optimizer loads (`load`), or `python -m lowrank_optim.build` does.
-`LOWRANK_OPTIM_NATIVE` decides: `auto`; `prebuilt`, which never compiles; `require`, where their absence is an error;
-`off`, plain torch.
+Nothing happens at import. The first optimizer loads kernels (`load`), or `python -m lowrank_optim.build` does.
+`LOWRANK_OPTIM_NATIVE` decides: `auto`; `prebuilt`, which never compiles; `require`, which raises where there are no
+kernels; `off`, which uses plain torch.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ class Backend:
     """The kernels of one device type.
 
     Attributes:
+        device: "cpu" or "cuda".
         kernels: "native", or "reference", which is plain torch.
-        how: where native ones come from, or why there are none.
-        path: of the library.
+        how: where native kernels come from, or why there are none.
+        path: the path of the library, None for plain torch.
     """
 
     device: str
@@ -47,7 +48,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """Which kernels run on which device, and why; prints as lines. Iterates over the devices."""
+    """The kernels of each device, and the reason. Printed as lines; iteration gives a `Backend` per device."""
 
     backends: tuple[Backend, ...]
 
@@ -55,21 +56,21 @@ class BackendInfo:
         return iter(self.backends)
 
     def __getitem__(self, device: str) -> Backend:
-        return {one.device: one for one in self.backends}[device]
+        return {backend.device: backend for backend in self.backends}[device]
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.backends))
 
 
 def backend_info() -> BackendInfo:
-    """What is loaded for which device, built how, and why not if not. Loads nothing."""
+    """Return which kernels are loaded for each device, and how they were built or why there are none; load nothing."""
     waiting = "nothing was looked for yet: the first optimizer does, or python -m lowrank_optim.build"
     devices = ("cpu", "cuda")
     return BackendInfo(tuple(_FOUND.get(name, Backend(name, "reference", waiting)) for name in devices))
 
 
 def load() -> None:
-    """Loads what there is, and builds it where that is needed and allowed; once per process."""
+    """Load the kernels of each device, once per process; build them where that is needed and allowed."""
     if len(_FOUND) == 2:
         return
     with _LOCK:
@@ -87,13 +88,20 @@ def load() -> None:
 
 
 def build_now() -> None:
-    """Builds for this machine, or raises `build.BuildError`; what failed before is tried again. Then loads."""
+    """Build the libraries for this machine and load them.
+
+    A build that has failed before is tried again.
+
+    Raises:
+        BuildError: a library could not be built.
+    """
     for target in [_cpu_target(), *([_cuda_target()] if _has_cuda() or build.asked_archs() else [])]:
         build.build_cached(target, retry=True)
     load()
 
 
 def _load(device: str, mode: str) -> Backend:
+    """Load the first library that the mode allows: prebuilt, cached, built now."""
     if mode == "off":
         return Backend(device, "reference", "LOWRANK_OPTIM_NATIVE=off")
     if device == "cuda" and not _has_cuda():
@@ -110,6 +118,7 @@ def _load(device: str, mode: str) -> Backend:
 
 
 def _prebuilt(target: build.Target) -> tuple[str, Path]:
+    """Return how the library of the installation was built, and its path; raise `BuildError` where it does not fit."""
     manifest = build.manifest_in(build.PREBUILT, target)
     if manifest is None:
         raise build.BuildError("nothing was built at installation")
@@ -122,7 +131,10 @@ def _prebuilt(target: build.Target) -> tuple[str, Path]:
 
 
 def _covered(archs: tuple[str, ...]) -> list[str]:
-    """A GPU runs code for an earlier one of its major version; PTX is compiled for all later ones by the driver."""
+    """Return the architectures that run code for `archs`.
+
+    A GPU runs code for earlier architectures of its major version. The driver compiles PTX for all later ones.
+    """
     covered = []
     for arch in archs:
         major, minor = map(int, arch.removesuffix("+PTX").rstrip("a").split("."))
@@ -132,6 +144,7 @@ def _covered(archs: tuple[str, ...]) -> list[str]:
 
 
 def _cached(target: build.Target) -> tuple[str, Path]:
+    """Return how the cached library was built, and its path; raise `BuildError` where there is none that fits."""
     folder = build.find_cached(target)
     manifest = build.manifest_in(folder, target) if folder else None
     if folder is None or manifest is None:
@@ -140,6 +153,7 @@ def _cached(target: build.Target) -> tuple[str, Path]:
 
 
 def _built(target: build.Target) -> tuple[str, Path]:
+    """Build the library into the cache, or wait for another process to do it; return how it was built, and its path."""
     start, compiler = time.perf_counter(), build.compiler_of(target)
     _LOG.warning("building native kernels for %s, once for this machine; takes some seconds", target.backend)
     folder, now = build.build_cached(target)
@@ -148,6 +162,7 @@ def _built(target: build.Target) -> tuple[str, Path]:
 
 
 def _register(path: Path, device: str) -> None:
+    """Load the library, whose initializers register its kernels with the dispatcher."""
     torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::projected_adam_", device.upper()):
         raise RuntimeError(f"{path} was loaded and has no kernels for {device}")
@@ -162,7 +177,7 @@ def _cpu_target() -> build.Target:
 
 
 def _cuda_target() -> build.Target:
-    """For the architectures that the environment names, or those of this machine's GPUs."""
+    """Return the target for the architectures that the environment names, or for those of this machine's GPUs."""
     archs = build.asked_archs()
     if not archs:
         found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}

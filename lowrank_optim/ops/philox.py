@@ -1,7 +1,7 @@
 """Counter-based random numbers (Philox4x32-10): element i of a stream is a pure function of (key, stream, i).
 
-Nothing here has state, so the global generator is never touched, a resumed run needs nothing saved, and any device or
-shard can draw just the elements it holds and get the numbers that one process would have drawn.
+Nothing here has state. So the global generator is never touched, a resumed run needs no saved state, and a device or
+shard that draws its local elements only gets the numbers that a single process draws.
 
 Reference: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import BLOCK, Stream, blocks, philox
+from .reference.random import BLOCK, Stream, blocks, philox
 from .schema import kernel
 
 __all__ = [
@@ -33,13 +33,19 @@ __all__ = [
     "uniform",
 ]
 
-WORKSPACE = 2 << 20  # bytes of temporaries that this takes
+WORKSPACE = 2 << 20  # bytes of temporaries of a draw
 
 
 class Places(NamedTuple):
-    """Which elements of a stream a piece of a larger tensor has: its element f is number `base + f + f // run * gap`.
+    """The elements of a stream for a block of columns of a matrix in row-major order.
 
-    That is a block of columns, `run` of `run + gap`, in row-major order. `start` is the first f.
+    Element f of the block has the number `base + f + f // run * gap`.
+
+    Args:
+        start: the first element f of the block that is drawn.
+        base: the number of the first element of the block.
+        run: the columns of the block.
+        gap: the remaining columns of the matrix.
     """
 
     start: int
@@ -49,14 +55,17 @@ class Places(NamedTuple):
 
 
 def key_of(seed: int, name: str) -> int:
-    """The 64-bit key of a parameter. A hash of the name, which all ranks and runs share; Python's `hash` is salted."""
+    """Return the 64-bit key of a parameter: a hash that all ranks and runs share (Python's `hash` is salted)."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
 
 
 def stream_of(purpose: str, time: int | Tensor) -> Stream:
-    """One independent stream per purpose ("sketch", "weight", ...) and time (a step or a refresh count).
+    """Return the stream of a purpose and a time; all streams are independent.
 
-    A time on the device, `()` in int64, is read there: captured graphs then draw other numbers at each replay.
+    Args:
+        purpose: such as "sketch" or "weight".
+        time: a count of steps or refreshes. A tensor () in int64 is read on the device, so that a captured graph draws
+            new numbers at each replay.
     """
     return zlib.crc32(purpose.encode()), time
 
@@ -69,9 +78,10 @@ def normal(
     start: int = 0,
     some: slice | None = None,
 ) -> Tensor:
-    """Standard normal numbers, float32, the same on all devices, from element `start` of the stream on.
+    """Return standard normal numbers in float32, the same on all devices, from element `start` of the stream on.
 
-    some: of the tensor of this shape only these rows, without a step.
+    Args:
+        some: draw only these rows of the tensor of this shape; a slice without a step. None draws all rows.
     """
     if some is not None:
         first, stop, _ = some.indices(shape[0])
@@ -82,7 +92,7 @@ def normal(
 
 
 def uniform(shape: tuple[int, ...], key: int, stream: Stream, device: torch.device | str = "cpu") -> Tensor:
-    """Uniform numbers in (0, 1), float32."""
+    """Return uniform numbers in (0, 1), float32."""
     out = torch.empty(shape, dtype=torch.float32, device=device)
     kernel("philox_uniform_")(out, *numbers_of(key, stream))
     return out
@@ -91,7 +101,7 @@ def uniform(shape: tuple[int, ...], key: int, stream: Stream, device: torch.devi
 def random_bits16(
     count: int, key: int, stream: Stream, start: int | Places = 0, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Uniform 16-bit integers as int32, elements `start` to `start + count` of the stream, or those of `Places`."""
+    """Return uniform 16-bit integers (count,) as int32: elements of the stream from `start` on, or at `Places`."""
     out = torch.empty(count, dtype=torch.int32, device=device)
     if isinstance(start, Places):
         return _bits16_of_columns(out, key, stream, start)
@@ -100,14 +110,20 @@ def random_bits16(
 
 
 def numbers_of(key: int, stream: Stream) -> tuple[int, int, int, Tensor | None]:
-    """(key, purpose, time, at) for an operator: schemas have signed integers, and a time on the device apart."""
+    """Return (key, purpose, time, at) for an operator.
+
+    Integers of schemas are signed. A time on the device has an argument of its own, `at`.
+    """
     purpose, time = stream
     signed = key - (1 << 64) if key >= 1 << 63 else key
     return (signed, purpose, 0, time) if isinstance(time, Tensor) else (signed, purpose, time & 0xFFFFFFFF, None)
 
 
 def _bits16_of_columns(out: Tensor, key: int, stream: Stream, places: Places) -> Tensor:
-    """Row by row, as many at once as there are in a block of counters; every row is drawn whole."""
+    """Draw the elements at `places` into `out`, as many rows at a time as fit into a block of counters.
+
+    Each row is drawn whole, and the elements that `out` has are copied.
+    """
     start, base, run, gap = places
     stop, wide = start + out.numel(), -(-run // 8) + 1
     some = max(1, BLOCK // wide)
@@ -123,7 +139,7 @@ def _bits16_of_columns(out: Tensor, key: int, stream: Stream, places: Places) ->
 
 
 def _lanes16(words: list[Tensor]) -> Tensor:
-    """Two lanes of 16 bits per word: `(counters, 8)`, int32."""
+    """Return the two halves of each word, (counters, 8), int32."""
     lanes = words[0].new_empty(len(words[0]), 8, dtype=torch.int32)
     for i, word in enumerate(words):
         lanes[:, 2 * i].copy_(word & 0xFFFF)
@@ -132,16 +148,18 @@ def _lanes16(words: list[Tensor]) -> Tensor:
 
 
 def sample(below: int, count: int, key: int, stream: Stream) -> Tensor:
-    """`count` different integers in [0, below), sorted, int64, on the CPU; every set of them is equally likely.
+    """Return `count` different integers in [0, below), sorted, int64, on the CPU; all sets are equally likely.
 
-    They are the first ones of a stream of integers that is drawn until enough of it differ, so time and memory go with
-    `count` and not with `below`. Of more than half of all integers those are drawn that are left out.
+    They are the first different integers of a stream, so time and memory grow with `count` and not with `below`. Where
+    `count` is more than half of `below`, the integers that are left out are drawn instead.
     """
     if 2 * count > below:
         kept = torch.ones(below, dtype=torch.bool, device="cpu")
         kept[sample(below, below - count, key, stream)] = False
         return kept.nonzero().flatten()
-    drawn = math.ceil(-below * math.log1p(-count / below) + 4 * math.sqrt(count))  # as many differ, but for bad luck
+    drawn = math.ceil(
+        -below * math.log1p(-count / below) + 4 * math.sqrt(count)
+    )  # enough of these differ with high probability
     while True:
         numbers, place = _integers(drawn, below, key, stream).sort(stable=True)
         new = torch.ones_like(numbers, dtype=torch.bool)
@@ -153,7 +171,10 @@ def sample(below: int, count: int, key: int, stream: Stream) -> Tensor:
 
 
 def _integers(count: int, below: int, key: int, stream: Stream) -> Tensor:
-    """Uniform integers in [0, below), of 62 random bits each: the remainders differ in likelihood by below / 2^62."""
+    """Return uniform integers (count,) in [0, below), int64.
+
+    They are remainders of 62 random bits, whose probabilities differ by a factor of `1 + below / 2^62` at most.
+    """
     out = torch.empty(count, dtype=torch.int64, device="cpu")
     for target, (w0, w1, w2, w3), skip in blocks(out, 2, 0, key, stream):
         bits = torch.stack([w0 << 30 | w1 >> 2, w2 << 30 | w3 >> 2], dim=-1)

@@ -1,4 +1,4 @@
-"""Products of matrices, by the library that is faster on this machine."""
+"""Products of matrices by the library that is faster on this machine."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from .blocks import BLOCK, blocks, largest_block
 
-_LEAST = 1 << 20  # multiplications that are worth the call
+_LEAST = 1 << 20  # multiplications from which on the call of oneDNN is worth its time
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """`A B`, for matrices or stacks of them.
+    """Return `A B` for matrices (m, r), (r, n) or stacks of them.
 
-    MKL, which torch asks for products in float32, does not use all of processors that are not Intel's; oneDNN, which
-    torch has as well, takes half the time on AMD's with AVX-512. It works in float32 throughout, like MKL.
+    torch calls MKL for products in float32, which uses all instructions on Intel's processors only. oneDNN, which torch
+    contains as well, takes half the time on AMD's processors with AVX-512. Both work in float32 throughout.
     """
     if torch.compiler.is_compiling() or not _suits(a, b):
         return torch.matmul(a, b)
@@ -28,10 +28,13 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_product_(w: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> None:
-    """`W <- beta W + alpha A B`, for a matrix or a stack, in place; where beta is 0, w is not read.
+    """Compute `W <- beta W + alpha A B` in place, in one pass over w; where beta is 0, w is not read.
 
-    In one pass over w. oneDNN cannot add to what there is, so there the product is made a block at a time, which is
-    still in cache when it is added; where there is nothing to add to, its block would only be one more.
+    oneDNN cannot add to an existing tensor. So the product is formed block by block, and each block is added while it
+    is in cache. Where beta is 0 nothing is added, and a block would only be an additional tensor.
+
+    Args:
+        w, a, b: (m, n), (m, r), (r, n), or stacks of such matrices.
     """
     if torch.compiler.is_compiling() or beta == 0 or not _suits(a, b):
         (w.addmm_ if w.dim() == 2 else w.baddbmm_)(a, b, beta=beta, alpha=alpha)
@@ -40,20 +43,22 @@ def add_product_(w: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> 
         some, place = columns.of(b), columns.of(w)
         if beta != 1:
             place.mul_(beta)
-        place.add_(product(a, some) if w.is_contiguous() else product(some.mT, a.mT).mT, alpha=alpha)  # laid out like w
+        place.add_(
+            product(a, some) if w.is_contiguous() else product(some.mT, a.mT).mT, alpha=alpha
+        )  # in the memory layout of w
 
 
 def scratch(shape: tuple[int, ...], rank: int) -> int:
-    """Elements that `add_product_` holds for `(m, rank)` times `(rank, n)`, `shape` being (m, n)."""
+    """Return the number of elements of temporaries of `add_product_` for (m, rank) times (rank, n), `shape` (m, n)."""
     if not onednn_is_faster() or math.prod(shape) * rank < _LEAST:
         return 0
     block = largest_block(shape, BLOCK)
-    return block + block // shape[0] * rank  # and the columns that it is made of
+    return block + block // shape[0] * rank  # the block of the product, and the contiguous copy of the columns of b
 
 
 def _suits(a: Tensor, b: Tensor) -> bool:
-    """oneDNN has no stacks, float64 or empty matrices, and what is small is not worth its call."""
-    if a.shape[0] * b.numel() < _LEAST:  # the first question, because small ones have no time for the others
+    """Whether oneDNN forms this product in less time: not for stacks, float64, and small or empty matrices."""
+    if a.shape[0] * b.numel() < _LEAST:  # first, because for small matrices the other questions take too long
         return False
     matrices = a.dim() == 2 and b.dim() == 2 and a.dtype == b.dtype == torch.float32
     return matrices and a.device.type == "cpu" and onednn_is_faster()
@@ -61,13 +66,13 @@ def _suits(a: Tensor, b: Tensor) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def onednn_is_faster() -> bool:
-    """Known by the processor and not measured, so that a run and its continuation take the same bits."""
+    """Whether oneDNN is faster on this processor. It is not measured, so that a resumed run computes the same bits."""
     known = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch._C._has_mkldnn
     return known and torch.backends.cpu.get_cpu_capability() == "AVX512" and _maker() == "AuthenticAMD"
 
 
 def _maker() -> str:
-    """The `vendor_id` of the processor, "" where the system does not say."""
+    """Return the `vendor_id` of the processor, or "" where the system does not have it."""
     try:
         with open("/proc/cpuinfo") as lines:
             return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")

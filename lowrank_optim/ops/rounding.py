@@ -1,4 +1,4 @@
-"""One rounding from float32 to bfloat16, stochastic so that small updates survive on average."""
+"""Stochastic rounding from float32 to bfloat16, with which small updates survive on average."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from .schema import kernel
 
 
 def round_to_bfloat16(x: Tensor, key: int, stream: Stream, start: int | Places = 0) -> Tensor:
-    """Rounds each element up or down with probability proportional to its distance: `E[result] = x`.
+    """Round each element up or down, with probabilities by distance such that `E[result] = x`.
+
+    Infinities and numbers that bfloat16 holds stay unchanged.
 
     Args:
-        x: float32, any shape; its elements are numbered in row-major order from `start`, or as `Places` says.
-        key, stream: what the noise is a function of, so that every run, device and shard rounds alike.
-
-    Infinities stay, a number already in bfloat16 is returned unchanged.
+        x: float32, any shape. Its elements are numbered in row-major order from `start` on, or as `Places` says.
+        key, stream: select the noise, so that all runs, devices and shards round alike.
     """
     if isinstance(start, Places):
         bits = random_bits16(x.numel(), key, stream, start, x.device).view(x.shape)

@@ -1,4 +1,4 @@
-"""Updates that are scaled by row, by column or as a whole, without a tensor of the scaled ones."""
+"""Updates that are scaled by row, by column or as a whole, without a tensor of the scaled update."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from .schema import kernel
 
 
 def take_scaled_(w: Tensor, x: Tensor, factors: Tensor, keep: float) -> None:
-    """`W <- keep W - x factors` for matrices `(..., m, n)`; factors `(..., 1, n)`, `(..., m, 1)` or `(..., 1, 1)`.
+    """Compute `W <- keep W - x factors` in one pass on CPU; where keep is 0, w is not read.
 
-    Where keep is 0, w is not read. One pass on CPU, also where what lies in memory is the transpose of both.
+    Args:
+        w, x: (..., m, n). Both are contiguous, or both transposes are, for the fast way.
+        factors: (..., 1, n), (..., m, 1) or (..., 1, 1).
     """
     if torch.compiler.is_compiling() or not _suits(w, x, factors):
         if keep == 0:
@@ -26,6 +28,7 @@ def take_scaled_(w: Tensor, x: Tensor, factors: Tensor, keep: float) -> None:
 
 
 def _suits(w: Tensor, x: Tensor, factors: Tensor) -> bool:
+    """Whether the operator takes these tensors, and beats torch's own calls."""
     if w.numel() < SMALL:
         return False
     alike = w.dtype == x.dtype == factors.dtype in (torch.float32, torch.float64) and w.device.type == "cpu"

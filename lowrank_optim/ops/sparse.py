@@ -1,7 +1,7 @@
-"""A few entries of a dense matrix: adding to them, reading them, and a product of two matrices there and nowhere else.
+"""Selected entries of a dense matrix: adding to them, reading them, and a product of two matrices there only.
 
-Entries are flat row-major positions, int32 or int64, ascending, none of them twice. On CPU that is looked at before
-anything is written; elsewhere it would stop the host, and only positions outside of the matrix stop a kernel.
+Entries are given by flat row-major positions, int32 or int64, which ascend without repetition. On CPU this is checked
+before anything is written. On other devices a check would stop the host, and only a position outside stops the kernel.
 """
 
 from __future__ import annotations
@@ -14,24 +14,27 @@ from torch import Tensor
 from . import reference
 from .schema import kernel
 
-TOKENS = 256  # summed over at once: so many of each column stay in cache
+TOKENS = 256  # tokens of a piece of the sum, whose columns stay in cache
 _KERNELS = (torch.float32, torch.float64, torch.bfloat16)  # other dtypes take the plain versions
 
 
 def add_at_(dense: Tensor, positions: Tensor, values: Tensor, start: int = 0) -> None:
-    """Adds `values (k,)` at `positions (k,)` of a tensor of which dense, contiguous, begins with element `start`."""
+    """Add values (k,) to a contiguous tensor at positions (k,); element 0 of `dense` has position `start`."""
     _kernel("add_at_", dense)(dense, positions, values, start)
 
 
 def gather_at(dense: Tensor, positions: Tensor, start: int = 0) -> Tensor:
-    """The elements at `positions (k,)` of a tensor of which dense, contiguous, begins with element `start`."""
+    """Return the elements (k,) of a contiguous tensor at positions (k,); element 0 of `dense` has position `start`."""
     out = dense.new_empty(positions.shape)
     _kernel("gather_at_", dense)(out, dense, positions, start)
     return out
 
 
 def sampled_product(left: Tensor, right: Tensor, positions: Tensor) -> Tensor:
-    """`L^T R` at positions: (t, m), (t, n), positions `(k,)` in (m, n) -> (k,). In float32 or float64."""
+    """Return the entries (k,) of `L^T R` (m, n) at positions (k,), from left (t, m) and right (t, n).
+
+    Both are float32 or float64.
+    """
     out = left.new_zeros(positions.shape)
     for some, others in zip(torch.split(left, TOKENS), torch.split(right, TOKENS), strict=True):
         kernel("add_sampled_product_")(out, some.mT.contiguous(), others.mT.contiguous(), positions)

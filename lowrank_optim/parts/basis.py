@@ -12,8 +12,8 @@ from torch import Tensor
 from ..ops import add_product_
 from ..ops.blocks import BLOCK, Columns
 from ..ops.products import scratch
-from ..ops.reference import BLOCK as COUNTERS
-from ..ops.reference import DRAWING
+from ..ops.reference.random import BLOCK as COUNTERS
+from ..ops.reference.random import DRAWING
 from ..recipe.algebra import WHOLE, Algebra, subspace_iteration
 from ..recipe.recipe import Basis, Draw, State, Time
 from ..recipe.store import Shape, Spec

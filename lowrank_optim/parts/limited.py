@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..ops.reference import PIECE
+from ..ops.reference.pieces import PIECE
 from ..recipe.algebra import Algebra
 from ..recipe.recipe import Clock, Recipe, Residual, State, Update
 from ..recipe.store import Exact, Shape, Spec

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops.blocks import Columns, widened
 from ..ops.degenerate import untied_
-from ..ops.reference import BLOCK, DRAWING
+from ..ops.reference.random import BLOCK, DRAWING
 from ..ops.schema import kernel
 from ..recipe.algebra import Algebra
 from ..recipe.recipe import Basis, Draw, State, Time

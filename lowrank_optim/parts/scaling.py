@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.reference import PIECE
+from ..ops.reference.pieces import PIECE
 from ..recipe.algebra import Algebra
 from ..recipe.recipe import Clock, Scaling, State
 from ..recipe.store import Shape, Spec

@@ -162,7 +162,7 @@ def test_batches_equal_one_by_one(monkeypatch):
                 for part, alone in zip(whole, scheme(x[i, j], (i, j)), strict=True):
                     assert torch.equal(part[i, j], alone)
         for size in (1, 300, 1500):  # however the work is cut
-            monkeypatch.setattr(ops.reference, "PIECE", size)
+            monkeypatch.setattr(ops.reference.pieces, "PIECE", size)
             assert all(torch.equal(a, b) for a, b in zip(whole, scheme(x, ...), strict=True))
             monkeypatch.undo()
 
