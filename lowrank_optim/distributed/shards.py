@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import ops
 from ..ops.degenerate import settle_
 from ..ops.reference.bases import leading_entries
-from ..recipe.algebra import WHOLE, Algebra, Drawn, beside, subspace_iteration
+from ..recipe.algebra import WHOLE, Algebra, Drawn, side_by_side, subspace_iteration
 from ..recipe.store import Side
 from . import lockstep
 from .lockstep import Peers
@@ -191,7 +191,9 @@ class Shards(Algebra):
         before = sum(min(last, piece.start) - min(first, piece.start) for first, last in spans)
         length = sum(last - first for first, last in here)
         chosen = {-1: replace(piece, whole=whole, start=before, length=length, most=whole)}
-        return type(self)({**self.pieces, **chosen}, self.both, self.traffic), beside([g[..., a:b] for a, b in here])
+        return type(self)({**self.pieces, **chosen}, self.both, self.traffic), side_by_side(
+            [g[..., a:b] for a, b in here]
+        )
 
     # -- lines ---------------------------------------------------------------------------------------------------------
 

@@ -171,7 +171,7 @@ def refit_due(chunk: Chunk, algebra: Algebra, due: list[Due], g: Tensor, st: Sta
         return new
     with algebra.refreshing():
         # The norms were finite, so the entries are. One read for all matrices: the device is waited for once.
-        largest = algebra.told(algebra.largest(g).view(-1))
+        largest = algebra.numbers(algebra.largest(g).view(-1))
         due = [item for item in due if largest[item[3]] > 0]
         with chunk.watch.refreshing():
             fitted = fits(chunk, algebra, due, g, st)

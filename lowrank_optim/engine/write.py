@@ -1,9 +1,8 @@
 """Writing an update to the weights: `W <- keep W - change`, where `keep = 1 - lr wd` is what weight decay leaves of W.
 
 A weight in the working dtype is updated in place. A weight in 16 bits never exists in 32 bits as a whole. For each
-block of columns the change is made in float32, and one pass over the block in W decays, adds and rounds it
-(`ops/apply.py`). This is possible because the columns of the turned W do not depend on each other once the direction D
-is known.
+block of columns the change is made in float32, and one pass over the block in W decays, adds and rounds it. This is
+possible because the columns of the turned W do not depend on each other once the direction D is known.
 """
 
 from __future__ import annotations
@@ -16,11 +15,15 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops import reference
 from ..ops.blocks import Columns, blocks
-from ..ops.philox import Places
+from ..ops.philox import Places, Stream, numbers_of
+from ..ops.schema import kernel
 from ..recipe.recipe import Clock, Recipe, State, Update
 from ..recipe.weights import COMPENSATION, WEIGHT
 from .chunk import Chunk
+
+Noise = tuple[int, Stream, int, int]  # key, stream, number of the first element of x, and step from row to row
 
 
 def apply_(recipe: Recipe, w: Tensor, st: State, change: Update, keep: Clock, columns: Columns | None = None) -> None:
@@ -99,7 +102,7 @@ def _write_(chunk: Chunk, i: int, x: Tensor, keep: Clock, columns: Columns, turn
     for row, first, piece in _pieces(x, columns, turned):
         w, compensation = (None if y is None else y.view(-1, width)[row : row + len(piece)] for y in (p, owed))
         noise = plan.key, ops.stream_of(WEIGHT, chunk.time), origin + row * pitch + first, pitch
-        ops.add_rounded_(cast(Tensor, w), piece, keep, first=first, owed=compensation, noise=noise if noisy else None)
+        add_rounded_(cast(Tensor, w), piece, keep, first=first, owed=compensation, noise=noise if noisy else None)
 
 
 def _pieces(x: Tensor, columns: Columns, turned: bool) -> Iterator[tuple[int, int, Tensor]]:
@@ -139,3 +142,32 @@ def _take_entries_(w: Tensor, place: Tensor, values: Tensor, columns: Columns | 
     if w.dim() > 2:
         where.insert(0, torch.arange(len(w), device=w.device).unsqueeze(-1).expand_as(row))
     w.index_put_(tuple(where), -values, accumulate=True)
+
+
+def add_rounded_(
+    w: Tensor,
+    x: Tensor,
+    keep: float | Tensor,
+    *,
+    first: int = 0,
+    owed: Tensor | None = None,
+    noise: Noise | None = None,
+) -> None:
+    """Update weights by `W <- keep W + x`, and round once: to nearest, with Kahan compensation, or stochastically.
+
+    Args:
+        w: (rows, width), bfloat16, or float16 without noise.
+        x: (rows, columns), float32. It is added to the columns of w from `first` on; the remaining columns stay.
+        keep: the factor that weight decay leaves, as a number or as a tensor of one number on the device.
+        owed: like w, the rounding errors so far, which are added before rounding and replaced by the new ones (Kahan).
+        noise: the random numbers of stochastic rounding, one per element of x.
+    """
+    number, factor = (1.0, keep) if isinstance(keep, Tensor) else (keep, None)
+    find = kernel if w.dtype == torch.bfloat16 else lambda name: getattr(reference, name)
+    if owed is not None:
+        find("add_kahan_")(w, owed, x, number, factor, first)
+    elif noise is not None:
+        key, stream, start, pitch = noise
+        kernel("add_stochastic_")(w, x, number, *numbers_of(key, stream), start, pitch, factor, first)
+    else:
+        find("add_nearest_")(w, x, number, factor, first)

@@ -67,7 +67,7 @@ class Tally(Traffic):
 class Counting(Shards):
     """Shards of tensors without values. It counts the work that accelerators do for any values."""
 
-    def told(self, x: Tensor) -> list[Any]:
+    def numbers(self, x: Tensor) -> list[Any]:
         # The values are made up: nonzero, as gradients are; as an order of heads, any values cost the same.
         return torch.ones(x.shape, dtype=x.dtype, device="cpu").tolist()
 

@@ -1,7 +1,6 @@
 """The numeric kernels. `reference/` has those with a native version, of which `schema.py` makes operators."""
 
 from . import reference, schema
-from .apply import add_rounded_
 from .factored import Factors, factored_energy, scale_factored
 from .linalg import fix_signs, leading_left_vectors, orthonormalize, principal, whiten_
 from .philox import key_of, normal, random_bits16, sample, stream_of, uniform
@@ -15,7 +14,6 @@ __all__ = [
     "Factors",
     "add_at_",
     "add_product_",
-    "add_rounded_",
     "factored_energy",
     "fix_signs",
     "gather_at",

@@ -278,9 +278,9 @@ class SharedHead(OneSided):
         width = algebra.shape(g)[1] // self.heads
         spans = [(head * width, (head + 1) * width) for head in range(self.heads)]
         sizes = torch.stack([part.largest(block) for part, block in (algebra.columns(g, [span]) for span in spans)])
-        order = algebra.told(draw((self.heads,), "head").argsort())
+        order = algebra.numbers(draw((self.heads,), "head").argsort())
         order.sort(
-            key=algebra.told(sizes == 0).__getitem__
+            key=algebra.numbers(sizes == 0).__getitem__
         )  # stable; a head with a zero gradient has no subspace to share
         some, block = algebra.columns(g, [spans[head] for head in sorted(order[: -(-rank // width)])])
         return self.inner.fit(some, block, old, rank, draw, at)

@@ -93,7 +93,7 @@ class Algebra:
             g: `(..., m, n)`.
             spans: ranges of columns, (first, last + 1), in ascending order. The submatrix has them next to each other.
         """
-        return self, beside([g[..., first:last] for first, last in spans])
+        return self, side_by_side([g[..., first:last] for first, last in spans])
 
     def every(self, x: Tensor) -> Tensor:
         """Return one number per row of the whole G, `(..., m)`, from x, the numbers of the local rows."""
@@ -158,10 +158,9 @@ class Algebra:
         """Return `max |G|`, or NaN if G contains one: (m, n) -> ()."""
         return ops.largest(g)
 
-    def told(self, x: Tensor) -> list[Any]:
+    def numbers(self, x: Tensor) -> list[Any]:
         """Return the numbers of a small tensor as Python numbers, for decisions of the host."""
-        numbers: list[Any] = x.tolist()
-        return numbers
+        return x.tolist()
 
     def size(self, x: Tensor, factors: Tensor | None = None) -> Tensor:
         """Return the root mean square of each matrix `(..., 1, 1)`, or of a vector `(1,)`. x may be in 16 bits.
@@ -242,7 +241,7 @@ def _parts(x: Tensor) -> list[Tensor]:
     return [x] if whole else [columns.of(x) for columns in blocks(x.shape, x.device.type)]
 
 
-def beside(parts: Sequence[Tensor]) -> Tensor:
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
     """Concatenate matrices along their columns. A single matrix is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
 

@@ -13,9 +13,9 @@ import lowrank_optim
 from lowrank_optim import GaLoreAdamW, estimate_memory, ops
 from lowrank_optim.engine.gradients import gradient_norms
 from lowrank_optim.engine.limits import CHUNK_BYTES
+from lowrank_optim.engine.write import add_rounded_
 from lowrank_optim.memory.peak import Peak
 from lowrank_optim.ops import blocks
-from lowrank_optim.ops.apply import add_rounded_
 from lowrank_optim.ops.blocks import Columns
 from lowrank_optim.recipe.algebra import WHOLE
 from tests.cases import every_case

@@ -10,6 +10,7 @@ from torch import nn
 
 import lowrank_optim
 from lowrank_optim import estimate_memory, ops, param_groups, state_bytes
+from lowrank_optim.engine import write
 from lowrank_optim.memory.peak import Peak
 from tests.cases import CASES, Net, every_case, train
 
@@ -178,7 +179,7 @@ def test_a_steps_extra_memory_is_what_was_estimated(case, dtype, basis, monkeypa
         ops.philox,
         ops.quantize,
         ops.rounding,
-        ops.apply,
+        write,
         ops.factored,
         ops.reductions,
         ops.scaled,
@@ -199,7 +200,7 @@ def test_a_steps_extra_memory_is_what_was_estimated(case, dtype, basis, monkeypa
 def test_estimates_hold_whichever_library_multiplies(case, onednn, monkeypatch):
     """oneDNN holds a block of the product, MKL holds none: the processor decides which of them it is."""
     monkeypatch.setattr("lowrank_optim.ops.products.onednn_is_faster", lambda: onednn)
-    for module in (ops.philox, ops.quantize, ops.rounding, ops.apply, ops.factored, ops.reductions, ops.scaled):
+    for module in (ops.philox, ops.quantize, ops.rounding, write, ops.factored, ops.reductions, ops.scaled):
         monkeypatch.setattr(module, "kernel", lambda name: getattr(ops.reference, name))
     for shape in ((384, 256), (200, 600)):
         options = case.fitting({"rank": 32, "orthonormal": True, "density": 0.01})
