@@ -26,8 +26,10 @@ from lowrank_optim.distributed.lockstep import Peers
 from lowrank_optim.distributed.pieces import Piece
 from lowrank_optim.wrappers.adoption import GROUP
 from tests.cases import CASES, every_case, gradients
-from tests.distributed.test_fsdp2 import ROWS, Counted, message, spawn
-from tests.distributed.test_full_state import equal
+from tests.distributed.test_fsdp2 import message, spawn
+from tests.support.collectives import Counted
+from tests.support.sharded import ROWS
+from tests.support.wrapped import equal
 
 STEPS = 15  # refreshes before steps 0, 7 and 14, for most methods
 # Two groups; tall, wide, square, one row, a long row, a convolution, a stack; in full space

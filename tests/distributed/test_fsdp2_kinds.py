@@ -13,8 +13,8 @@ from torch.distributed.tensor import Shard
 
 import lowrank_optim
 from tests.cases import CASES, gradients
-from tests.distributed.test_fsdp2 import laid_out
 from tests.support.processes import message, spawn
+from tests.support.sharded import laid_out
 from tests.support.wrapped import Small
 
 pytestmark = pytest.mark.slow  # its processes take long

@@ -15,8 +15,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import lowrank_optim
 from tests.cases import CASES
-from tests.distributed.test_fsdp2 import NEVER, ROWS, difference, saved, small, whole, whole_from
 from tests.support.processes import spawn
+from tests.support.sharded import NEVER, ROWS, difference, saved, small, whole, whole_from
 from tests.support.wrapped import Small, apart, steps
 
 pytestmark = pytest.mark.slow  # its processes take long

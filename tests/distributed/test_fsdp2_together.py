@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import lowrank_optim
 from lowrank_optim.distributed import lockstep
 from lowrank_optim.distributed.lockstep import Peers
-from tests.distributed.test_fsdp2 import Counted
+from tests.support.collectives import Counted
 from tests.support.processes import spawn
 
 LAYERS = 4

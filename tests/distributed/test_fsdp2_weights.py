@@ -21,8 +21,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import lowrank_optim
-from tests.distributed.test_fsdp2 import saved, whole
 from tests.support.processes import message, spawn
+from tests.support.sharded import saved, whole
 from tests.support.wrapped import apart
 
 METHODS = {  # the optimizer and its options, and those of the layer alone

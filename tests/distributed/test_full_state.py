@@ -15,7 +15,7 @@ import lowrank_optim
 from lowrank_optim import full_state, load_full_state
 from tests.cases import CASES, Net, every_case, train
 from tests.support.processes import message, spawn
-from tests.support.wrapped import apart, build, steps, weights
+from tests.support.wrapped import apart, build, equal, steps, weights
 from tests.weight_cases import WEIGHT_CASES, net
 from tests.weight_cases import train as train_net
 
@@ -30,17 +30,6 @@ GALORE = next(case for case in CASES if case.name == "galore_adamw")
 def through_file(state, folder):
     torch.save(state, folder / "state.pt")
     return torch.load(folder / "state.pt", weights_only=True)
-
-
-def equal(one, other):
-    """Equal bits, of two full states."""
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return one == other
 
 
 # -- one process -------------------------------------------------------------------------------------------------------

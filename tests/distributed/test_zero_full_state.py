@@ -14,20 +14,9 @@ import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException
 
 from lowrank_optim import full_state, load_full_state
-from tests.distributed.test_full_state import equal
-from tests.distributed.test_zero import (
-    Weights,
-    alone,
-    apart,
-    build,
-    initialized,
-    of,
-    spawn,
-    train,
-    weights,
-    whole_gradients,
-)
 from tests.support.processes import message
+from tests.support.wrapped import equal
+from tests.support.zero import Weights, alone, apart, build, initialized, of, spawn, train, weights, whole_gradients
 
 pytestmark = pytest.mark.slow  # its processes take long
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow  # its processes take long
 
 pytest.importorskip("deepspeed")
 
-from tests.distributed.test_zero import ACCUMULATED_IN_FLOAT32, STAGES, apart, initialized, spawn, weights  # noqa: E402
+from tests.support.zero import ACCUMULATED_IN_FLOAT32, STAGES, apart, initialized, spawn, weights  # noqa: E402
 
 STEPS = 8  # restarts after updates 3 and 6
 CASES = {case.name: case for case in WEIGHT_CASES}

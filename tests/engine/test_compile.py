@@ -9,12 +9,8 @@ from torch._dynamo.testing import CompileCounter
 
 import lowrank_optim
 from lowrank_optim.engine import captured
-from tests.cases import CASES, Net, every_case, train
+from tests.cases import Net, capturable_cases, every_case, train
 from tests.support.recorder import record
-
-capturable_cases = pytest.mark.parametrize(
-    "case", [case for case in CASES if case.name != "ldadam"], ids=lambda case: case.name
-)
 
 
 def weights(model):

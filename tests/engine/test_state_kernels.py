@@ -113,7 +113,7 @@ torch.save([trained(state_dtype=s, foreach=f)[1] for s in STATES for f in (False
 
 @pytest.mark.skipif(lowrank_optim.backend_info()["cpu"].kernels != "native", reason="no native kernels here")
 def test_plain_torch_leaves_the_same_state(tmp_path):
-    from tests.kernels.test_native import environment
+    from tests.support.subprocesses import environment
 
     env = environment(LOWRANK_OPTIM_NATIVE="off")
     subprocess.run([sys.executable, "-c", CODE, str(tmp_path / "state")], env=env, check=True)

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.cases import every_case
-from tests.engine.test_compile import capturable_cases
+from tests.cases import capturable_cases, every_case
 from tests.support.fake_gpu import FakeGPU
 
 # tall, equal ones to be stacked, experts whose moments restart at times of their own, in full space

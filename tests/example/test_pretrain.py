@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import io
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,10 +18,6 @@ import torch
 
 for package in ("transformers", "tokenizers", "matplotlib", "tqdm"):
     pytest.importorskip(package)
-
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "examples"
-sys.path.insert(0, str(EXAMPLES))
 
 import pretrain  # noqa: E402
 from pretraining import (  # noqa: E402
@@ -47,94 +40,24 @@ from pretraining.log import read  # noqa: E402
 from pretraining.presets import PRESETS  # noqa: E402
 
 import lowrank_optim  # noqa: E402
+from tests.support.example import (  # noqa: E402
+    EXAMPLES,
+    TINY,
+    assert_matches,
+    assert_same,
+    command,
+    loaded,
+    make_job,
+    one_thread,
+    train,
+)
+from tests.support.text import words  # noqa: E402
 
-TINY = "--hidden 16 --mlp 24 --layers 1 --heads 2 --vocab 300 --sequence 16 --batch 4 --micro-batch 3 --steps 12"
-TINY += " --eval-every 5 --save-every 4 --val-fraction 0.2 --device cpu"
 BOTH = [("adamw", []), ("galore", ["rank=4", "update_proj_gap=3"])]
 EVERY = sorted(
     name for name, kind in optimizers._classes(lowrank_optim).items() if not optimizers.is_weight_space(kind)
 )
 EVERY += ["AdamW", "Adafactor", "Muon"]
-
-
-def words(seed: int, count: int = 120) -> str:
-    draw = random.Random(seed)
-    vocabulary = ["".join(draw.choices("abcdefgh", k=draw.randint(1, 5))) for _ in range(40)]
-    return " ".join(draw.choices(vocabulary, k=count))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("text")
-    for number in range(50):
-        (root / f"{number:02}.txt").write_text(words(number, 20 + 5 * number))
-    return root
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Children find this package, installed or not, and use one thread; pytest gets its signal handlers back."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-
-
-def command(folder: Path, cache: Path, *more: str) -> list[str]:
-    return [*TINY.split(), "--text", str(folder), "--cache", str(cache), *more]
-
-
-def make_job(argv: list[str]) -> Job:
-    args = arguments.complete(arguments.parser().parse_args(argv))
-    prepared = corpus.prepare(arguments.request(args), args.cache)
-    return arguments.job(args, arguments.choices(args)[0], prepared)
-
-
-class StopAt(Interrupt):
-    """Asks for a stop as soon as `step` steps are done."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self.step, self.run = step, None
-
-    @property
-    def requested(self) -> bool:
-        return self.run is not None and self.run.step >= self.step
-
-
-def train(job: Job, path: Path, stop: int | None = None, resume: bool = False) -> loop.Run:
-    path.mkdir(exist_ok=True)
-    interrupt = Interrupt() if stop is None else StopAt(stop)
-    run = loop.Run(job, path, interrupt)
-    if resume:
-        run.load()
-    if isinstance(interrupt, StopAt):
-        interrupt.run = run
-    assert run.train() is (stop is None)
-    return run
-
-
-def assert_same(first: loop.Run, second: loop.Run) -> None:
-    """Weights, optimizer, losses and the log are equal to the bit."""
-    assert first.step == second.step
-    assert first.history == second.history
-    for (name, p), q in zip(first.model.named_parameters(), second.model.parameters(), strict=True):
-        assert torch.equal(p, q), name
-    states = [run.optimizer.state_dict()["state"] for run in (first, second)]
-    for index, state in states[0].items():
-        for key, value in state.items():
-            other = states[1][index][key]
-            assert torch.equal(value, other) if torch.is_tensor(value) else value == other, (index, key)
-    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in read(run.log.path)] for run in (first, second)]
-    assert rows[0] == rows[1]
-    assert [row["step"] for row in rows[0]] == list(range(1, first.step + 1))
 
 
 # ---------------------------------------------------------------- the whole program
@@ -214,20 +137,6 @@ def test_orphaned_run_saves_and_ends(folder, cache, tmp_path):
         time.sleep(0.05)
     time.sleep(0.2)
     assert checkpoint.load(tmp_path / "checkpoint.pt")["step"] == len(read(tmp_path / "log.jsonl"))
-
-
-@contextlib.contextmanager
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def loaded(job: Job, path: Path) -> loop.Run:
-    run = loop.Run(job, path, Interrupt())
-    run.load()
-    return run
 
 
 # ---------------------------------------------------------------- resume
@@ -485,11 +394,6 @@ def test_bad_arguments(folder, cache, tmp_path, capsys, monkeypatch, argv, messa
     assert code == 2
     assert_matches(message, capsys.readouterr().err)
     assert not list(tmp_path.rglob("job.json"))
-
-
-def assert_matches(pattern: str, found: str) -> None:
-    with pytest.raises(ValueError, match=pattern):
-        raise ValueError(found)
 
 
 def test_folder_without_text(tmp_path, cache, capsys):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.example import test_pretrain
-from tests.example.test_pretrain import EXAMPLES, assert_matches, command
+from tests.support.example import EXAMPLES, TINY, assert_matches, command
 
 import pretrain  # isort: skip
 from pretraining import arguments, model, optimizers, strategy  # isort: skip
@@ -19,7 +18,6 @@ from pretraining.text import Source  # isort: skip
 import lowrank_optim
 
 pytest.importorskip("yaml")
-folder, cache, process = test_pretrain.folder, test_pretrain.cache, test_pretrain.process
 
 CONFIGS = sorted((EXAMPLES / "configs").glob("*.yaml"))
 GIB = 2**30
@@ -172,5 +170,5 @@ def test_values_are_checked_like_typed_ones(tmp_path, folder, cache, capsys):
     path = tmp_path / "some.yaml"
     path.write_text("steps: 0")
     with pytest.raises(SystemExit):
-        pretrain.main(command(folder, cache, "--config", str(path))[len(test_pretrain.TINY.split()) :])
+        pretrain.main(command(folder, cache, "--config", str(path))[len(TINY.split()) :])
     assert "--steps: must be a whole number of at least 1, got '0'" in capsys.readouterr().err

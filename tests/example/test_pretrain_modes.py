@@ -15,17 +15,7 @@ import time
 import pytest
 import torch
 
-from tests.example import test_pretrain
-from tests.example.test_pretrain import (
-    EXAMPLES,
-    assert_matches,
-    assert_same,
-    command,
-    loaded,
-    make_job,
-    one_thread,
-    train,
-)
+from tests.support.example import EXAMPLES, assert_matches, assert_same, command, loaded, make_job, one_thread, train
 
 import pretrain  # isort: skip
 from pretraining import energy, loop, summary, worker  # isort: skip
@@ -34,7 +24,6 @@ from pretraining.interrupt import Interrupt  # isort: skip
 from pretraining.job import Job  # isort: skip
 from pretraining.log import Log, read  # isort: skip
 
-folder, cache, process = test_pretrain.folder, test_pretrain.cache, test_pretrain.process
 
 GALORE = ["--optimizer", "galore", "--set", "rank=4", "update_proj_gap=3"]
 BACKWARD = ["--step-in-backward", "--clip", "0"]

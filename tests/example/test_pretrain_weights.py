@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import lowrank_optim
-from tests.example import test_pretrain
-from tests.example.test_pretrain import StopAt, assert_matches, assert_same, command, make_job, train
+from tests.support.example import StopAt, assert_matches, assert_same, command, make_job, train
 
 import pretrain  # isort: skip
 from benchmarks import quality  # isort: skip
@@ -21,7 +20,6 @@ from pretraining.interrupt import Interrupt  # isort: skip
 from pretraining.job import Job  # isort: skip
 from pretraining.log import read  # isort: skip
 
-folder, cache, process = test_pretrain.folder, test_pretrain.cache, test_pretrain.process
 
 # Restarts within a dozen steps; for LTE its heads must divide a micro-batch.
 SETTINGS = {

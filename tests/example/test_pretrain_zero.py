@@ -8,15 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.example import test_pretrain
-from tests.example.test_pretrain import command, make_job, train
-from tests.example.test_pretrain_ranks import GALORE, SIZES, assert_close, go, spawn
+from tests.support.example import command, make_job, train
+from tests.support.example_ranks import GALORE, SIZES, assert_close, go, spawn
 
 from pretraining import strategy  # isort: skip
 from pretraining.errors import PretrainError  # isort: skip
 
 deepspeed = pytest.importorskip("deepspeed")
-folder, cache, process = test_pretrain.folder, test_pretrain.cache, test_pretrain.process
 
 ADAMW = ["--optimizer", "adamw"]
 RELORA = ["--optimizer", "relora", "--set", "merge_every=4"]

@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 import lowrank_optim
 from lowrank_optim.layers.convert import converted
 from lowrank_optim.recipe.weights import COMPENSATION
-from tests.engine.test_checkpoint import through_dcp, through_file, through_helpers
 from tests.support.processes import spawn
+from tests.support.saving import through_dcp, through_file, through_helpers
 from tests.weight_cases import CONVERTED, WEIGHT_CASES, batch, every_case, every_variant, loss_of, net, train
 
 OVERWRITING = [case for case in WEIGHT_CASES if case.name in ("relora", "low_rank", "sltrain")]

@@ -16,7 +16,7 @@ from lowrank_optim import ddp_project, estimate_memory, param_groups, state_byte
 from lowrank_optim.memory import planned
 from lowrank_optim.ops import linalg
 from tests.cases import CASES, Net, every_case
-from tests.distributed.test_fsdp2 import Counted
+from tests.support.collectives import Counted
 from tests.support.processes import message, spawn
 from tests.weight_cases import net
 

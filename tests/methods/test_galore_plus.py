@@ -11,8 +11,7 @@ from torch import nn
 
 import lowrank_optim
 from lowrank_optim import GaLoreAdamW, GaLorePlusAdamW, ops, param_groups
-from tests.cases import gradients
-from tests.methods.test_reference import TOLERANCE
+from tests.cases import TOLERANCE, gradients
 from tests.reference import galore_plus
 
 ADAMW = dict(lr=0.0037, betas=(0.83, 0.97), eps=3e-7, weight_decay=0.1)

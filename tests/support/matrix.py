@@ -18,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_optim import convert, ddp_project
 from tests.cases import CASES, Case, gradients
-from tests.distributed.test_zero import Weights, groups_of, initialized, spawn
-from tests.distributed.test_zero import weights as gathered
 from tests.support.processes import same_everywhere
+from tests.support.zero import Weights, groups_of, initialized, spawn
+from tests.support.zero import weights as gathered
 from tests.weight_cases import WEIGHT_CASES, WeightCase
 
 STEPS = 20  # refreshes before steps 0, 7 and 14 for most methods, or restarts after each third step
