@@ -267,6 +267,11 @@ CASES = [
     ),
 ]  # fmt: skip
 
+
+def case_of(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 ranked = pytest.mark.parametrize("case", [case for case in CASES if case.make.ranked], ids=lambda case: case.name)
 

@@ -195,6 +195,7 @@ def results():
     return spawn(three, 3)
 
 
+@pytest.mark.slow
 @every_case
 def test_cut_anywhere_equals_one_process(case, results):
     got, expected = results[case.name, "std"], {**ROWS, **NEVER}.get(case.name)
@@ -204,11 +205,13 @@ def test_cut_anywhere_equals_one_process(case, results):
         assert got < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_a_method_that_reads_lines_can_project_the_other_side(name, results):
     assert results[name, "right"] < 1e-9
 
 
+@pytest.mark.slow
 def test_both_sides_are_projected(results):
     assert results["full"] < 1e-9
 
@@ -307,6 +310,7 @@ def _captured(a, g, rows):
     return coordinates.mT @ coordinates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", [*OPERATIONS, "weight"])
 def test_every_operation_on_fragments(operation, results):
     assert results["algebra"][operation] < 1e-9
@@ -340,6 +344,7 @@ def counts(rank):
     return found
 
 
+@pytest.mark.slow
 def test_few_rows_travel(results):
     sizes, cuts = results["counts"], 2
     norms, edges = 2, cuts * 96
@@ -351,6 +356,7 @@ def test_few_rows_travel(results):
             assert sum(sizes[side][step]) < 256 * 96 / 3, "far less than one gradient"
 
 
+@pytest.mark.slow
 def test_the_report_says_what_is_here(results):
     (row,) = results["counts"]["left", "report"]
     assert (row.name, row.shape, row.side) == ("w", (256, 96), "left")
@@ -378,6 +384,7 @@ def decisions(rank):
     return found
 
 
+@pytest.mark.slow
 def test_ranks_decide_together(results):
     assert results["decisions"] == {"skipped": 1, "same": True, "refreshes": 1}
 
@@ -402,6 +409,7 @@ def kept(rank):
     return max((a - b).abs().max().item() for a, b in zip(first.weights(), second.weights(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_state_dict_goes_on_exactly(results):
     assert results["kept"] == 0
 
@@ -416,6 +424,7 @@ def gathered(rank):
     return counted.sizes, [sum(x.nbytes for x in state.values()) for state in states]
 
 
+@pytest.mark.slow
 def test_a_full_state_is_of_one_parameter_at_a_time(results):
     (clocks, *sizes), states = results["gathered"]
     assert clocks == 2 * len(states)
@@ -456,6 +465,7 @@ def narrowly(dtype, cuts):
     return Zero(optimizer, lambda _: cuts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "cut"), [("int8", 4096), ("int8", 11264), ("bfloat16", 5000)])
 def test_narrow_state_moves_to_other_cuts(dtype, cut, results):
     same, lr, difference, names = results["narrow"][dtype, cut]
@@ -507,6 +517,7 @@ def no_full_state(rank):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "said"),
     [

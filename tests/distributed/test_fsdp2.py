@@ -27,9 +27,10 @@ from lowrank_optim import ops
 from lowrank_optim.distributed.lockstep import Peers
 from lowrank_optim.distributed.pieces import Piece
 from lowrank_optim.distributed.shards import Meter, Shards, Traffic
-from tests.cases import CASES, every_case
+from tests.cases import CASES, case_of, every_case
 from tests.support.collectives import Counted
 from tests.support.processes import message, spawn
+from tests.support.selection import FEW, selected
 from tests.support.sharded import (
     NEVER,
     ROWS,
@@ -44,9 +45,9 @@ from tests.support.wrapped import apart, steps
 # -- what two processes do ---------------------------------------------------------------------------------------------
 
 
-def two(rank, world, folder):
+def two(rank, world, folder, names):
     mesh, results = init_device_mesh("cpu", (world,)), {}
-    for case in CASES:
+    for case in map(case_of, names):
         results[case.name, "float32"] = difference(case, torch.float32, mesh)
         narrow = {"state_dtype": "bfloat16"} if case.has("state_dtype") else {}
         results[case.name, "bf16"] = difference(case, torch.bfloat16, mesh, side="right", last=9, **narrow)
@@ -58,11 +59,12 @@ def two(rank, world, folder):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("two")
-    return {**spawn(two, 2, str(folder)), "folder": folder}
+    return {**spawn(two, 2, str(folder), [case.name for case in selected(request, "case")]), "folder": folder}
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_two_processes_equal_one(case, results):
     """Also where lengths are odd; state that is not cut is the same on both, bit for bit."""
@@ -74,6 +76,7 @@ def test_two_processes_equal_one(case, results):
         assert got < (3e-6 if case.name == "ldadam" else 1e-6)  # which refits its basis at each of the steps
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_bfloat16_weights_and_state_are_rounded_as_in_one_process(case, results):
     got = results[case.name, "bf16"]

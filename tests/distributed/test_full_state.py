@@ -15,6 +15,7 @@ import lowrank_optim
 from lowrank_optim import full_state, load_full_state
 from tests.cases import CASES, Net, every_case, train
 from tests.support.processes import message, spawn
+from tests.support.selection import FEW
 from tests.support.wrapped import apart, build, equal, steps, weights
 from tests.weight_cases import WEIGHT_CASES, net
 from tests.weight_cases import train as train_net
@@ -35,6 +36,8 @@ def through_file(state, folder):
 # -- one process -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thin
+@pytest.mark.few(case=FEW)
 @every_case
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_one_process_goes_on_bit_for_bit(case, options, tmp_path):
@@ -221,6 +224,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "shards", "hybrid"])
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_go_on_as_two_and_as_one(name, kind, folder):
@@ -235,6 +239,7 @@ def test_two_processes_go_on_as_two_and_as_one(name, kind, folder):
     assert apart(end, model.state_dict()) < 1e-6
 
 
+@pytest.mark.slow
 def test_all_ranks_say_what_does_not_fit(folder):
     for found in torch.load(folder / "refusals.pt"):
         assert "rank 0 was given None; nothing was loaded" in found["none on rank 0"]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from lowrank_optim import estimate_memory
 from lowrank_optim.ops import linalg
-from tests.cases import CASES, every_case
+from tests.cases import CASES, case_of, every_case
 from tests.support.collectives import Counted
 from tests.support.zero import (
     ACCUMULATED_IN_FLOAT32,
@@ -25,7 +25,6 @@ from tests.support.zero import (
     build,
     groups_of,
     initialized,
-    of,
     spawn,
     train,
     under_zero,
@@ -54,7 +53,7 @@ def results(tmp_path_factory):
 
 def stages(folder):
     """Differences from one process."""
-    case, grads = of("galore_adamw"), whole_gradients(torch.float32)
+    case, grads = case_of("galore_adamw"), whole_gradients(torch.float32)
     one = alone(case, grads, moments="rotate")
     return {stage: apart(one, under_zero(case, stage, grads, moments="rotate")) for stage in STAGES}
 
@@ -66,7 +65,7 @@ def test_a_stage_equals_one_process(stage, results):
 
 def narrow(folder):
     """Weights in bfloat16, whose master copies are in float32."""
-    case, grads = of("galore_adamw"), whole_gradients(torch.bfloat16)
+    case, grads = case_of("galore_adamw"), whole_gradients(torch.bfloat16)
     found = {stage: under_zero(case, stage, grads, torch.bfloat16) for stage in STAGES}
     found["accumulated in float32"] = under_zero(case, 1, grads, torch.bfloat16, config=ACCUMULATED_IN_FLOAT32)
     return found
@@ -79,7 +78,7 @@ def test_stages_in_bfloat16_are_equal_bit_for_bit(stage, results):
 
 def ways(folder):
     """Differences from one process of other ways to run a stage."""
-    case, grads = of("galore_adafactor"), whole_gradients(torch.float32)
+    case, grads = case_of("galore_adafactor"), whole_gradients(torch.float32)
     one, found = alone(case, grads), {}
     cpu = {"offload_optimizer": {"device": "cpu"}}
     for stage in (1, 3):
@@ -105,7 +104,7 @@ def born_sharded(case):
 
 
 def clipped_and_accumulated():
-    case, grads = of("galore_adamw"), whole_gradients(torch.float32)
+    case, grads = case_of("galore_adamw"), whole_gradients(torch.float32)
     pairs = list(zip(grads[::2], grads[1::2], strict=False))
     means = [[(a + b) / 2 for a, b in zip(*pair, strict=True)] for pair in pairs]
     norms = [torch.stack([g.norm() for g in step]).norm() for step in means]
@@ -126,7 +125,7 @@ def test_a_way_to_run_a_stage_equals_one_process(way, results):
 
 def resumed(folder):
     """Trains, saves in the middle, and goes on; then a second engine goes on from what was saved."""
-    case, found = of("fira"), {}
+    case, found = case_of("fira"), {}
     for stage, dtype in ((0, torch.bfloat16), (1, torch.float32), (2, torch.bfloat16), (3, torch.bfloat16)):
         grads, path, end = whole_gradients(dtype), f"{folder}/{stage}", []
         for again in (False, True):
@@ -219,7 +218,7 @@ def test_flat_tensors_hold_and_send_what_was_estimated(case, stage, results):
 
 def estimated(name, stage, world, refused):
     """None if it is refused, which must be as `refused` says."""
-    case = of(name)
+    case = case_of(name)
     with torch.device("meta"):
         groups = groups_of(Weights(), case)
     options = {"world_size": world, "strategy": f"zero{stage}", **case.kwargs, **case.fitting(SPARSE)}
@@ -235,7 +234,7 @@ def estimated(name, stage, world, refused):
 def refused(folder):
     """Its map of where everything is does not follow the order that it then takes."""
     try:
-        under_zero(of("galore_adamw"), 2, whole_gradients(torch.float32)[:1], zero={"round_robin_gradients": True})
+        under_zero(case_of("galore_adamw"), 2, whole_gradients(torch.float32)[:1], zero={"round_robin_gradients": True})
     except RuntimeError as error:
         return str(error)
 

@@ -14,15 +14,16 @@ import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException
 
 from lowrank_optim import full_state, load_full_state
+from tests.cases import case_of
 from tests.support.processes import message
 from tests.support.wrapped import equal
-from tests.support.zero import Weights, alone, apart, build, initialized, of, spawn, train, weights, whole_gradients
+from tests.support.zero import Weights, alone, apart, build, initialized, spawn, train, weights, whole_gradients
 
 pytestmark = pytest.mark.slow  # its processes take long
 
 MIDDLE = 8  # refreshes before steps 0, 7 and 14
 SUB_GROUPS = {"sub_group_size": 300, "offload_optimizer": {"device": "cpu"}}
-CASE, OPTIONS = of("galore_adamw"), {"moments": "rotate"}
+CASE, OPTIONS = case_of("galore_adamw"), {"moments": "rotate"}
 # dtype, stage, the next stage, its section of the config
 MOVES = [
     (torch.float32, 0, 1, {}), (torch.float32, 1, 2, {}), (torch.float32, 2, 3, {}), (torch.float32, 3, 0, {}),

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 import lowrank_optim
 from tests.cases import Net, every_case, ranked, train
 from tests.support.saving import through_dcp, through_file, through_helpers
+from tests.support.selection import FEW
 
 
 def through_flat_helpers(*args):
@@ -50,6 +51,7 @@ def test_resume_is_bit_exact(case, way, options, at, tmp_path):
         assert torch.equal(p, q)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_asking_a_fresh_optimizer_for_its_state_changes_nothing(case):
     """torch's helper steps an optimizer that has no state; a basis from that step would stay for a whole interval."""
@@ -60,6 +62,7 @@ def test_asking_a_fresh_optimizer_for_its_state_changes_nothing(case):
     assert train(models[0], optimizers[0], 9) == train(models[1], optimizers[1], 9)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_loading_onto_an_optimizer_that_has_trained(case):
     model, model2 = Net(), Net()
@@ -70,6 +73,7 @@ def test_loading_onto_an_optimizer_that_has_trained(case):
     assert train(model, optimizer, 5, 3) == train(model2, optimizer2, 5, 3)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_hooks_of_a_state_dict_still_run(case):
     model = Net()
@@ -87,6 +91,7 @@ def test_hooks_of_a_state_dict_still_run(case):
     assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
 
 
+@pytest.mark.few(case=FEW)
 @ranked
 @pytest.mark.parametrize(
     ("other", "message"),
@@ -128,6 +133,7 @@ def test_a_state_dict_of_adamw_is_refused():
     train(model, optimizer, 1)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_a_checkpoint_from_before_unfreezing(case):
     model, model2 = Net(), Net()
@@ -140,6 +146,7 @@ def test_a_checkpoint_from_before_unfreezing(case):
     train(model2, optimizer2, 2)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_a_hook_that_raises_leaves_everything(case):
     model, model2 = Net(), Net()
@@ -162,6 +169,7 @@ def test_a_hook_that_raises_leaves_everything(case):
     assert all(state["step"] == 3 for state in optimizer2.state.values())
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_loaded_groups_are_checked(case):
     model = Net()
@@ -173,6 +181,7 @@ def test_loaded_groups_are_checked(case):
     train(model, optimizer, 1)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_a_meta_model_can_be_loaded(case):
     model = Net()

@@ -60,6 +60,7 @@ def test_stored_moments_take_the_trajectory_of_opened_ones(monkeypatch, state_dt
     assert_equal(trained(**options), opened(monkeypatch, **options))
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("state_dtype", STATES)
 @pytest.mark.parametrize(
     "options",
@@ -111,6 +112,7 @@ torch.save([trained(state_dtype=s, foreach=f)[1] for s in STATES for f in (False
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(lowrank_optim.backend_info()["cpu"].kernels != "native", reason="no native kernels here")
 def test_plain_torch_leaves_the_same_state(tmp_path):
     from tests.support.subprocesses import environment

@@ -10,6 +10,7 @@ from torch import nn
 
 import lowrank_optim
 from tests.cases import Net, every_case, gradients, ranked, train
+from tests.support.selection import FEW
 
 
 def stepped(p, optimizer, grads):
@@ -18,6 +19,7 @@ def stepped(p, optimizer, grads):
         optimizer.step()
 
 
+@pytest.mark.few(case=FEW)
 @ranked
 def test_captured_energy_is_that_of_the_last_refresh(case):
     p = nn.Parameter(torch.randn(24, 10, dtype=torch.float64))
@@ -41,6 +43,7 @@ def test_captured_energy_is_that_of_the_last_refresh(case):
     assert (energy is None) == (case.name == "apollo")  # which has no orthonormal projection
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_counts(case):
     model = Net()

@@ -8,6 +8,7 @@ from torch import nn
 
 from tests.cases import capturable_cases, every_case
 from tests.support.fake_gpu import FakeGPU
+from tests.support.selection import FEW
 
 # tall, equal ones to be stacked, experts whose moments restart at times of their own, in full space
 WEIGHTS = [("tall", (48, 20), 6), ("one", (24, 24), 7), ("two", (24, 24), 7), ("stack", (3, 14, 26), 4)]
@@ -40,6 +41,8 @@ def where(said):
     return [one.partition(":")[0] for one in said]
 
 
+@pytest.mark.thin
+@pytest.mark.few(case=FEW)
 @every_case
 @pytest.mark.parametrize(
     ("dtype", "options"), [(torch.float32, {"moments": "reset"}), (torch.bfloat16, {"state_dtype": "int8"})], ids=str
@@ -50,6 +53,7 @@ def test_a_step_waits_for_the_norms_alone(case, dtype, options):
     assert where(later) == [NORMS]
 
 
+@pytest.mark.few(case=FEW)
 @capturable_cases
 def test_a_captured_step_waits_for_nothing(case, monkeypatch):
     optimizer, (_, later) = waits(case, torch.bfloat16, 2, capturable=True)

@@ -156,6 +156,8 @@ def test_resume_is_bit_exact(folder, cache, tmp_path, dtype, name, keywords):
     assert [step for step, _ in undisturbed.history.validation] == [5, 10, 12]
 
 
+@pytest.mark.thin
+@pytest.mark.few(name=("GaLoreAdamW", "AdamW"))
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", EVERY)
 def test_every_optimizer_resumes_and_keeps_what_was_predicted(folder, cache, tmp_path, name, dtype):
@@ -186,6 +188,7 @@ def test_changed_arguments_do_not_resume(folder, cache, tmp_path):
         train(changed, tmp_path / "run", resume=True)
 
 
+@pytest.mark.slow
 def test_streamed_data_set_resumes_across_epochs(tmp_path, cache, monkeypatch):
     datasets = pytest.importorskip("datasets")
     source = tmp_path / "rows.jsonl"

@@ -44,6 +44,7 @@ def assert_same_weights(first: loop.Run, second: loop.Run) -> None:
 # ---------------------------------------------------------------- step in backward
 
 
+@pytest.mark.few(name=("galore",), dtype=("bf16",))
 @pytest.mark.parametrize(
     ("name", "dtype", "micro_batch", "more"),
     [
@@ -66,6 +67,7 @@ def test_step_in_backward_is_the_normal_run(folder, cache, tmp_path, name, dtype
         assert row["gradient_norm"] == pytest.approx(usual["gradient_norm"], rel=1e-2 if dtype == "bf16" else 1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_accumulate_projected(folder, cache, tmp_path):
     """The same run to rounding, in which a window without a refresh leaves no gradient of a matrix behind."""
     argv = command(folder, cache, *GALORE, *WINDOWS, "--clip", "0")
@@ -114,6 +116,7 @@ def test_divergence_is_noticed(folder, cache, tmp_path, flags):
     assert loaded(job, tmp_path / "run").step == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -151,6 +154,7 @@ def test_amp_computes_in_16_bits_beside_float32_weights(folder, cache, tmp_path,
     assert run.model.lm_head.weight.dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--step-in-backward", "--micro-batch", "4"]], ids=["normal", "backward"])
 def test_an_overflow_leaves_the_step_out_and_lowers_the_scale(folder, cache, tmp_path, monkeypatch, capsys, flags):
     restless_scaler(monkeypatch, 2.0**60, 1000)
@@ -204,6 +208,7 @@ MODES = {
 }
 
 
+@pytest.mark.few(mode=("projected", "delayed"))
 @pytest.mark.parametrize("mode", MODES)
 def test_resume_is_bit_exact(folder, cache, tmp_path, monkeypatch, mode):
     restless_scaler(monkeypatch, 2.0**18)

@@ -80,6 +80,7 @@ def test_native_is_the_reference(name, shape, variant, misalign):
     assert_same(name, ours, theirs)
 
 
+@pytest.mark.slow
 @needs_native
 @every_operator
 def test_native_is_the_reference_at_sizes_that_threads_share(name):
@@ -203,6 +204,8 @@ def test_entries_of_all_dtypes(dtype):
 # -- the dispatcher ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thin
+@pytest.mark.slow
 @every_operator
 @pytest.mark.parametrize("variant", [0, 3])
 def test_opcheck(name, variant):
@@ -316,6 +319,7 @@ def emulated():
     return torch.ops.lowrank_optim_emulated
 
 
+@pytest.mark.slow
 @needs_native
 @needs_compiler
 @pytest.mark.parametrize("name", sorted(CALLS.keys() - schema.CPU_ONLY))
@@ -419,11 +423,13 @@ def test_without_a_compiler_plain_torch_runs_and_says_why(tmp_path):
     assert "is not a program" in said
 
 
+@pytest.mark.slow
 def test_require_without_a_compiler(tmp_path):
     said = run(SHOW, fails=True, LOWRANK_OPTIM_NATIVE="require", **without_compiler(tmp_path))
     assert "RuntimeError: LOWRANK_OPTIM_NATIVE=require, and there are no native kernels for cpu" in said
 
 
+@pytest.mark.slow
 def test_prebuilt_never_compiles(tmp_path):
     said = run(SHOW, LOWRANK_OPTIM_NATIVE="prebuilt", LOWRANK_OPTIM_CACHE=str(tmp_path))
     assert "nothing that fits was built before" in said

@@ -202,6 +202,7 @@ def test_other_ways_to_use_a_weight(kind):
     assert attention.out_proj.weight.grad.shape == (40, 40)
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_compiled_layer_is_the_layer(kind, trained):

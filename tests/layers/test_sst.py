@@ -507,6 +507,7 @@ def test_it_learns_and_all_directions_take_part():
 
 
 @pytest.mark.cpus
+@pytest.mark.thin
 @pytest.mark.parametrize("cut", [3, 4, 5, 7, 8, 9])
 @pytest.mark.parametrize(
     ("dtype", "rounding"),

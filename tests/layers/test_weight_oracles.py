@@ -106,6 +106,7 @@ def test_small_merges_survive_in_quantized_bases(base):
         assert abs(small_merges(nearest, 50)) < 1e-3, "if nearest kept them there was nothing to show"
 
 
+@pytest.mark.few(base=("nf4",))
 @pytest.mark.parametrize("base", ["nf4", "int8"])
 def test_stochastic_merges_are_right_on_average(base):
     mean = torch.zeros(40, 24)

@@ -11,6 +11,7 @@ from lowrank_optim import GaLoreAdafactor, GaLoreAdamW, memory_report, param_gro
 from lowrank_optim.memory.peak import Peak, measure
 from lowrank_optim.reports.report import human
 from tests.cases import Net, every_case, train
+from tests.support.selection import FEW
 
 
 class Layers(nn.Module):
@@ -51,6 +52,7 @@ class Run:
         return memory_report(self.model, self.optimizer, step=self.step if measured else None)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_what_is_measured_is_what_was_predicted(case):
     for dtype, options in ((torch.float32, {}), (torch.bfloat16, {"state_dtype": "int8", "bf16_update": "kahan"})):
@@ -67,6 +69,7 @@ def test_what_is_measured_is_what_was_predicted(case):
         assert ("compensation" in found.states) == (dtype == torch.bfloat16)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_the_update_is_within_what_was_predicted(case):
     run = Run(case.make, **{**case.kwargs, **case.fitting({"rank": 8, "stagger": False})})

@@ -144,6 +144,7 @@ def found(request):
     return {"world": request.param, **spawn(worker, request.param)}
 
 
+@pytest.mark.slow
 @every_case
 @pytest.mark.parametrize("side", SIDES)
 def test_shards_hold_and_send_what_was_estimated(case, side, found):
@@ -162,6 +163,7 @@ def test_shards_hold_and_send_what_was_estimated(case, side, found):
             assert one.weights == one.gradients == lines * dtype.itemsize
 
 
+@pytest.mark.slow
 @every_case
 @pytest.mark.parametrize("side", SIDES)
 def test_one_matrix_takes_as_many_collectives_as_were_planned(case, side, found):
@@ -174,6 +176,7 @@ def test_one_matrix_takes_as_many_collectives_as_were_planned(case, side, found)
         assert (one.messages, one.refresh_messages) == got
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_so_do_other_options(name, found):
     make, options = OTHERS[name]
@@ -183,6 +186,7 @@ def test_so_do_other_options(name, found):
         assert (one.optimizer, one.sent_per_step, one.sent_per_refresh) == found[name, dtype]
 
 
+@pytest.mark.slow
 def test_refreshes_on_cpu_send_less(found):
     held, per_step, per_refresh = found["cpu"]
     sharing = {"world_size": found["world"], "strategy": "fsdp2"}
@@ -191,11 +195,13 @@ def test_refreshes_on_cpu_send_less(found):
     assert 0 < per_refresh < one.sent_per_refresh
 
 
+@pytest.mark.slow
 def test_a_model_that_is_sharded_says_so_itself(found):
     """Without a strategy; with one it would be shared twice."""
     assert "is a DTensor" in found["twice"]
 
 
+@pytest.mark.slow
 def test_the_hook_sends_what_was_estimated(found):
     with torch.device("meta"):
         groups = param_groups(Net(), min_dim=4, verbose=False)

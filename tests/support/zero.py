@@ -9,7 +9,7 @@ import socket
 import torch
 from torch import nn
 
-from tests.cases import CASES, gradients
+from tests.cases import gradients
 from tests.support import processes
 
 STEPS = 15  # refreshes before steps 0, 7 and 14, for most methods
@@ -125,7 +125,3 @@ def apart(some, others):
 
 STAGES = (0, 1, 2, 3)
 ACCUMULATED_IN_FLOAT32 = {"data_types": {"grad_accum_dtype": "fp32"}}  # stage 1 in bfloat16 is another class then
-
-
-def of(name):
-    return next(case for case in CASES if case.name == name)
