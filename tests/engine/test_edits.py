@@ -82,7 +82,7 @@ def test_what_was_never_meant_is_refused():
         lowrank_optim.APOLLO([p], moments="rotate")
     with pytest.raises(ValueError, match="overflow"):
         lowrank_optim.compose([p], rank=2, basis="gaussian", moments="rotate")
-    with pytest.raises(ValueError, match="an age each"):
+    with pytest.raises(ValueError, match="its own age"):
         lowrank_optim.compose([p], rank=2, basis="dct2", moments="rotate", scaling="factored")
     with pytest.raises(ValueError, match="fft=True needs"):
         lowrank_optim.DCTAdamW([p], rank=2, fft=True, dictionary="hadamard")
