@@ -61,7 +61,7 @@ class Case:
             which torch has that rule at all.
         reference: the paper's loop from `tests/reference`, and its options.
         kept: persistent numbers of one matrix, counters aside.
-        variants: options of the class beside those of the loop, each to be compared as well.
+        variants: options of the class in addition to those of the loop, each compared as well.
         basis: the state key that says which subspace, None where the random stream does.
         counters: bytes per matrix that the schedule keeps beyond the common ones.
     """

@@ -159,7 +159,7 @@ def apart(weights, one):
 
 
 def moved(zero, one, optimizer, cuts, grads):
-    """The largest difference from one process that goes on, of fragments cut elsewhere that go on from a full state."""
+    """Return the largest difference of fragments with other cuts, resumed from a full state, from one process."""
     full = lowrank_optim.full_state(zero.optimizer)
     for p, w in zip((p for group in optimizer.param_groups for p in group["params"]), zero.weights(), strict=True):
         p.data.copy_(w)
@@ -357,7 +357,7 @@ def test_few_rows_travel(results):
 
 
 @pytest.mark.slow
-def test_the_report_says_what_is_here(results):
+def test_the_report_describes_the_local_part(results):
     (row,) = results["counts"]["left", "report"]
     assert (row.name, row.shape, row.side) == ("w", (256, 96), "left")
     assert row.layout == f"{256 * 96 // 3} of {256 * 96} elements"
@@ -410,7 +410,7 @@ def kept(rank):
 
 
 @pytest.mark.slow
-def test_a_state_dict_goes_on_exactly(results):
+def test_a_state_dict_resumes_exactly(results):
     assert results["kept"] == 0
 
 
@@ -542,7 +542,7 @@ def given(**attributes):
     return p
 
 
-def test_a_flat_tensor_of_nobody_is_refused():
+def test_a_flat_tensor_without_an_owner_is_refused():
     """FSDP1 flattens, and says nothing of shapes."""
     optimizer = lowrank_optim.GaLoreAdamW([("w", given())], rank=2)
     optimizer.param_groups[0]["params"] = [torch.randn(48)]

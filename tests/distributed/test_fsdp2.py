@@ -227,7 +227,7 @@ def layouts(rank, mesh):
     case = next(case for case in CASES if case.name == "galore_adamw")
     found["stacked"] = difference(case, torch.float64, mesh, foreach=True)
     found["exact"] = max(sine_of(rank, mesh, cut) for cut in (-2, -1))
-    # rounding to bfloat16 where what is here is columns of the weight and of its moments
+    # rounding to bfloat16 where the local part is columns of the weight and of its moments
     found["noise"] = difference(case, torch.bfloat16, mesh, (Shard(1),), "left", state_dtype="bfloat16")
     return found
 
@@ -260,7 +260,7 @@ def test_other_layouts(results):
 
 
 def sharded_model(folder):
-    """Trains, saves in the middle, and goes on; then a second one goes on from what was saved."""
+    """Train, save in the middle, and continue; then resume a second one from the saved state."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,))
     model, optimizer = small(mesh)
@@ -308,7 +308,7 @@ def test_a_model_under_fully_shard_equals_one_process(results):
     assert apart(results["model"]["end"], model.state_dict()) < 1e-6
 
 
-def test_the_report_says_what_is_here_and_what_is_sent(results):
+def test_the_report_describes_the_local_part_and_the_traffic(results):
     found = results["model"]
     rows = {row.name: row for row in found["rows"]}
     assert sum(row.state_bytes for row in found["rows"]) == found["kept"]
@@ -328,16 +328,16 @@ def test_resume_is_exact_on_as_many_ranks(results):
     assert apart(results["model"]["end"], results["model"]["again"]) == 0
 
 
-def test_state_of_one_process_goes_on_sharded(results):
+def test_state_of_one_process_resumes_sharded(results):
     for end in results["model"]["from one"]:
         assert apart(results["model"]["end"], end) < 1e-6
 
 
-def test_a_sharded_checkpoint_goes_on_in_one_process(results):
+def test_a_sharded_checkpoint_resumes_in_one_process(results):
     assert apart(results["model"]["end"], whole_from(results["folder"], None, 0, 1)) < 1e-6
 
 
-def test_a_full_state_dict_goes_on_in_one_process(results):
+def test_a_full_state_dict_resumes_in_one_process(results):
     full = torch.load(results["folder"] / "full.pt")
     model, optimizer = small()
     set_model_state_dict(model, full["model"])
@@ -377,7 +377,7 @@ def four(rank, world):
 
 
 @pytest.mark.slow
-def test_four_processes_of_which_some_have_nothing():
+def test_four_processes_with_empty_shards():
     """A matrix of three rows; and two groups of two ranks that have the same shards."""
     for name, got in spawn(four, 4).items():
         expected = {**NEVER, **ROWS}.get(name)

@@ -214,7 +214,7 @@ def test_stacks_in_few_bits_are_rounded_as_in_one_process(kind, results):
     assert results[kind] == {"galore_adamw": (0.0, True)}
 
 
-def test_stacks_are_saved_and_cut_otherwise(results):
+def test_stacks_are_saved_and_sharded_along_another_dimension(results):
     ours, again, same = results["resharded"]
     assert ours < 1e-12
     assert again < 1e-12

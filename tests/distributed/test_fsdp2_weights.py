@@ -313,14 +313,14 @@ def test_two_processes_equal_one_in_float32(name, results, alones):
 @pytest.mark.parametrize("at", [2, 3], ids=["before", "after"])
 @pytest.mark.parametrize("way", ["2 to 1", "1 to 2"])
 @pytest.mark.parametrize("name", SAVED)
-def test_another_number_of_ranks_goes_on(name, way, at, results):
+def test_another_number_of_ranks_resumes(name, way, at, results):
     """Right before and after the restart that follows update 3: from torch's checkpoint, and from ours."""
     assert results["resumed"][name, way, at] < 1e-9
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
-def test_all_of_a_layer_is_shared_out(name, results, alones):
+def test_every_tensor_of_a_layer_is_sharded(name, results, alones):
     """The first rank has the larger half of each tensor, by rows: codes, vectors and indices too."""
     _, how, exclude, width = options_of(name)
     model = lowrank_optim.convert(net(torch.float64, width), METHODS[name][0].layer, rank=4, **how, **exclude)
@@ -328,7 +328,7 @@ def test_all_of_a_layer_is_shared_out(name, results, alones):
 
 
 @pytest.mark.slow
-def test_a_lost_vector_becomes_what_it_was(results):
+def test_a_lost_vector_is_restored(results):
     assert results["lost"] < 1e-12
 
 

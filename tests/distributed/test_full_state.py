@@ -40,7 +40,7 @@ def through_file(state, folder):
 @pytest.mark.few(case=FEW)
 @every_case
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_one_process_goes_on_bit_for_bit(case, options, tmp_path):
+def test_one_process_resumes_bit_for_bit(case, options, tmp_path):
     options = dict(options)
     dtype = options.pop("dtype", torch.float32)
     model, twin = Net().to(dtype), Net().to(dtype)
@@ -84,7 +84,7 @@ def test_groups_keep_their_numbers_whatever_their_order():
             assert torch.equal(other.state[p][key], x), (name, key)
 
 
-def test_what_is_returned_does_not_live_on():
+def test_a_full_state_is_a_copy():
     """Copies: neither does training change a state that was taken, nor one that was loaded."""
     model = Net()
     optimizer = GALORE.build(model.named_parameters())
@@ -129,7 +129,7 @@ class Renamed(nn.Module):
         (lambda s: with_state(s, "norm.weight", "more", torch.zeros(2)), "fit norm.weight: more on one"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_whole(edit, said):
+def test_a_full_state_that_does_not_fit_is_refused_whole(edit, said):
     model = Net()
     optimizer = GALORE.build(model.named_parameters())
     train(model, optimizer, 3)
@@ -184,7 +184,7 @@ def two(rank, world, folder):
                 steps(model, optimizer, 0, FIRST, rank, world)
                 state, whole = full_state(optimizer), weights(model)
                 assert (state is None) == (rank > 0)
-                # the same number of processes goes on bit for bit, from rank 0 alone
+                # the same number of processes resumes bit for bit, from rank 0 alone
                 twin, other = build(case, kind)
                 set_model_state_dict(
                     twin.module if kind == "ddp" else twin,
@@ -227,7 +227,7 @@ def folder(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "shards", "hybrid"])
 @pytest.mark.parametrize("name", METHODS)
-def test_two_processes_go_on_as_two_and_as_one(name, kind, folder):
+def test_two_processes_resume_as_two_and_as_one(name, kind, folder):
     case = next(case for case in CASES if case.name == name)
     state, whole, again, (end, twin) = torch.load(folder / f"{name}.{kind}.pt", weights_only=True)
     assert equal(state, again)

@@ -124,7 +124,7 @@ def test_a_way_to_run_a_stage_equals_one_process(way, results):
 
 
 def resumed(folder):
-    """Trains, saves in the middle, and goes on; then a second engine goes on from what was saved."""
+    """Train, save in the middle, and continue; then resume a second engine from the saved state."""
     case, found = case_of("fira"), {}
     for stage, dtype in ((0, torch.bfloat16), (1, torch.float32), (2, torch.bfloat16), (3, torch.bfloat16)):
         grads, path, end = whole_gradients(dtype), f"{folder}/{stage}", []
@@ -146,11 +146,11 @@ def resumed(folder):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_checkpoints_of_deepspeed_go_on_exactly(stage, results):
+def test_the_checkpoints_of_deepspeed_resume_exactly(stage, results):
     assert results["resumed"][stage] == 0
 
 
-def test_the_reports_have_what_is_here(results):
+def test_reports_describe_the_local_part(results):
     found, names = results["resumed"], {name for name, *_ in WEIGHTS}
     for stage in STAGES:
         rows = [{name.split(".")[0] for name in here} for here in found[stage, "rows"]]

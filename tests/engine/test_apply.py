@@ -1,4 +1,4 @@
-"""Weights in 16 bits: one rounding of float32 arithmetic, whatever the block, and no copy of them in 32 bits."""
+"""Weights in 16 bits: one rounding of float32 arithmetic for every block size, and no copy of them in 32 bits."""
 
 from __future__ import annotations
 

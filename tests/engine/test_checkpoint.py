@@ -1,4 +1,4 @@
-"""Save, load, continue: bit-exact, whatever the dtype and the way, and nothing half-loaded."""
+"""Runs that are saved and loaded continue bit for bit, for every dtype and way, and a failed load changes nothing."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def test_empty_matrices_are_left_alone(make):
     optimizer.step()
 
 
-def test_what_was_never_meant_is_refused():
+def test_options_that_contradict_each_other_are_refused():
     p = nn.Parameter(torch.randn(12, 12))
     with pytest.raises(ValueError, match="moments must be one of 'keep', 'reset', got 'rotate'"):
         lowrank_optim.APOLLO([p], moments="rotate")

@@ -194,7 +194,7 @@ def test_eps_of_the_other_kind():
 
 @pytest.mark.few(case=FEW)
 @every_case
-def test_what_is_no_group(case):
+def test_values_that_are_no_group_are_refused(case):
     with pytest.raises(TypeError, match="should be an iterable of Tensors or dicts"):
         case.build(matrix())
     with pytest.raises(TypeError, match=r"a param group is a dict with the key 'params', got list"):
@@ -207,6 +207,6 @@ def test_estimates_that_cannot_be_made():
 
 
 @pytest.mark.parametrize("call", [lowrank_optim.param_groups, lowrank_optim.merge, lowrank_optim.quantize_weights])
-def test_what_is_no_module(call):
+def test_values_that_are_no_module_are_refused(call):
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got generator"):
         call(Net().parameters())

@@ -108,7 +108,7 @@ def test_parameters_at_different_steps(calls):
         calls.append(None)
     assert [len(some) for some in calls if some] == [2, 2, 1]
     reference = torch.optim.AdamW(apart, **OPTIONS, fused=True)
-    for p, q in zip(params, apart, strict=True):  # their last gradients once more, to compare the clocks
+    for p, q in zip(params, apart, strict=True):  # their last gradients again, to compare the clocks
         q.data.copy_(p.detach())
         reference.state[q] = {key: optimizer.state[p][key].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
     optimizer.step()
@@ -150,7 +150,7 @@ def test_equal_matrices_share_a_kernel(monkeypatch):
 
 @pytest.mark.few(case=FEW)
 @every_case
-def test_who_interrupts_a_list_finds_every_weight_counted(case, monkeypatch):
+def test_an_interrupted_list_leaves_every_weight_counted(case, monkeypatch):
     moved = []
 
     def interrupted(recipe, algebra, w, *rest, f=move_, **more):
@@ -187,7 +187,7 @@ def test_large_matrices_are_never_held_together(monkeypatch):
     assert taken == [1, 1, 1]
 
 
-def test_factors_whose_moments_begin_anew(monkeypatch, calls):
+def test_factors_whose_moments_restart(monkeypatch, calls):
     """Their clock is not their step."""
     finals = []
     for chunked in (False, True):

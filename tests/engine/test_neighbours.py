@@ -1,4 +1,4 @@
-"""What people use beside an optimizer: averages of weights, plateaus, tensor rates, hooks, the profiler."""
+"""Tools that are used with an optimizer: averages of weights, plateaus, tensor rates, hooks, the profiler."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def test_the_profiler_names_the_step(attach):
     assert {"Optimizer.step#GaLoreAdamW.step", "Optimizer.zero_grad#GaLoreAdamW.zero_grad"} <= names
 
 
-def test_beside_another_optimizer():
+def test_next_to_another_optimizer():
     """The embedding to SparseAdam, the rest here: two optimizers share a model, one of them steps during backward."""
     runs = []
     for attach in (False, True):

@@ -76,7 +76,7 @@ def test_stored_moments_take_the_trajectory_of_opened_ones(monkeypatch, state_dt
     ],
     ids=str,
 )
-def test_however_a_step_is_run(monkeypatch, state_dtype, options):
+def test_stored_moments_in_every_way_to_run_a_step(monkeypatch, state_dtype, options):
     options = {"state_dtype": state_dtype, **options}
     assert_equal(trained(**options), opened(monkeypatch, **options))
 
@@ -140,7 +140,7 @@ def test_columns_of_a_shard_are_rounded_after_they_were_opened():
     assert not any(map(st.is_open, fused._MOMENTS))
 
 
-def test_what_is_open_is_newer_than_what_is_stored():
+def test_an_opened_moment_replaces_the_stored_one():
     st = Opened(["exp_avg"], lambda key: torch.zeros(3), lambda key: [], lambda x: [x])
     assert "exp_avg" in st
     assert "exp_avg_sq" not in st

@@ -100,7 +100,7 @@ def test_stacked_matrices_have_a_number_each(foreach):
     torch.manual_seed(0)
     params = [(f"w{i}", nn.Parameter(torch.randn(20, 18))) for i in range(4)]
     optimizer = lowrank_optim.GaLoreAdamW(params, rank=4, foreach=foreach)
-    for i, (_, p) in enumerate(params):  # the last one lies in a subspace of 4 dimensions
+    for i, (_, p) in enumerate(params):  # the last one is in a subspace of 4 dimensions
         p.grad = torch.randn(20, 4) @ torch.randn(4, 18) if i == 3 else torch.randn(20, 18)
     optimizer.step()
     shares = [optimizer.stats()[f"captured_energy/w{i}"] for i in range(4)]

@@ -65,7 +65,7 @@ def test_a_captured_step_waits_for_nothing(case, monkeypatch):
     assert gpu.sent == []
 
 
-def test_what_waits_is_seen():
+def test_the_fake_gpu_sees_every_wait():
     """The fake GPU itself."""
     x = torch.empty(3, device="meta")
     with FakeGPU() as gpu:

@@ -104,7 +104,7 @@ def test_signal_saves_and_the_rest_is_the_same(folder, cache, tmp_path, number):
         time.sleep(0.02)
     if number == signal.SIGTERM:
         child.send_signal(number)
-    else:  # as a terminal does: to the parent and the child, which hears it from its parent once more
+    else:  # as a terminal does: to the parent and the child, which hears it from its parent again
         os.killpg(child.pid, number)
     _, errors = child.communicate(timeout=60)
     assert child.returncode == 128 + number, errors
@@ -432,7 +432,7 @@ def test_matrix_lr_scale_is_for_the_matrices_only(folder, cache, tmp_path):
         assert rate == (0.0025 if "proj" in name else 0.01), name
 
 
-def test_muon_takes_what_others_project(folder, cache, tmp_path):
+def test_muon_takes_the_matrices_that_other_methods_project(folder, cache, tmp_path):
     argv = command(folder, cache, "--optimizer", "muon", "--lr", "0.01", "--set", "matrix_lr_scale=0.25")
     run = train(make_job(argv), tmp_path)
     names = {id(p): name for name, p in run.model.named_parameters()}
@@ -510,7 +510,7 @@ def test_two_runs_may_prepare_the_corpus_at_once(folder, tmp_path, monkeypatch):
     seen = []
 
     def slow(*rest):
-        if not seen:  # while the first is at work the second does it all
+        if not seen:  # while the first is at work the second does all of it
             seen.append(True)
             corpus.prepare(request, args.cache)
         return encode(*rest)

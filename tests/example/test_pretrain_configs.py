@@ -71,7 +71,7 @@ def activations(job: Job) -> float:
 
 
 @pytest.mark.parametrize(("hidden", "mlp", "layers"), [(64, 160, 1), (64, 192, 3), (96, 160, 2)])
-def test_activations_are_no_more_than_reckoned(hidden, mlp, layers):
+def test_activations_are_no_more_than_estimated(hidden, mlp, layers):
     """Counted where autograd saves them."""
     base = job_from(["--hidden", f"{hidden}", "--mlp", f"{mlp}", "--layers", f"{layers}", "--dtype", "bf16"])
     network, saved = model.build(base), {}

@@ -143,7 +143,7 @@ def test_predicted_gradients(folder, cache, tmp_path, flags, expected):
 
 
 @pytest.mark.parametrize(("amp", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_amp_computes_in_16_bits_beside_float32_weights(folder, cache, tmp_path, amp, dtype):
+def test_amp_computes_in_16_bits_next_to_float32_weights(folder, cache, tmp_path, amp, dtype):
     run = loop.Run(make_job(command(folder, cache, *GALORE, "--amp", amp)), tmp_path, Interrupt())
     seen = []
     run.model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
@@ -223,7 +223,7 @@ def test_resume_is_bit_exact(folder, cache, tmp_path, monkeypatch, mode):
     assert (len(scales) > 1) == ("fp16" in mode)
 
 
-def test_what_changes_the_weights_cannot_change_on_resume(folder, cache, tmp_path):
+def test_options_that_change_weights_cannot_change_on_resume(folder, cache, tmp_path):
     job = make_job(command(folder, cache, *GALORE, *BACKWARD, *WINDOWS))
     train(job, tmp_path / "run", stop=3)
     changes = {"step_in_backward": False, "accumulate": "whole", "basis_from": "micro-batch", "clip_by": "delayed"}
@@ -240,7 +240,7 @@ def test_jobs_of_earlier_versions_are_read(folder, cache):
 
 
 @pytest.mark.slow
-def test_interrupted_program_goes_on_bit_for_bit(folder, cache, tmp_path):
+def test_interrupted_program_resumes_bit_for_bit(folder, cache, tmp_path):
     flags = [*GALORE, *BACKWARD, *WINDOWS, "--amp", "bf16", "--steps", "300", "--eval-every", "100"]
     argv, out = command(folder, cache, *flags), tmp_path / "run"
     line = [sys.executable, str(EXAMPLES / "pretrain.py"), *argv, "--out", str(out)]
@@ -335,7 +335,7 @@ def test_energy_has_one_point_per_refresh():
     assert energy.curves(rows) == {"q": {0: [(1, 0.5), (3, 0.6)], 12: [(1, 0.7), (4, 0.8)]}}
 
 
-def test_energy_is_drawn_beside_the_loss(folder, cache, tmp_path):
+def test_energy_is_plotted_next_to_the_loss(folder, cache, tmp_path):
     runs = {name: tmp_path / name for name in ("adamw", "galore")}
     results = []
     for name, path in runs.items():

@@ -116,7 +116,7 @@ def same_on_all(run):
 
 
 def failing_save(job, path, team):
-    """One of two disks is full: all are told, by the one that knows, and the earlier checkpoint stays."""
+    """One of two disks is full: all ranks get the error of that rank, and the earlier checkpoint stays."""
     run, save = go(job, path, team), sharded.dcp.save
     before = run.path
 
@@ -174,7 +174,7 @@ def test_first_weights_are_those_of_one_process(found, alone, name):
     assert found[name, "first weights"] == alone.initial_weights
 
 
-def test_one_process_goes_on_where_two_stopped(found, alone, jobs, tmp_path):
+def test_one_process_resumes_where_two_stopped(found, alone, jobs, tmp_path):
     run = loop.Run(jobs[0], found["path"] / "ddp" / "stopped", Interrupt())
     run.load()
     assert run.step == 5
@@ -288,7 +288,7 @@ def test_strategy_follows_the_launcher(folder, cache, monkeypatch):
     assert (job.strategy, job.world, job.share, job.micro_batches) == ("ddp", 2, 2, 1)
 
 
-def test_which_checkpoints_go_on(folder, cache):
+def test_which_checkpoints_can_be_resumed(folder, cache):
     one = make_job(command(folder, cache))
 
     def continues(first, second):

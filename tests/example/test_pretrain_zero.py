@@ -89,7 +89,7 @@ def test_converted_layers_are_merged_at_the_end(found, alone):
         assert found["merged", ("relora", name)] == pytest.approx(found["relora", name].validation[-1][1], abs=1e-5)
 
 
-def test_what_is_refused(jobs):
+def test_options_without_deepspeed_support_are_refused(jobs):
     job = jobs["galore", "zero0"]
     for changes, message in (
         ({"amp": "bf16"}, "take --dtype bf16"),

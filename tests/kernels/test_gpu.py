@@ -1,4 +1,4 @@
-"""What only a GPU can show: its kernels are the CPU's to the last bit, and methods, graphs and resuming work there.
+"""Tests that need a GPU: its kernels are the CPU's to the last bit, and methods, graphs and resuming work there.
 
 `LOWRANK_OPTIM_TEST_DEVICE=cpu` runs the same tests, but for what CUDA alone has, so that none is run for the first time
 on a rented machine. `python -m benchmarks.gpu_check` runs them before it measures.

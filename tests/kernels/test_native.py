@@ -39,7 +39,7 @@ def test_every_operator_has_a_call():
     assert CALLS.keys() == schema.OPERATORS.keys()
 
 
-TRANSFORMS = {torch.float32: 3e-6, torch.float64: 1e-14}  # errors beside the largest result
+TRANSFORMS = {torch.float32: 3e-6, torch.float64: 1e-14}  # errors relative to the largest result
 
 
 def assert_same(name, ours, theirs):
@@ -450,7 +450,7 @@ def test_four_processes_build_once(tmp_path):
 
 
 @needs_compiler
-def test_a_build_that_fails_is_told_and_not_tried_at_each_start(tmp_path, monkeypatch):
+def test_a_failed_build_is_reported_and_not_retried_at_each_start(tmp_path, monkeypatch):
     monkeypatch.setenv("LOWRANK_OPTIM_CACHE", str(tmp_path))
     target = build.Target("cpu", extra=("-no-such-flag",))
     with pytest.raises(build.BuildError, match="no-such-flag"):

@@ -457,11 +457,11 @@ class Some(Tied):
 
     def __init__(self):
         super().__init__()
-        self.seldom = nn.Linear(16, 16)
+        self.rarely = nn.Linear(16, 16)
 
     def forward(self, x, reach=True):
         y = super().forward(x)
-        return y + self.seldom(x) if reach else y
+        return y + self.rarely(x) if reach else y
 
 
 def parts(rank, world, start, stop):
@@ -489,7 +489,7 @@ def scenario_equal(rank, world):
 
 
 def scenario_resumed(rank, world):
-    """Each rank goes on from what it saved."""
+    """Each rank resumes from its own file."""
     runs = []
     for cut in (5, None):
         torch.manual_seed(0)

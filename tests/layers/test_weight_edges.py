@@ -1,4 +1,4 @@
-"""What a user may do to a converted model, and what must then still hold."""
+"""Changes that a user may make to a converted model, and the promises that still hold after them."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_whole_gradients_do_not_outlive_their_step():
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_who_unfreezes_the_model_gives_no_layer_a_subspace_out_of_turn(backward):
+def test_unfreezing_the_model_gives_no_layer_a_subspace_out_of_turn(backward):
     (model, ours), (twin, theirs) = loqt(base="dense"), loqt(base="dense")
     if backward:
         lowrank_optim.step_in_backward(model, ours)
@@ -170,7 +170,7 @@ def test_who_unfreezes_the_model_gives_no_layer_a_subspace_out_of_turn(backward)
         assert torch.equal(model.up.B, twin.up.B), step
 
 
-def test_a_frozen_layer_takes_no_subspace_and_goes_on_when_it_is_trained_again():
+def test_a_frozen_layer_takes_no_subspace_and_resumes_when_it_is_trained_again():
     model, optimizer = loqt(base="dense")
     model.up.requires_grad_(False)
     optimizer._aim()

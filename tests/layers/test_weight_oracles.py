@@ -154,7 +154,7 @@ def test_the_first_update_after_a_reset_is_one_lr_and_would_be_three():
     settle(optimizer)
     state["refreshed_at"].zero_()
     state["exp_avg"].zero_()
-    state["exp_avg_sq"].zero_()  # and the clock goes on, as published
+    state["exp_avg_sq"].zero_()  # and the clock continues, as published
     assert constant(optimizer, model, 1) == pytest.approx(3.16, abs=0.02)
 
 

@@ -1,4 +1,4 @@
-"""What every method promises that changes how weights are kept; over the table of weight_cases.py."""
+"""Promises of every method that changes how weights are stored, for every row of weight_cases.py."""
 
 from __future__ import annotations
 

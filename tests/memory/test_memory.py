@@ -145,7 +145,7 @@ def test_stacked_matrices_wait_for_each_other_during_backward(monkeypatch):
         assert planned.gradients == waiting * 64 * 48 * 4
 
 
-def test_what_gradients_cannot_be_estimated():
+def test_options_of_gradients_that_cannot_be_estimated():
     with pytest.raises(ValueError, match=r"step_in_backward takes optimizers of lowrank_optim, got AdamW"):
         estimate_memory([(8, 8)], torch.optim.AdamW, step_in_backward=True)
     for steps in (0, 1.5, True):
@@ -217,7 +217,7 @@ def test_estimates_hold_whichever_library_multiplies(case, onednn, monkeypatch):
 
 @pytest.mark.few(case=FEW)
 @every_case
-def test_what_lists_hold_was_estimated(case):
+def test_memory_of_lists_is_what_was_estimated(case):
     """R, D and what is derived, of as many small matrices as stay in cache."""
     shape, rank, count = (48, 40), 36, 50
     options = case.fitting({"rank": rank, "orthonormal": True})

@@ -82,7 +82,7 @@ def measured(make, mesh, dtype, options):
 
 
 def collectives(case, mesh, side):
-    """How many one matrix takes, beside that of norms: in a step without a refresh, and more in a later one."""
+    """How many one matrix takes, besides that of norms: in a step without a refresh, and more in a later one."""
     p = nn.Parameter(distribute_tensor(torch.randn(24, 10), mesh, [Shard(0)]))
     try:
         optimizer = case.make([("w", p)], **options_of(case, side))
@@ -237,7 +237,7 @@ def test_deepspeed_shares_everything_but_border_rows(strategy):
     assert cut.sent_per_step == within * 8 * 4
 
 
-def test_what_deepspeed_would_refuse_is_refused():
+def test_configurations_that_deepspeed_refuses_are_refused():
     options = {"rank": 2, "world_size": 2, "proj_type": "left"}
     with pytest.raises(NotImplementedError, match="all of them together are as large as the gradient"):
         estimate_memory({"a": (30, 8)}, lowrank_optim.DCTAdamW, strategy="zero3", **options)
@@ -291,7 +291,7 @@ def test_methods_are_refused_where_they_cannot_work():
     assert one.sent_per_step == one.gradients
 
 
-def test_exact_singular_vectors_cost_what_nobody_knows():
+def test_the_cost_of_exact_singular_vectors_is_unknown():
     one = estimate_memory({"a": (30, 8)}, GALORE.make, rank=2, basis="svd", world_size=2, strategy="fsdp2")
     assert one.sent_per_refresh is None
     assert "sent per refresh" not in str(one)

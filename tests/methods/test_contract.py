@@ -1,4 +1,4 @@
-"""What every optimizer promises (design section 5), for every row of the table."""
+"""Promises of every optimizer, for every row of cases.py."""
 
 from __future__ import annotations
 
@@ -604,7 +604,7 @@ def test_the_kept_basis_is_compact():
 
 @pytest.mark.few(case=FEW)
 @every_case
-def test_a_large_stack_is_cut_into_some_experts_at_a_time(case, monkeypatch):
+def test_a_large_stack_is_cut_into_groups_of_experts(case, monkeypatch):
     finals = []
     for limit in (1 << 26, 2 * 4 * 10 * 20):
         monkeypatch.setattr("lowrank_optim.engine.limits.CHUNK_BYTES", limit)

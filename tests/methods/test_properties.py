@@ -1,4 +1,4 @@
-"""Whatever the shape, rank, dtype and option: finite weights, state as planned, bit-exact resume."""
+"""For any shape, rank, dtype and option: finite weights, state as planned, bit-exact resume."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from tests.support.selection import FEW
 @pytest.mark.few(case=FEW)
 @every_case
 def test_without_projection_it_is_the_rule_in_full_space(case):
-    """Vectors, embeddings, head and every matrix of a group without rank, beside one projected matrix."""
+    """Vectors, embeddings, head and every matrix of a group without rank, next to one projected matrix."""
     make, options, overrides = case.full
     ours, theirs = Net().double(), Net().double()
     theirs.load_state_dict(ours.state_dict())

@@ -28,7 +28,7 @@ def well_posed(case, proj_type):
 
 
 def engine(case, weight, grads, **overrides):
-    """A second, vector parameter lets a matrix that cannot be projected stand beside one that can."""
+    """A second, vector parameter lets a matrix that cannot be projected stand next to one that can."""
     p, other = torch.nn.Parameter(weight.clone()), torch.nn.Parameter(torch.zeros(8, 8, dtype=weight.dtype))
     optimizer = case.build([("w", p), ("other", other)], seed=5, **overrides)
     for grad in grads:

@@ -1,6 +1,6 @@
 """All optimizers share the order, the defaults and the annotations of the arguments that GaLoreAdamW has as well.
 
-Whoever changes one optimizer for another changes its name only. Each exception is listed with its reason.
+To change one optimizer for another, a user changes its name only. Each exception is listed with its reason.
 """
 
 from __future__ import annotations

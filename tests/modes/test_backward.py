@@ -1,4 +1,4 @@
-"""What step_in_backward promises beside the matrix of test_training_loop.py, and what it refuses."""
+"""Promises of step_in_backward besides the matrix of test_training_loop.py, and its refusals."""
 
 from __future__ import annotations
 
@@ -282,7 +282,7 @@ def test_the_report_without_accumulation():
 
 
 def test_the_report_counts_gradients_that_wait_to_be_stacked(monkeypatch):
-    """The most that is alive while backward runs, beside what the report says."""
+    """The most that is alive while backward runs, in addition to the bytes of the report."""
     monkeypatch.setattr("lowrank_optim.engine.limits.CHUNK_BYTES", 5000)
     model, optimizer = made(foreach=True)
     sizes = {p: p.nbytes for p in model.parameters()}
@@ -343,7 +343,7 @@ class Branches(nn.Module):
 
 
 @pytest.mark.parametrize("case", [GALORE, FIRA], ids=lambda case: case.name)
-def test_parameters_that_some_micro_batches_do_not_use(case):
+def test_parameters_unused_in_a_micro_batch(case):
     runs = []
     for attach in (False, True):
         torch.manual_seed(2)
@@ -730,7 +730,7 @@ def test_eight_bit_weights(k):
         assert torch.equal(getattr(p, "codes", p), getattr(q, "codes", q))
 
 
-def test_unscaling_what_is_left():
+def test_unscaling_a_window_that_ends_early():
     """scaler.unscale_ divides the whole gradients of a window that ends early; the step must not do so again."""
     plain, mine = made(FIRA), made(FIRA)
     scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0) for _ in range(2)]

@@ -199,7 +199,7 @@ def gradient(rank, world):
 
 
 @pytest.mark.slow
-def test_nobody_sees_what_is_this_ranks_own(results):
+def test_only_averaged_gradients_are_visible(results):
     first, second = results["gradient"]
     net = dict(Net().named_parameters())
     assert first == set(net)
@@ -264,7 +264,7 @@ def resumed(rank, world):
 
 @pytest.mark.slow
 def test_resume(results):
-    """DDP puts buckets into another order after its first step, and matmuls of a gradient that lies elsewhere may round
+    """DDP puts buckets into another order after its first step, and matmuls of a gradient at another address may round
     in another way: so it is with views, hook or not."""
     found = results["resumed"]
     assert found["one bucket"] == found["dropped"] == 0
