@@ -53,7 +53,7 @@ pretrain: $(STAMP)
 	$(BIN)/python examples/pretrain.py --compare adamw,galore
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest

@@ -61,7 +61,7 @@ class Case:
             which torch has that rule at all.
         reference: the paper's loop from `tests/reference`, and its options.
         kept: persistent numbers of one matrix, counters aside.
-        variants: options of the class beside those of the loop, each to be compared as well.
+        variants: options of the class in addition to those of the loop, each compared as well.
         basis: the state key that says which subspace, None where the random stream does.
         counters: bytes per matrix that the schedule keeps beyond the common ones.
     """
@@ -267,6 +267,11 @@ CASES = [
     ),
 ]  # fmt: skip
 
+
+def case_of(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 ranked = pytest.mark.parametrize("case", [case for case in CASES if case.make.ranked], ids=lambda case: case.name)
 
@@ -319,3 +324,13 @@ def gradients(shape: tuple[int, ...], steps: int, dtype: torch.dtype = torch.flo
     signal, drift = torch.randn(shape), torch.randn(shape)
     fall = 0.8 ** torch.arange(shape[-1])
     return [((signal + 0.05 * step * drift + 0.5 * torch.randn(shape)) * fall).to(dtype) for step in range(steps)]
+
+
+capturable_cases = pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name != "ldadam"], ids=lambda case: case.name
+)
+
+
+# float64 shows that the algorithms are the same; float32 that the engine loses nothing but rounding. Fira without a
+# limit takes some weights beyond 8, where one unit in the last place is 1e-6 already: two of them are allowed.
+TOLERANCE = {torch.float32: dict(rtol=2**-22, atol=1e-6), torch.float64: dict(rtol=0, atol=1e-12)}

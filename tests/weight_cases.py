@@ -26,7 +26,7 @@ class WeightCase:
         keeps: converting leaves the function of the model alone.
         splits: what a sample does depends on its place in the batch, so parts of a batch are not the batch.
         retracted: factors that are changed again after their update.
-        variants: options to be tried beside `kwargs`.
+        variants: options to be tried in addition to `kwargs`.
     """
 
     name: str

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.cases import CASES, Net, every_case
+from tests.cases import Net, case_of, every_case
 from tests.support.processes import Chosen, same_everywhere, shared_gradients, spawn
+from tests.support.selection import FEW, selected
 
 STEPS = 16  # refreshes before steps 0, 7 and 14, for most methods
 DTYPES = (torch.float32, torch.bfloat16)
@@ -60,17 +61,18 @@ def from_chosen_gradients(case, rank, dtype):
     return max((p - q).abs().max().item() for p, q in zip(model.parameters(), one.parameters(), strict=True))
 
 
-def worker(rank, world):
-    found = {(case.name, "data"): from_data(case, rank, world) for case in CASES}
-    found |= {(case.name, dtype): from_chosen_gradients(case, rank, dtype) for case in CASES for dtype in DTYPES}
+def worker(rank, world, cases):
+    found = {(case.name, "data"): from_data(case, rank, world) for case in map(case_of, cases)}
+    found |= {(name, dtype): from_chosen_gradients(case_of(name), rank, dtype) for name in cases for dtype in DTYPES}
     return found
 
 
 @pytest.fixture(scope="module")
-def results():
-    return spawn(worker, 2)
+def results(request):
+    return spawn(worker, 2, [case.name for case in selected(request, "case")])
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_two_processes_equal_one(case, results):
     got = results[case.name, "data"]
@@ -78,6 +80,7 @@ def test_two_processes_equal_one(case, results):
     assert got < 1e-9
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_bit_is_that_of_one_process_where_averaging_rounds_nothing(case, dtype, results):

@@ -26,8 +26,10 @@ from lowrank_optim.distributed.lockstep import Peers
 from lowrank_optim.distributed.pieces import Piece
 from lowrank_optim.wrappers.adoption import GROUP
 from tests.cases import CASES, every_case, gradients
-from tests.distributed.test_fsdp2 import ROWS, Counted, message, spawn
-from tests.distributed.test_full_state import equal
+from tests.distributed.test_fsdp2 import message, spawn
+from tests.support.collectives import Counted
+from tests.support.sharded import ROWS
+from tests.support.wrapped import equal
 
 STEPS = 15  # refreshes before steps 0, 7 and 14, for most methods
 # Two groups; tall, wide, square, one row, a long row, a convolution, a stack; in full space
@@ -157,7 +159,7 @@ def apart(weights, one):
 
 
 def moved(zero, one, optimizer, cuts, grads):
-    """The largest difference from one process that goes on, of fragments cut elsewhere that go on from a full state."""
+    """Return the largest difference of fragments with other cuts, resumed from a full state, from one process."""
     full = lowrank_optim.full_state(zero.optimizer)
     for p, w in zip((p for group in optimizer.param_groups for p in group["params"]), zero.weights(), strict=True):
         p.data.copy_(w)
@@ -193,6 +195,7 @@ def results():
     return spawn(three, 3)
 
 
+@pytest.mark.slow
 @every_case
 def test_cut_anywhere_equals_one_process(case, results):
     got, expected = results[case.name, "std"], {**ROWS, **NEVER}.get(case.name)
@@ -202,11 +205,13 @@ def test_cut_anywhere_equals_one_process(case, results):
         assert got < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_a_method_that_reads_lines_can_project_the_other_side(name, results):
     assert results[name, "right"] < 1e-9
 
 
+@pytest.mark.slow
 def test_both_sides_are_projected(results):
     assert results["full"] < 1e-9
 
@@ -305,6 +310,7 @@ def _captured(a, g, rows):
     return coordinates.mT @ coordinates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", [*OPERATIONS, "weight"])
 def test_every_operation_on_fragments(operation, results):
     assert results["algebra"][operation] < 1e-9
@@ -338,6 +344,7 @@ def counts(rank):
     return found
 
 
+@pytest.mark.slow
 def test_few_rows_travel(results):
     sizes, cuts = results["counts"], 2
     norms, edges = 2, cuts * 96
@@ -349,7 +356,8 @@ def test_few_rows_travel(results):
             assert sum(sizes[side][step]) < 256 * 96 / 3, "far less than one gradient"
 
 
-def test_the_report_says_what_is_here(results):
+@pytest.mark.slow
+def test_the_report_describes_the_local_part(results):
     (row,) = results["counts"]["left", "report"]
     assert (row.name, row.shape, row.side) == ("w", (256, 96), "left")
     assert row.layout == f"{256 * 96 // 3} of {256 * 96} elements"
@@ -376,6 +384,7 @@ def decisions(rank):
     return found
 
 
+@pytest.mark.slow
 def test_ranks_decide_together(results):
     assert results["decisions"] == {"skipped": 1, "same": True, "refreshes": 1}
 
@@ -400,7 +409,8 @@ def kept(rank):
     return max((a - b).abs().max().item() for a, b in zip(first.weights(), second.weights(), strict=True))
 
 
-def test_a_state_dict_goes_on_exactly(results):
+@pytest.mark.slow
+def test_a_state_dict_resumes_exactly(results):
     assert results["kept"] == 0
 
 
@@ -414,6 +424,7 @@ def gathered(rank):
     return counted.sizes, [sum(x.nbytes for x in state.values()) for state in states]
 
 
+@pytest.mark.slow
 def test_a_full_state_is_of_one_parameter_at_a_time(results):
     (clocks, *sizes), states = results["gathered"]
     assert clocks == 2 * len(states)
@@ -454,6 +465,7 @@ def narrowly(dtype, cuts):
     return Zero(optimizer, lambda _: cuts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "cut"), [("int8", 4096), ("int8", 11264), ("bfloat16", 5000)])
 def test_narrow_state_moves_to_other_cuts(dtype, cut, results):
     same, lr, difference, names = results["narrow"][dtype, cut]
@@ -505,6 +517,7 @@ def no_full_state(rank):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "said"),
     [
@@ -529,7 +542,7 @@ def given(**attributes):
     return p
 
 
-def test_a_flat_tensor_of_nobody_is_refused():
+def test_a_flat_tensor_without_an_owner_is_refused():
     """FSDP1 flattens, and says nothing of shapes."""
     optimizer = lowrank_optim.GaLoreAdamW([("w", given())], rank=2)
     optimizer.param_groups[0]["params"] = [torch.randn(48)]

@@ -15,13 +15,11 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import lowrank_optim
@@ -29,84 +27,27 @@ from lowrank_optim import ops
 from lowrank_optim.distributed.lockstep import Peers
 from lowrank_optim.distributed.pieces import Piece
 from lowrank_optim.distributed.shards import Meter, Shards, Traffic
-from tests.cases import CASES, every_case, gradients
-from tests.support.processes import message, same_everywhere, spawn
-from tests.support.wrapped import Small, apart, steps
-
-STEPS = 15  # refreshes before steps 0, 7 and 14, for most methods
-# name, shape, rank: tall, wide, square, of lengths that no number of ranks divides; in full space; few rows
-WEIGHTS = [
-    ("tall", (24, 10), 4), ("wide", (9, 22), 3), ("square", (12, 12), 5), ("uneven", (31, 6), 2), ("low", (7, 40), 3),
-    ("table", (11, 8), None), ("bias", (13,), None), ("stack", (5, 6, 4), None), ("few", (3, 40), 2),
-]  # fmt: skip
-ROWWISE = (Shard(0),)
-# What a method says that cannot have the projected side of a matrix sharded, or no side of it.
-ROWS = {"dct": "a sum along that side"}
-NEVER = {"galore_plus": "take density=0"}
-
-
-# -- one optimizer, sharded or not -------------------------------------------------------------------------------------
-
-
-def build(case, dtype, mesh=None, placements=ROWWISE, side="std", **options):
-    """Parameters, sharded if there is a mesh, and their optimizer."""
-    torch.manual_seed(0)
-    groups, whole = [], [torch.randn(shape).div(4).to(dtype) for _, shape, _ in WEIGHTS]
-    for (name, shape, rank), w in zip(WEIGHTS, whole, strict=True):
-        some = [Shard(0) if one.is_shard() and (len(shape) != 2 or min(shape) < 4) else one for one in placements]
-        p = nn.Parameter(w if mesh is None else laid_out(w, mesh, some))
-        group = {"params": [(name, p)], "rank": rank}
-        groups.append({**group, "proj_type": side} if case.has("proj_type", side) else group)
-    return [group["params"][0][1] for group in groups], case.build(groups, **options)
-
-
-def laid_out(x, mesh, placements):
-    """As `distribute_tensor`, which does not know what FSDP makes of rows that tensor parallelism has cut."""
-    if not any(type(one).__name__ == "_StridedShard" for one in placements):
-        return distribute_tensor(x, mesh, placements)
-    here = x
-    for dim in (1, 0):
-        parts = here.chunk(mesh.size(dim))
-        here = parts[mesh.get_local_rank(dim)] if mesh.get_local_rank(dim) < len(parts) else here[:0]
-    return DTensor.from_local(here.clone(), mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
-
-
-def whole_gradients(dtype):
-    torch.manual_seed(1)
-    return [gradients(shape, STEPS, dtype) for _, shape, _ in WEIGHTS]
-
-
-def train(params, optimizer, grads, first=0, last=STEPS):
-    for step in range(first, last):
-        for p, some in zip(params, grads, strict=True):
-            g = some[step]
-            p.grad = laid_out(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
-        optimizer.step()
-
-
-def difference(case, dtype, mesh, placements=ROWWISE, side="std", last=STEPS, **options):
-    """The largest from one process, or what was said instead of training; and whether state differs between ranks."""
-    try:
-        params, optimizer = build(case, dtype, mesh, placements, side, **options)
-    except NotImplementedError as error:
-        return str(error)
-    grads = whole_gradients(dtype)
-    train(params, optimizer, grads, last=last)
-    ours, one = build(case, dtype, side=side, **options)
-    train(ours, one, grads, last=last)
-    for state in optimizer.state.values():
-        for key, tensor in state.items():
-            assert isinstance(tensor, DTensor) or same_everywhere([tensor]), f"{case.name}: {key} differs between ranks"
-    pairs = zip(params, ours, strict=True)
-    return max((p.full_tensor().double() - q.double()).abs().max().item() for p, q in pairs)
-
+from tests.cases import CASES, case_of, every_case
+from tests.support.collectives import Counted
+from tests.support.processes import message, spawn
+from tests.support.selection import FEW, selected
+from tests.support.sharded import (
+    NEVER,
+    ROWS,
+    difference,
+    saved,
+    small,
+    whole,
+    whole_from,
+)
+from tests.support.wrapped import apart, steps
 
 # -- what two processes do ---------------------------------------------------------------------------------------------
 
 
-def two(rank, world, folder):
+def two(rank, world, folder, names):
     mesh, results = init_device_mesh("cpu", (world,)), {}
-    for case in CASES:
+    for case in map(case_of, names):
         results[case.name, "float32"] = difference(case, torch.float32, mesh)
         narrow = {"state_dtype": "bfloat16"} if case.has("state_dtype") else {}
         results[case.name, "bf16"] = difference(case, torch.bfloat16, mesh, side="right", last=9, **narrow)
@@ -118,11 +59,12 @@ def two(rank, world, folder):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("two")
-    return {**spawn(two, 2, str(folder)), "folder": folder}
+    return {**spawn(two, 2, str(folder), [case.name for case in selected(request, "case")]), "folder": folder}
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_two_processes_equal_one(case, results):
     """Also where lengths are odd; state that is not cut is the same on both, bit for bit."""
@@ -134,6 +76,7 @@ def test_two_processes_equal_one(case, results):
         assert got < (3e-6 if case.name == "ldadam" else 1e-6)  # which refits its basis at each of the steps
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_bfloat16_weights_and_state_are_rounded_as_in_one_process(case, results):
     got = results[case.name, "bf16"]
@@ -141,29 +84,6 @@ def test_bfloat16_weights_and_state_are_rounded_as_in_one_process(case, results)
 
 
 # -- traffic -----------------------------------------------------------------------------------------------------------
-
-
-class Counted:
-    """Elements of every collective while it is entered, and the bytes of all."""
-
-    def __enter__(self):
-        self.sizes, self.bytes, self.before = [], 0, (dist.all_reduce, dist.all_gather)
-
-        def all_reduce(x, *args, **kwargs):
-            self.sizes.append(x.numel())
-            self.bytes += x.nbytes
-            return self.before[0](x, *args, **kwargs)
-
-        def all_gather(pieces, x, *args, **kwargs):
-            self.sizes.append(x.numel())
-            self.bytes += x.nbytes
-            return self.before[1](pieces, x, *args, **kwargs)
-
-        dist.all_reduce, dist.all_gather = all_reduce, all_gather
-        return self
-
-    def __exit__(self, *_):
-        dist.all_reduce, dist.all_gather = self.before
 
 
 def counts(rank, mesh):
@@ -307,7 +227,7 @@ def layouts(rank, mesh):
     case = next(case for case in CASES if case.name == "galore_adamw")
     found["stacked"] = difference(case, torch.float64, mesh, foreach=True)
     found["exact"] = max(sine_of(rank, mesh, cut) for cut in (-2, -1))
-    # rounding to bfloat16 where what is here is columns of the weight and of its moments
+    # rounding to bfloat16 where the local part is columns of the weight and of its moments
     found["noise"] = difference(case, torch.bfloat16, mesh, (Shard(1),), "left", state_dtype="bfloat16")
     return found
 
@@ -339,36 +259,8 @@ def test_other_layouts(results):
 # -- a model under fully_shard, and its checkpoints --------------------------------------------------------------------
 
 
-def small(mesh=None, hidden=21, **options):
-    torch.manual_seed(0)
-    model = Small(hidden)
-    if mesh is not None:
-        for layer in (model.up, model.down):
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    options = {"lr": 0.01, "rank": 3, "update_proj_gap": 4, "moments": "rotate", "state_dtype": "bfloat16", **options}
-    return model, lowrank_optim.GaLoreAdamW(model.named_parameters(), **options)
-
-
-def saved(model, optimizer, **options):
-    options = StateDictOptions(**options)
-    return {
-        "model": model_state(model, options),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
-    }
-
-
-def model_state(model, options=None):
-    return get_model_state_dict(model, options=options)
-
-
-def whole(model):
-    full = model_state(model, StateDictOptions(full_state_dict=True))
-    return {key: value.clone() for key, value in full.items()}
-
-
 def sharded_model(folder):
-    """Trains, saves in the middle, and goes on; then a second one goes on from what was saved."""
+    """Train, save in the middle, and continue; then resume a second one from the saved state."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,))
     model, optimizer = small(mesh)
@@ -394,17 +286,6 @@ def sharded_model(folder):
     return {"end": whole(model), "again": again, "from one": from_one, **found}
 
 
-def whole_from(folder, mesh, rank, world, hidden=21):
-    """What the rest of the run makes of the checkpoint on these ranks; without a mesh in this process alone."""
-    model, optimizer = small(mesh, hidden)
-    state = saved(model, optimizer)
-    dcp.load(state, checkpoint_id=f"{folder}/dcp", no_dist=mesh is None)
-    set_model_state_dict(model, state["model"])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    steps(model, optimizer, 6, 11, rank, world)
-    return whole(model)
-
-
 def sharded_from_one(mesh, way):
     """Goes on with what one process has left: its `state_dict()`, or a full one by torch's helpers."""
     one, before = small()
@@ -427,7 +308,7 @@ def test_a_model_under_fully_shard_equals_one_process(results):
     assert apart(results["model"]["end"], model.state_dict()) < 1e-6
 
 
-def test_the_report_says_what_is_here_and_what_is_sent(results):
+def test_the_report_describes_the_local_part_and_the_traffic(results):
     found = results["model"]
     rows = {row.name: row for row in found["rows"]}
     assert sum(row.state_bytes for row in found["rows"]) == found["kept"]
@@ -447,16 +328,16 @@ def test_resume_is_exact_on_as_many_ranks(results):
     assert apart(results["model"]["end"], results["model"]["again"]) == 0
 
 
-def test_state_of_one_process_goes_on_sharded(results):
+def test_state_of_one_process_resumes_sharded(results):
     for end in results["model"]["from one"]:
         assert apart(results["model"]["end"], end) < 1e-6
 
 
-def test_a_sharded_checkpoint_goes_on_in_one_process(results):
+def test_a_sharded_checkpoint_resumes_in_one_process(results):
     assert apart(results["model"]["end"], whole_from(results["folder"], None, 0, 1)) < 1e-6
 
 
-def test_a_full_state_dict_goes_on_in_one_process(results):
+def test_a_full_state_dict_resumes_in_one_process(results):
     full = torch.load(results["folder"] / "full.pt")
     model, optimizer = small()
     set_model_state_dict(model, full["model"])
@@ -496,7 +377,7 @@ def four(rank, world):
 
 
 @pytest.mark.slow
-def test_four_processes_of_which_some_have_nothing():
+def test_four_processes_with_empty_shards():
     """A matrix of three rows; and two groups of two ranks that have the same shards."""
     for name, got in spawn(four, 4).items():
         expected = {**NEVER, **ROWS}.get(name)

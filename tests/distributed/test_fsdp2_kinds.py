@@ -13,8 +13,8 @@ from torch.distributed.tensor import Shard
 
 import lowrank_optim
 from tests.cases import CASES, gradients
-from tests.distributed.test_fsdp2 import laid_out
 from tests.support.processes import message, spawn
+from tests.support.sharded import laid_out
 from tests.support.wrapped import Small
 
 pytestmark = pytest.mark.slow  # its processes take long
@@ -214,7 +214,7 @@ def test_stacks_in_few_bits_are_rounded_as_in_one_process(kind, results):
     assert results[kind] == {"galore_adamw": (0.0, True)}
 
 
-def test_stacks_are_saved_and_cut_otherwise(results):
+def test_stacks_are_saved_and_sharded_along_another_dimension(results):
     ours, again, same = results["resharded"]
     assert ours < 1e-12
     assert again < 1e-12

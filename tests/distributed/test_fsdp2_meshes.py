@@ -15,8 +15,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import lowrank_optim
 from tests.cases import CASES
-from tests.distributed.test_fsdp2 import NEVER, ROWS, difference, saved, small, whole, whole_from
 from tests.support.processes import spawn
+from tests.support.sharded import NEVER, ROWS, difference, saved, small, whole, whole_from
 from tests.support.wrapped import Small, apart, steps
 
 pytestmark = pytest.mark.slow  # its processes take long
@@ -88,7 +88,7 @@ def test_four_processes_equal_one(results):
 
 
 def test_bfloat16_is_rounded_as_in_one_process(results):
-    """Random numbers are those of the places of elements, where what is here is columns of some rows."""
+    """Random numbers are those of the places of elements, where the local part is columns of several rows."""
     assert results["noise"] == 0
 
 
@@ -98,7 +98,7 @@ def test_a_model_equals_one_process(results):
     assert apart(results["model"]["end"], model.state_dict()) < 1e-6
 
 
-def test_state_lies_like_its_matrix(results):
+def test_state_is_sharded_like_its_matrix(results):
     placed = results["model"]["placed"]
     assert placed["up.weight", "exp_avg"] == "(_StridedShard(dim=1, sf=2), Shard(dim=1))", "n is of rows of the weight"
     assert ("up.weight", "basis") not in placed
@@ -109,7 +109,7 @@ def test_state_lies_like_its_matrix(results):
     assert rows["down.weight"] == ("6 of 12 rows, 11 of 22 columns", "left", 4 * 3 * 11)
 
 
-def test_a_checkpoint_goes_on_elsewhere(results):
+def test_a_checkpoint_resumes_on_another_mesh(results):
     """On the same mesh, on one without tensor parallelism, and in one process."""
     end = results["model"]["end"]
     assert apart(end, results["model"]["again"]) == 0

@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import lowrank_optim
 from lowrank_optim.distributed import lockstep
 from lowrank_optim.distributed.lockstep import Peers
-from tests.distributed.test_fsdp2 import Counted
+from tests.support.collectives import Counted
 from tests.support.processes import spawn
 
 LAYERS = 4
@@ -57,6 +57,7 @@ def calls(mesh, name, layers, **options):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", METHODS)
 def test_collectives_do_not_grow_with_the_number_of_matrices(name, side, results):
@@ -74,6 +75,7 @@ def column_major(rank, mesh):
     return lockstep.total(x, Peers(mesh.get_group(), "cpu"))
 
 
+@pytest.mark.slow
 def test_sums_are_of_elements_and_not_of_memory(results):
     assert torch.equal(results["column-major"], torch.arange(12.0).view(4, 3).mT)
 
@@ -95,6 +97,7 @@ def nested(mesh):
     return got, counted.sizes
 
 
+@pytest.mark.slow
 def test_tasks_begin_tasks(results):
     got, sizes = results["nested"]
     assert sizes == [5 * 2, 5 * 3, 2 * 1]
@@ -125,5 +128,6 @@ def errors(mesh):
     return said, sorted(ended), grad
 
 
+@pytest.mark.slow
 def test_an_error_ends_all_tasks(results):
     assert results["errors"] == ("no", [1, 2, 3], [False, False])

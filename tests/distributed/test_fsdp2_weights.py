@@ -21,8 +21,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import lowrank_optim
-from tests.distributed.test_fsdp2 import saved, whole
 from tests.support.processes import message, spawn
+from tests.support.sharded import saved, whole
 from tests.support.wrapped import apart
 
 METHODS = {  # the optimizer and its options, and those of the layer alone
@@ -277,6 +277,7 @@ def merged(name, model):
     return copy.deepcopy(lowrank_optim.merge(model) if name in QUANTIZED else model).state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_equal_one(name, results, alones):
     """Over three restarts."""
@@ -300,6 +301,7 @@ def sizes(m, n):
     return [(k, m), (k,), (k, n)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MERGING)
 def test_two_processes_equal_one_in_float32(name, results, alones):
     """The others restart from singular vectors, which rounding turns where values are close."""
@@ -307,26 +309,30 @@ def test_two_processes_equal_one_in_float32(name, results, alones):
     assert apart(as_plain(name, results[name, "float32"], torch.float32), merged(name, copy.deepcopy(model))) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [2, 3], ids=["before", "after"])
 @pytest.mark.parametrize("way", ["2 to 1", "1 to 2"])
 @pytest.mark.parametrize("name", SAVED)
-def test_another_number_of_ranks_goes_on(name, way, at, results):
+def test_another_number_of_ranks_resumes(name, way, at, results):
     """Right before and after the restart that follows update 3: from torch's checkpoint, and from ours."""
     assert results["resumed"][name, way, at] < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
-def test_all_of_a_layer_is_shared_out(name, results, alones):
+def test_every_tensor_of_a_layer_is_sharded(name, results, alones):
     """The first rank has the larger half of each tensor, by rows: codes, vectors and indices too."""
     _, how, exclude, width = options_of(name)
     model = lowrank_optim.convert(net(torch.float64, width), METHODS[name][0].layer, rank=4, **how, **exclude)
     assert results[name, "here"] == sum(-(-len(p) // 2) * p.nbytes // len(p) for p in model.parameters())
 
 
-def test_a_lost_vector_becomes_what_it_was(results):
+@pytest.mark.slow
+def test_a_lost_vector_is_restored(results):
     assert results["lost"] < 1e-12
 
 
+@pytest.mark.slow
 def test_codes_and_indices_are_not_cast(results):
     kinds = results["dtypes"]
     assert kinds["relora-nf4"]["base"] == torch.uint8
@@ -334,6 +340,7 @@ def test_codes_and_indices_are_not_cast(results):
     assert kinds["relora-nf4"]["B"] == kinds["sst"]["U"] == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_merged_weights_are_rounded_as_in_one_process(results):
     model = lowrank_optim.convert(net(torch.bfloat16), lowrank_optim.LowRankLinear, rank=4, alpha=7.0)
     with torch.no_grad():
@@ -344,6 +351,7 @@ def test_merged_weights_are_rounded_as_in_one_process(results):
     assert apart(results["bf16"], model.state_dict()) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "said"),
     [

@@ -15,7 +15,8 @@ import lowrank_optim
 from lowrank_optim import full_state, load_full_state
 from tests.cases import CASES, Net, every_case, train
 from tests.support.processes import message, spawn
-from tests.support.wrapped import apart, build, steps, weights
+from tests.support.selection import FEW
+from tests.support.wrapped import apart, build, equal, steps, weights
 from tests.weight_cases import WEIGHT_CASES, net
 from tests.weight_cases import train as train_net
 
@@ -32,23 +33,14 @@ def through_file(state, folder):
     return torch.load(folder / "state.pt", weights_only=True)
 
 
-def equal(one, other):
-    """Equal bits, of two full states."""
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return one == other
-
-
 # -- one process -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thin
+@pytest.mark.few(case=FEW)
 @every_case
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_one_process_goes_on_bit_for_bit(case, options, tmp_path):
+def test_one_process_resumes_bit_for_bit(case, options, tmp_path):
     options = dict(options)
     dtype = options.pop("dtype", torch.float32)
     model, twin = Net().to(dtype), Net().to(dtype)
@@ -92,7 +84,7 @@ def test_groups_keep_their_numbers_whatever_their_order():
             assert torch.equal(other.state[p][key], x), (name, key)
 
 
-def test_what_is_returned_does_not_live_on():
+def test_a_full_state_is_a_copy():
     """Copies: neither does training change a state that was taken, nor one that was loaded."""
     model = Net()
     optimizer = GALORE.build(model.named_parameters())
@@ -137,7 +129,7 @@ class Renamed(nn.Module):
         (lambda s: with_state(s, "norm.weight", "more", torch.zeros(2)), "fit norm.weight: more on one"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_whole(edit, said):
+def test_a_full_state_that_does_not_fit_is_refused_whole(edit, said):
     model = Net()
     optimizer = GALORE.build(model.named_parameters())
     train(model, optimizer, 3)
@@ -192,7 +184,7 @@ def two(rank, world, folder):
                 steps(model, optimizer, 0, FIRST, rank, world)
                 state, whole = full_state(optimizer), weights(model)
                 assert (state is None) == (rank > 0)
-                # the same number of processes goes on bit for bit, from rank 0 alone
+                # the same number of processes resumes bit for bit, from rank 0 alone
                 twin, other = build(case, kind)
                 set_model_state_dict(
                     twin.module if kind == "ddp" else twin,
@@ -232,9 +224,10 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "shards", "hybrid"])
 @pytest.mark.parametrize("name", METHODS)
-def test_two_processes_go_on_as_two_and_as_one(name, kind, folder):
+def test_two_processes_resume_as_two_and_as_one(name, kind, folder):
     case = next(case for case in CASES if case.name == name)
     state, whole, again, (end, twin) = torch.load(folder / f"{name}.{kind}.pt", weights_only=True)
     assert equal(state, again)
@@ -246,6 +239,7 @@ def test_two_processes_go_on_as_two_and_as_one(name, kind, folder):
     assert apart(end, model.state_dict()) < 1e-6
 
 
+@pytest.mark.slow
 def test_all_ranks_say_what_does_not_fit(folder):
     for found in torch.load(folder / "refusals.pt"):
         assert "rank 0 was given None; nothing was loaded" in found["none on rank 0"]

@@ -28,7 +28,7 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-# -- checkpoints: written beside where they belong, then renamed -------------------------------------------------------
+# -- checkpoints: written next to where they belong, then renamed ----------------------------------------------------
 
 
 def save_file(model, optimizer, path, killed):
@@ -96,7 +96,7 @@ def run(rank, world, folder, kind, kill):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_run_goes_on_as_if_nothing_had_been(kind, tmp_path):
+def test_a_killed_run_resumes_exactly(kind, tmp_path):
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"
     for folder in (quiet, killed):
         folder.mkdir()

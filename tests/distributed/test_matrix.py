@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks import distributed_table
-from tests.distributed.test_zero import apart
 from tests.support import matrix
+from tests.support.zero import apart
 
 pytestmark = pytest.mark.slow  # its processes take long
 

@@ -5,152 +5,41 @@ DeepSpeed runs here on the CPU, in two processes that work through everything, b
 
 from __future__ import annotations
 
-import functools
-import os
 import re
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from lowrank_optim import estimate_memory
 from lowrank_optim.ops import linalg
-from tests.cases import CASES, every_case, gradients
-from tests.distributed.test_fsdp2 import Counted
-from tests.support import processes
+from tests.cases import CASES, case_of, every_case
+from tests.support.collectives import Counted
+from tests.support.zero import (
+    ACCUMULATED_IN_FLOAT32,
+    STAGES,
+    WEIGHTS,
+    Weights,
+    alone,
+    apart,
+    build,
+    groups_of,
+    initialized,
+    spawn,
+    train,
+    under_zero,
+    weights,
+    whole_gradients,
+)
 
 pytestmark = pytest.mark.slow  # its processes take long
 
 pytest.importorskip("deepspeed")
 
-STEPS = 15  # refreshes before steps 0, 7 and 14, for most methods
-# name, shape, rank: tall, wide, square, of lengths that no number of ranks divides; in full space; few rows
-WEIGHTS = [
-    ("tall", (24, 10), 4), ("wide", (9, 22), 3), ("square", (12, 12), 5), ("uneven", (31, 6), 2), ("low", (7, 40), 3),
-    ("few", (3, 40), 2), ("stack", (3, 5, 16), 2), ("table", (11, 8), None), ("bias", (13,), None), ("one", (1,), None),
-]  # fmt: skip
-
-
-# -- processes ---------------------------------------------------------------------------------------------------------
-
-
-def spawn(worker, world, *args):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return processes.spawn(worker, world, *args, meet=functools.partial(_meet, port))
-
-
-def _meet(port, rank, world, folder):
-    own = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_PORT=port)
-    os.environ.update({key: str(value) for key, value in own.items()}, MASTER_ADDR="127.0.0.1", DS_ACCELERATOR="cpu")
-    import deepspeed
-
-    deepspeed.logger.setLevel("ERROR")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a collective is compiled first
-    deepspeed.init_distributed(dist_backend="gloo")
-
-
-# -- one optimizer, under DeepSpeed or not -----------------------------------------------------------------------------
-
-
-class Weights(nn.Module):
-    """Parameters whose gradients are what the test says."""
-
-    def __init__(self, some=WEIGHTS):
-        super().__init__()
-        torch.manual_seed(0)
-        for name, shape, _ in some:
-            setattr(self, name, nn.Parameter(torch.randn(shape) / 4))
-
-    def forward(self, grads):
-        return sum((p * g).sum() for p, g in zip(self.parameters(), grads, strict=True))
-
-
-def build(model, case, side="std", **options):
-    return case.build(groups_of(model, case, side), **options)
-
-
-def groups_of(model, case, side="std", weights=WEIGHTS):
-    """Projected ones together, as is usual under ZeRO, and the others."""
-    ranks = sorted({str(rank) for _, _, rank in weights})
-    groups = []
-    for rank in ranks:
-        some = [(name, getattr(model, name)) for name, _, own in weights if str(own) == rank]
-        group = {"params": some, "rank": None if rank == "None" else int(rank), "as_matrix": "batch"}
-        groups.append({**group, "proj_type": side} if case.has("proj_type", side) else group)
-    return groups
-
-
-def whole_gradients(dtype):
-    torch.manual_seed(1)
-    some = [gradients(shape, STEPS, dtype) for _, shape, _ in WEIGHTS]
-    return [[one[step] for one in some] for step in range(STEPS)]
-
-
-def alone(case, grads, **options):
-    """The weights after training in this process."""
-    model = Weights()
-    optimizer = build(model, case, **options)
-    for step in grads:
-        for p, g in zip(model.parameters(), step, strict=True):
-            p.grad = g
-        optimizer.step()
-    return [p.detach() for p in model.parameters()]
-
-
-def initialized(model, optimizer, stage, dtype=torch.float32, zero=None, **config):
-    import deepspeed
-
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "gradient_clipping": 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {
-            "stage": stage, "reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 0, **(zero or {}),
-        },
-        **config,
-    }  # fmt: skip
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-
-
-def train(engine, grads):
-    for step in grads:
-        engine.backward(engine(step))
-        engine.step()
-
-
-def weights(engine, stage):
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
-        return [p.detach().clone() for p in engine.module.parameters()]
-
-
-def under_zero(case, stage, grads, dtype=torch.float32, zero=None, config=None, **options):
-    model = Weights()
-    engine = initialized(model, build(model, case, **options), stage, dtype, zero, **(config or {}))
-    train(engine, grads)
-    return weights(engine, stage)
-
-
-def apart(some, others):
-    return max((a.double() - b.double()).abs().max().item() for a, b in zip(some, others, strict=True))
-
 
 # -- what two processes do ---------------------------------------------------------------------------------------------
 
-STAGES = (0, 1, 2, 3)
-ACCUMULATED_IN_FLOAT32 = {"data_types": {"grad_accum_dtype": "fp32"}}  # stage 1 in bfloat16 is another class then
 CLIPPED = 0.3
-
-
-def of(name):
-    return next(case for case in CASES if case.name == name)
 
 
 def two(rank, world, folder):
@@ -164,7 +53,7 @@ def results(tmp_path_factory):
 
 def stages(folder):
     """Differences from one process."""
-    case, grads = of("galore_adamw"), whole_gradients(torch.float32)
+    case, grads = case_of("galore_adamw"), whole_gradients(torch.float32)
     one = alone(case, grads, moments="rotate")
     return {stage: apart(one, under_zero(case, stage, grads, moments="rotate")) for stage in STAGES}
 
@@ -176,7 +65,7 @@ def test_a_stage_equals_one_process(stage, results):
 
 def narrow(folder):
     """Weights in bfloat16, whose master copies are in float32."""
-    case, grads = of("galore_adamw"), whole_gradients(torch.bfloat16)
+    case, grads = case_of("galore_adamw"), whole_gradients(torch.bfloat16)
     found = {stage: under_zero(case, stage, grads, torch.bfloat16) for stage in STAGES}
     found["accumulated in float32"] = under_zero(case, 1, grads, torch.bfloat16, config=ACCUMULATED_IN_FLOAT32)
     return found
@@ -189,7 +78,7 @@ def test_stages_in_bfloat16_are_equal_bit_for_bit(stage, results):
 
 def ways(folder):
     """Differences from one process of other ways to run a stage."""
-    case, grads = of("galore_adafactor"), whole_gradients(torch.float32)
+    case, grads = case_of("galore_adafactor"), whole_gradients(torch.float32)
     one, found = alone(case, grads), {}
     cpu = {"offload_optimizer": {"device": "cpu"}}
     for stage in (1, 3):
@@ -215,7 +104,7 @@ def born_sharded(case):
 
 
 def clipped_and_accumulated():
-    case, grads = of("galore_adamw"), whole_gradients(torch.float32)
+    case, grads = case_of("galore_adamw"), whole_gradients(torch.float32)
     pairs = list(zip(grads[::2], grads[1::2], strict=False))
     means = [[(a + b) / 2 for a, b in zip(*pair, strict=True)] for pair in pairs]
     norms = [torch.stack([g.norm() for g in step]).norm() for step in means]
@@ -235,8 +124,8 @@ def test_a_way_to_run_a_stage_equals_one_process(way, results):
 
 
 def resumed(folder):
-    """Trains, saves in the middle, and goes on; then a second engine goes on from what was saved."""
-    case, found = of("fira"), {}
+    """Train, save in the middle, and continue; then resume a second engine from the saved state."""
+    case, found = case_of("fira"), {}
     for stage, dtype in ((0, torch.bfloat16), (1, torch.float32), (2, torch.bfloat16), (3, torch.bfloat16)):
         grads, path, end = whole_gradients(dtype), f"{folder}/{stage}", []
         for again in (False, True):
@@ -257,11 +146,11 @@ def resumed(folder):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_checkpoints_of_deepspeed_go_on_exactly(stage, results):
+def test_the_checkpoints_of_deepspeed_resume_exactly(stage, results):
     assert results["resumed"][stage] == 0
 
 
-def test_the_reports_have_what_is_here(results):
+def test_reports_describe_the_local_part(results):
     found, names = results["resumed"], {name for name, *_ in WEIGHTS}
     for stage in STAGES:
         rows = [{name.split(".")[0] for name in here} for here in found[stage, "rows"]]
@@ -329,7 +218,7 @@ def test_flat_tensors_hold_and_send_what_was_estimated(case, stage, results):
 
 def estimated(name, stage, world, refused):
     """None if it is refused, which must be as `refused` says."""
-    case = of(name)
+    case = case_of(name)
     with torch.device("meta"):
         groups = groups_of(Weights(), case)
     options = {"world_size": world, "strategy": f"zero{stage}", **case.kwargs, **case.fitting(SPARSE)}
@@ -345,7 +234,7 @@ def estimated(name, stage, world, refused):
 def refused(folder):
     """Its map of where everything is does not follow the order that it then takes."""
     try:
-        under_zero(of("galore_adamw"), 2, whole_gradients(torch.float32)[:1], zero={"round_robin_gradients": True})
+        under_zero(case_of("galore_adamw"), 2, whole_gradients(torch.float32)[:1], zero={"round_robin_gradients": True})
     except RuntimeError as error:
         return str(error)
 

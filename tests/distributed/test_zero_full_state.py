@@ -1,4 +1,4 @@
-"""full_state under DeepSpeed ZeRO: what one stage and number of processes has trained goes on in any other.
+"""full_state under DeepSpeed ZeRO: a run of one stage and number of processes resumes in any other.
 
 Two processes work through everything and end with a kill; three then go on from the files that were left.
 """
@@ -14,26 +14,16 @@ import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException
 
 from lowrank_optim import full_state, load_full_state
-from tests.distributed.test_full_state import equal
-from tests.distributed.test_zero import (
-    Weights,
-    alone,
-    apart,
-    build,
-    initialized,
-    of,
-    spawn,
-    train,
-    weights,
-    whole_gradients,
-)
+from tests.cases import case_of
 from tests.support.processes import message
+from tests.support.wrapped import equal
+from tests.support.zero import Weights, alone, apart, build, initialized, spawn, train, weights, whole_gradients
 
 pytestmark = pytest.mark.slow  # its processes take long
 
 MIDDLE = 8  # refreshes before steps 0, 7 and 14
 SUB_GROUPS = {"sub_group_size": 300, "offload_optimizer": {"device": "cpu"}}
-CASE, OPTIONS = of("galore_adamw"), {"moments": "rotate"}
+CASE, OPTIONS = case_of("galore_adamw"), {"moments": "rotate"}
 # dtype, stage, the next stage, its section of the config
 MOVES = [
     (torch.float32, 0, 1, {}), (torch.float32, 1, 2, {}), (torch.float32, 2, 3, {}), (torch.float32, 3, 0, {}),
@@ -57,7 +47,7 @@ def begun(stage, dtype=torch.float32, saved=None, zero=None, early=False):
 
 
 def save(engine, optimizer, stage, path):
-    """Written beside where it belongs, then renamed."""
+    """Write it next to where it belongs, then renamed."""
     names = [name for name, _ in engine.module.named_parameters()]
     state, model = full_state(optimizer), dict(zip(names, weights(engine, stage), strict=True))
     if state is not None:
@@ -119,7 +109,7 @@ def refused(saved, rank):
 
 
 def three(rank, world, folder):
-    """Another number of processes goes on with what the killed ones have left, and one with what one has."""
+    """Another number of processes resumes from the checkpoint of the killed ones, and one process from that of one."""
     ends, grads = {}, whole_gradients(torch.float32)
     for path, stage in ((1, 3), (3, 2), ("one", 1)):
         name = path if path == "one" else f"{path}.{torch.float32}"
@@ -143,7 +133,7 @@ def found(folder):
 
 
 @pytest.mark.parametrize("move", MOVES, ids=lambda move: f"{move[1]}-{move[0]}")
-def test_the_same_stage_goes_on_bit_for_bit(move, found):
+def test_the_same_stage_resumes_bit_for_bit(move, found):
     dtype, stage, *_ = move
     apart, same, parts = found[stage, dtype, stage]
     assert same
@@ -152,14 +142,14 @@ def test_the_same_stage_goes_on_bit_for_bit(move, found):
 
 
 @pytest.mark.parametrize("move", MOVES, ids=lambda move: f"{move[1]}-{move[2]}-{move[0]}")
-def test_another_stage_goes_on(move, found):
+def test_another_stage_resumes(move, found):
     dtype, stage, other, _ = move
     apart, same, _ = found[stage, dtype, other]
     assert same
     assert apart < (1e-6 if dtype == torch.float32 else 1e-30)
 
 
-def test_what_does_not_fit_is_refused_by_all(found):
+def test_a_state_that_does_not_fit_is_refused_by_all_ranks(found):
     for one in found["refused"]:
         assert "bias: exp_avg is (5,), expected (13,)" in one["shape"]
         assert "few: exp_avg on one side only" in one["keys"]
@@ -187,13 +177,13 @@ def go_on(model, optimizer, grads):
         optimizer.step()
 
 
-def test_one_process_goes_on_with_what_two_have_left(folder):
+def test_one_process_resumes_from_two(folder):
     undisturbed = alone(CASE, whole_gradients(torch.float32), **OPTIONS)
     for stage in (0, 1, 2, 3):
         assert apart(undisturbed, in_one_process(folder, stage)) < 1e-6, stage
 
 
-def test_three_processes_go_on_after_a_kill(folder):
+def test_three_processes_resume_after_a_kill(folder):
     grads = whole_gradients(torch.float32)
     model = Weights()
     optimizer = build(model, CASE, **OPTIONS)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow  # its processes take long
 
 pytest.importorskip("deepspeed")
 
-from tests.distributed.test_zero import ACCUMULATED_IN_FLOAT32, STAGES, apart, initialized, spawn, weights  # noqa: E402
+from tests.support.zero import ACCUMULATED_IN_FLOAT32, STAGES, apart, initialized, spawn, weights  # noqa: E402
 
 STEPS = 8  # restarts after updates 3 and 6
 CASES = {case.name: case for case in WEIGHT_CASES}
@@ -180,7 +180,7 @@ def test_a_way_to_run_stage_3_equals_one_process(way, results):
 
 
 def resumed(folder):
-    """Saves before the step that restarts and after it, and goes on; other engines go on from what was saved."""
+    """Save before the step that restarts and after it, and continue; resume other engines from the saved state."""
     found = {}
     for name, stage, dtype in (
         ("relora", 0, torch.bfloat16),
@@ -205,7 +205,7 @@ def resumed(folder):
 
 @pytest.mark.parametrize("saved", [5, 6])
 @pytest.mark.parametrize("stage", [0, 1, 3])
-def test_the_checkpoints_of_deepspeed_go_on_exactly(stage, saved, results):
+def test_the_checkpoints_of_deepspeed_resume_exactly(stage, saved, results):
     assert results["resumed"][stage, saved] == 0
 
 

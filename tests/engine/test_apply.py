@@ -1,4 +1,4 @@
-"""Weights in 16 bits: one rounding of float32 arithmetic, whatever the block, and no copy of them in 32 bits."""
+"""Weights in 16 bits: one rounding of float32 arithmetic for every block size, and no copy of them in 32 bits."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from lowrank_optim.ops import blocks
 from lowrank_optim.ops.blocks import Columns
 from lowrank_optim.recipe.algebra import WHOLE
 from tests.cases import every_case
+from tests.support.selection import FEW
 
 KEY, STREAM = ops.key_of(5, "layer.weight"), ops.stream_of("weight", 3)
 OPTIONS = {"rank": 3, "weight_decay": 0.1, "lr": 0.03, "density": 0.1, "orthonormal": True}
@@ -44,6 +45,7 @@ def assert_like(ours, theirs):
         torch.testing.assert_close(p.float(), q.float(), rtol=0.03, atol=1e-3)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 @pytest.mark.parametrize(
     ("shape", "options"),
@@ -65,6 +67,7 @@ def test_blocks_change_nothing(case, shape, options, monkeypatch):
         assert any(bool(optimizer.state[p]["compensation"].any()) for p in cut)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 @pytest.mark.parametrize("how", ["stochastic", "kahan", "none"])
 def test_a_step_is_one_rounding_of_a_step_in_float32(case, how, monkeypatch):

@@ -1,48 +1,21 @@
-"""Save, load, continue: bit-exact, whatever the dtype and the way, and nothing half-loaded."""
+"""Runs that are saved and loaded continue bit for bit, for every dtype and way, and a failed load changes nothing."""
 
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import lowrank_optim
 from tests.cases import Net, every_case, ranked, train
-
-
-def through_file(model, optimizer, model2, optimizer2, tmp_path):
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    model2.load_state_dict(saved["model"])
-    optimizer2.load_state_dict(saved["optimizer"])
-
-
-def through_helpers(model, optimizer, model2, optimizer2, tmp_path, **options):
-    options = StateDictOptions(**options)
-    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
-    model2.load_state_dict(model.state_dict())
-    set_optimizer_state_dict(model2, optimizer2, saved, options=options)
+from tests.support.saving import through_dcp, through_file, through_helpers
+from tests.support.selection import FEW
 
 
 def through_flat_helpers(*args):
     through_helpers(*args, flatten_optimizer_state_dict=True)
-
-
-def through_dcp(model, optimizer, model2, optimizer2, tmp_path):
-    def state(model, optimizer):
-        return {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
-
-    dcp.save(state(model, optimizer), checkpoint_id=str(tmp_path / "dcp"))
-    loaded = state(model2, optimizer2)
-    dcp.load(loaded, checkpoint_id=str(tmp_path / "dcp"))
-    model2.load_state_dict(loaded["model"])
-    set_optimizer_state_dict(model2, optimizer2, loaded["optimizer"])
 
 
 WAYS = [through_file, through_helpers, through_flat_helpers, through_dcp]
@@ -78,6 +51,7 @@ def test_resume_is_bit_exact(case, way, options, at, tmp_path):
         assert torch.equal(p, q)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_asking_a_fresh_optimizer_for_its_state_changes_nothing(case):
     """torch's helper steps an optimizer that has no state; a basis from that step would stay for a whole interval."""
@@ -88,6 +62,7 @@ def test_asking_a_fresh_optimizer_for_its_state_changes_nothing(case):
     assert train(models[0], optimizers[0], 9) == train(models[1], optimizers[1], 9)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_loading_onto_an_optimizer_that_has_trained(case):
     model, model2 = Net(), Net()
@@ -98,6 +73,7 @@ def test_loading_onto_an_optimizer_that_has_trained(case):
     assert train(model, optimizer, 5, 3) == train(model2, optimizer2, 5, 3)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_hooks_of_a_state_dict_still_run(case):
     model = Net()
@@ -115,6 +91,7 @@ def test_hooks_of_a_state_dict_still_run(case):
     assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
 
 
+@pytest.mark.few(case=FEW)
 @ranked
 @pytest.mark.parametrize(
     ("other", "message"),
@@ -156,6 +133,7 @@ def test_a_state_dict_of_adamw_is_refused():
     train(model, optimizer, 1)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_a_checkpoint_from_before_unfreezing(case):
     model, model2 = Net(), Net()
@@ -168,6 +146,7 @@ def test_a_checkpoint_from_before_unfreezing(case):
     train(model2, optimizer2, 2)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_a_hook_that_raises_leaves_everything(case):
     model, model2 = Net(), Net()
@@ -190,6 +169,7 @@ def test_a_hook_that_raises_leaves_everything(case):
     assert all(state["step"] == 3 for state in optimizer2.state.values())
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_loaded_groups_are_checked(case):
     model = Net()
@@ -201,6 +181,7 @@ def test_loaded_groups_are_checked(case):
     train(model, optimizer, 1)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_a_meta_model_can_be_loaded(case):
     model = Net()

@@ -9,12 +9,9 @@ from torch._dynamo.testing import CompileCounter
 
 import lowrank_optim
 from lowrank_optim.engine import captured
-from tests.cases import CASES, Net, every_case, train
+from tests.cases import Net, capturable_cases, every_case, train
 from tests.support.recorder import record
-
-capturable_cases = pytest.mark.parametrize(
-    "case", [case for case in CASES if case.name != "ldadam"], ids=lambda case: case.name
-)
+from tests.support.selection import FEW
 
 
 def weights(model):
@@ -31,6 +28,7 @@ def pair(dtype=torch.float64):
 # -- torch.compile -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(case=("galore_adamw",))
 @every_case
 def test_a_compiled_update_is_the_update_in_one_graph_per_recipe_and_shape(case):
     """Over refreshes, and under a changing lr, there comes no graph after those of the first step."""
@@ -53,6 +51,7 @@ def test_a_compiled_update_is_the_update_in_one_graph_per_recipe_and_shape(case)
     torch.testing.assert_close(weights(models[0]), weights(models[1]), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"foreach": True}, {"maximize": True}, {"state_dtype": "bfloat16"}])
 def test_compiled_with_options(options):
     for make in (lowrank_optim.GaLoreAdamW, lowrank_optim.APOLLO):
@@ -65,6 +64,7 @@ def test_compiled_with_options(options):
         torch.testing.assert_close(weights(models[0]), weights(models[1]), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_code_that_inductor_generates(dtype):
     p, q = (nn.Parameter(torch.linspace(-1, 1, 40 * 24).view(40, 24).to(dtype)) for _ in range(2))
@@ -93,6 +93,7 @@ def test_a_compiled_step_around_everything_still_runs():
     assert torch.equal(weights(models[0]), weights(models[1]))
 
 
+@pytest.mark.slow
 def test_a_compiled_update_with_step_in_backward():
     models = pair()
     plain, compiled = (lowrank_optim.GaLoreAdamW(model.named_parameters(), rank=3) for model in models)
@@ -106,6 +107,8 @@ def test_a_compiled_update_with_step_in_backward():
 # -- capturable --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thin
+@pytest.mark.few(case=FEW)
 @capturable_cases
 @pytest.mark.parametrize("foreach", [False, True])
 def test_a_capturable_step_is_the_step(case, foreach):
@@ -130,6 +133,8 @@ def losses_with_static_gradients(model, step):
     nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
 
 
+@pytest.mark.thin
+@pytest.mark.few(case=FEW)
 @capturable_cases
 @pytest.mark.parametrize(
     ("dtype", "foreach", "options"),
@@ -232,6 +237,7 @@ def test_error_feedback_cannot_be_captured():
 # -- torch.optim's other words -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_keywords_of_torch_are_honoured_or_refused(case):
     model = Net()

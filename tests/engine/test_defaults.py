@@ -53,7 +53,7 @@ def test_defaults_of_torch_change_nothing(case, device, dtype, monkeypatch):
 
 @pytest.mark.parametrize("name", ["ReLoRA", "LowRankAdamW", "SLTrain", "LoQT", "SST", "LTE"])
 @pytest.mark.parametrize(("device", "dtype"), [("meta", torch.float32), ("cpu", torch.bfloat16)], ids=str)
-def test_they_change_nothing_for_layers(name, device, dtype):
+def test_defaults_of_torch_change_nothing_for_layers(name, device, dtype):
     ends = []
     for defaulted in ((device, dtype), (None, torch.float32)):
         torch.manual_seed(0)

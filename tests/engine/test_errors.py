@@ -8,6 +8,7 @@ from torch import nn
 
 import lowrank_optim
 from tests.cases import CASES, Net, every_case, ranked
+from tests.support.selection import FEW
 
 
 def matrix():
@@ -92,6 +93,7 @@ def test_values_of_adafactor(options, message):
         lowrank_optim.GaLoreAdafactor([matrix()], **options)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 @pytest.mark.parametrize(
     ("key", "message"),
@@ -106,6 +108,7 @@ def test_unknown_group_keys(case, key, message):
         case.build([{"params": [matrix()], key: 1}])
 
 
+@pytest.mark.few(case=FEW)
 @ranked
 def test_nothing_to_project(case):
     with pytest.raises(ValueError, match=r"(?s)found nothing to project.*param 0: a vector or scalar.*use DDP instead"):
@@ -118,6 +121,7 @@ def test_nothing_to_project(case):
         case.build([nn.Parameter(torch.randn(3)) for _ in range(8)])
 
 
+@pytest.mark.few(case=FEW)
 @ranked
 def test_strict_refuses_a_fallback(case):
     model = Net()
@@ -128,6 +132,7 @@ def test_strict_refuses_a_fallback(case):
         case.build([{"params": [("a", matrix()), ("b", nn.Parameter(torch.randn(9)))], "rank": 3}], strict=True)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_tensors_that_cannot_be_parameters(case):
     with pytest.raises(ValueError, match=r"param 1 has dtype torch.complex64; parameters must be real"):
@@ -136,6 +141,7 @@ def test_tensors_that_cannot_be_parameters(case):
         case.build([])
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_sparse_gradients(case):
     table, other = nn.Embedding(10, 12, sparse=True), matrix()
@@ -153,6 +159,7 @@ def test_messages_name_the_class():
             case.build([nn.Parameter(torch.randn(3))])
 
 
+@pytest.mark.few(case=FEW)
 @ranked
 def test_strict_also_covers_later_groups(case):
     optimizer = case.build([matrix()], rank=9, strict=True)
@@ -161,6 +168,7 @@ def test_strict_also_covers_later_groups(case):
     assert len(optimizer.param_groups) == len(optimizer.report()) == 1
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 @pytest.mark.parametrize(
     "edit", [{"rank": 5}, {"proj_type": "left"}, {"state_dtype": "int8"}, {"seed": 3}, {"as_matrix": "batch"}]
@@ -184,8 +192,9 @@ def test_eps_of_the_other_kind():
         lowrank_optim.GaLoreAdafactor([matrix()], eps=1e-8)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
-def test_what_is_no_group(case):
+def test_values_that_are_no_group_are_refused(case):
     with pytest.raises(TypeError, match="should be an iterable of Tensors or dicts"):
         case.build(matrix())
     with pytest.raises(TypeError, match=r"a param group is a dict with the key 'params', got list"):
@@ -198,6 +207,6 @@ def test_estimates_that_cannot_be_made():
 
 
 @pytest.mark.parametrize("call", [lowrank_optim.param_groups, lowrank_optim.merge, lowrank_optim.quantize_weights])
-def test_what_is_no_module(call):
+def test_values_that_are_no_module_are_refused(call):
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got generator"):
         call(Net().parameters())

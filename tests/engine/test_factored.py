@@ -105,7 +105,7 @@ def test_numbers_do_not_depend_on_threads(make, options):
 
 
 @every_method
-def test_what_does_not_suit_the_kernel_takes_the_parts(make, options, monkeypatch):
+def test_matrices_that_the_kernel_does_not_take_go_through_the_parts(make, options, monkeypatch):
     taken, grads = counted(monkeypatch), gradients((20, 30), torch.float32, 2)
     start = start_of((30, 20), torch.float32).mT
     turned, _ = trained(make, options, grads, start)

@@ -40,7 +40,7 @@ class ViT(nn.Module):
 
 def test_vit():
     got = kinds(ViT())
-    assert got["patch_embed.weight"] == "matrix", "a convolution, whatever it is called"
+    assert got["patch_embed.weight"] == "matrix", "a convolution with any name"
     assert got["block.self_attn.in_proj_weight"] == got["block.linear1.weight"] == "matrix"
     assert got["pos_embed"] == got["head.weight"] == "plain"
     assert got["cls_token"] == got["head.bias"] == got["block.norm1.weight"] == "vector"
@@ -269,7 +269,7 @@ def test_heads_of_bert_and_vit():
     assert sorted(with_heads(vit).values()) == [(4, "left"), *[(4, "right")] * 3]
 
 
-def test_heads_only_of_what_is_projected():
+def test_heads_are_found_for_projected_matrices_only():
     model = nn.Sequential(Attention(OPT, "num_heads"), Attention(OPT, "num_heads"))
     model[1].requires_grad_(False)
     found = with_heads(model, exclude=["q_proj"])

@@ -11,6 +11,7 @@ import lowrank_optim
 from lowrank_optim.engine import fused
 from lowrank_optim.engine.update import move_
 from tests.cases import every_case
+from tests.support.selection import FEW
 
 SHAPES = [(1,), (3,), (513,), (7, 5), (40, 3, 3, 3), (0,), (2, 9, 20), (70, 90)]
 OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.97), "weight_decay": 0.1}
@@ -107,7 +108,7 @@ def test_parameters_at_different_steps(calls):
         calls.append(None)
     assert [len(some) for some in calls if some] == [2, 2, 1]
     reference = torch.optim.AdamW(apart, **OPTIONS, fused=True)
-    for p, q in zip(params, apart, strict=True):  # their last gradients once more, to compare the clocks
+    for p, q in zip(params, apart, strict=True):  # their last gradients again, to compare the clocks
         q.data.copy_(p.detach())
         reference.state[q] = {key: optimizer.state[p][key].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
     optimizer.step()
@@ -115,6 +116,8 @@ def test_parameters_at_different_steps(calls):
     assert all(torch.equal(p, q) for p, q in zip(params, apart, strict=True))
 
 
+@pytest.mark.thin
+@pytest.mark.few(case=FEW)
 @every_case
 @pytest.mark.filterwarnings("ignore:non-finite")
 @pytest.mark.parametrize("side", ["std", "reverse_std"])
@@ -145,8 +148,9 @@ def test_equal_matrices_share_a_kernel(monkeypatch):
     assert taken == [1, 6] * 2, "large ones alone; none when a refresh is due"
 
 
+@pytest.mark.few(case=FEW)
 @every_case
-def test_who_interrupts_a_list_finds_every_weight_counted(case, monkeypatch):
+def test_an_interrupted_list_leaves_every_weight_counted(case, monkeypatch):
     moved = []
 
     def interrupted(args, f=move_):
@@ -183,7 +187,7 @@ def test_large_matrices_are_never_held_together(monkeypatch):
     assert taken == [1, 1, 1]
 
 
-def test_factors_whose_moments_begin_anew(monkeypatch, calls):
+def test_factors_whose_moments_restart(monkeypatch, calls):
     """Their clock is not their step."""
     finals = []
     for chunked in (False, True):

@@ -1,4 +1,4 @@
-"""What people use beside an optimizer: averages of weights, plateaus, tensor rates, hooks, the profiler."""
+"""Tools that are used with an optimizer: averages of weights, plateaus, tensor rates, hooks, the profiler."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, up
 
 from lowrank_optim import GaLoreAdamW, step_in_backward
 from tests.cases import CASES, Net, every_case
+from tests.support.selection import FEW
 
 GALORE = next(case for case in CASES if case.name == "galore_adamw")
 both_modes = pytest.mark.parametrize("attach", [False, True], ids=["normal", "in backward"])
@@ -120,6 +121,8 @@ def test_reduce_on_plateau(attach):
     assert ratio == pytest.approx(0.1, rel=1e-3), "weights far above the last bit of their change"
 
 
+@pytest.mark.thin
+@pytest.mark.few(case=FEW)
 @every_case
 @both_modes
 def test_rates_as_tensors(case, attach):
@@ -158,6 +161,8 @@ def test_a_scheduler_on_a_tensor():
 # -- ascending ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thin
+@pytest.mark.few(case=FEW)
 @every_case
 @pytest.mark.parametrize("k", [1, 3])
 def test_maximize_during_backward(case, k):
@@ -181,6 +186,7 @@ def test_maximize_during_backward(case, k):
 # -- sparse gradients --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 @pytest.mark.parametrize("k", [None, 1, 3])
 def test_sparse_gradients_are_refused(case, k):
@@ -244,7 +250,7 @@ def test_the_profiler_names_the_step(attach):
     assert {"Optimizer.step#GaLoreAdamW.step", "Optimizer.zero_grad#GaLoreAdamW.zero_grad"} <= names
 
 
-def test_beside_another_optimizer():
+def test_next_to_another_optimizer():
     """The embedding to SparseAdam, the rest here: two optimizers share a model, one of them steps during backward."""
     runs = []
     for attach in (False, True):

@@ -60,6 +60,7 @@ def test_stored_moments_take_the_trajectory_of_opened_ones(monkeypatch, state_dt
     assert_equal(trained(**options), opened(monkeypatch, **options))
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("state_dtype", STATES)
 @pytest.mark.parametrize(
     "options",
@@ -75,7 +76,7 @@ def test_stored_moments_take_the_trajectory_of_opened_ones(monkeypatch, state_dt
     ],
     ids=str,
 )
-def test_however_a_step_is_run(monkeypatch, state_dtype, options):
+def test_stored_moments_in_every_way_to_run_a_step(monkeypatch, state_dtype, options):
     options = {"state_dtype": state_dtype, **options}
     assert_equal(trained(**options), opened(monkeypatch, **options))
 
@@ -111,9 +112,10 @@ torch.save([trained(state_dtype=s, foreach=f)[1] for s in STATES for f in (False
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(lowrank_optim.backend_info()["cpu"].kernels != "native", reason="no native kernels here")
 def test_plain_torch_leaves_the_same_state(tmp_path):
-    from tests.kernels.test_native import environment
+    from tests.support.subprocesses import environment
 
     env = environment(LOWRANK_OPTIM_NATIVE="off")
     subprocess.run([sys.executable, "-c", CODE, str(tmp_path / "state")], env=env, check=True)
@@ -138,7 +140,7 @@ def test_columns_of_a_shard_are_rounded_after_they_were_opened():
     assert not any(map(st.is_open, fused._MOMENTS))
 
 
-def test_what_is_open_is_newer_than_what_is_stored():
+def test_an_opened_moment_replaces_the_stored_one():
     st = Opened(["exp_avg"], lambda key: torch.zeros(3), lambda key: [], lambda x: [x])
     assert "exp_avg" in st
     assert "exp_avg_sq" not in st

@@ -10,6 +10,7 @@ from torch import nn
 
 import lowrank_optim
 from tests.cases import Net, every_case, gradients, ranked, train
+from tests.support.selection import FEW
 
 
 def stepped(p, optimizer, grads):
@@ -18,6 +19,7 @@ def stepped(p, optimizer, grads):
         optimizer.step()
 
 
+@pytest.mark.few(case=FEW)
 @ranked
 def test_captured_energy_is_that_of_the_last_refresh(case):
     p = nn.Parameter(torch.randn(24, 10, dtype=torch.float64))
@@ -41,6 +43,7 @@ def test_captured_energy_is_that_of_the_last_refresh(case):
     assert (energy is None) == (case.name == "apollo")  # which has no orthonormal projection
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_counts(case):
     model = Net()
@@ -97,7 +100,7 @@ def test_stacked_matrices_have_a_number_each(foreach):
     torch.manual_seed(0)
     params = [(f"w{i}", nn.Parameter(torch.randn(20, 18))) for i in range(4)]
     optimizer = lowrank_optim.GaLoreAdamW(params, rank=4, foreach=foreach)
-    for i, (_, p) in enumerate(params):  # the last one lies in a subspace of 4 dimensions
+    for i, (_, p) in enumerate(params):  # the last one is in a subspace of 4 dimensions
         p.grad = torch.randn(20, 4) @ torch.randn(4, 18) if i == 3 else torch.randn(20, 18)
     optimizer.step()
     shares = [optimizer.stats()[f"captured_energy/w{i}"] for i in range(4)]

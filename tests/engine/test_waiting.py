@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.cases import every_case
-from tests.engine.test_compile import capturable_cases
+from tests.cases import capturable_cases, every_case
 from tests.support.fake_gpu import FakeGPU
+from tests.support.selection import FEW
 
 # tall, equal ones to be stacked, experts whose moments restart at times of their own, in full space
 WEIGHTS = [("tall", (48, 20), 6), ("one", (24, 24), 7), ("two", (24, 24), 7), ("stack", (3, 14, 26), 4)]
@@ -41,6 +41,8 @@ def where(said):
     return [one.partition(":")[0] for one in said]
 
 
+@pytest.mark.thin
+@pytest.mark.few(case=FEW)
 @every_case
 @pytest.mark.parametrize(
     ("dtype", "options"), [(torch.float32, {"moments": "reset"}), (torch.bfloat16, {"state_dtype": "int8"})], ids=str
@@ -51,6 +53,7 @@ def test_a_step_waits_for_the_norms_alone(case, dtype, options):
     assert where(later) == [NORMS]
 
 
+@pytest.mark.few(case=FEW)
 @capturable_cases
 def test_a_captured_step_waits_for_nothing(case, monkeypatch):
     optimizer, (_, later) = waits(case, torch.bfloat16, 2, capturable=True)
@@ -62,7 +65,7 @@ def test_a_captured_step_waits_for_nothing(case, monkeypatch):
     assert gpu.sent == []
 
 
-def test_what_waits_is_seen():
+def test_the_fake_gpu_sees_every_wait():
     """The fake GPU itself."""
     x = torch.empty(3, device="meta")
     with FakeGPU() as gpu:

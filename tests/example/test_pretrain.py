@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import io
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,10 +18,6 @@ import torch
 
 for package in ("transformers", "tokenizers", "matplotlib", "tqdm"):
     pytest.importorskip(package)
-
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "examples"
-sys.path.insert(0, str(EXAMPLES))
 
 import pretrain  # noqa: E402
 from pretraining import (  # noqa: E402
@@ -47,94 +40,24 @@ from pretraining.log import read  # noqa: E402
 from pretraining.presets import PRESETS  # noqa: E402
 
 import lowrank_optim  # noqa: E402
+from tests.support.example import (  # noqa: E402
+    EXAMPLES,
+    TINY,
+    assert_matches,
+    assert_same,
+    command,
+    loaded,
+    make_job,
+    one_thread,
+    train,
+)
+from tests.support.text import words  # noqa: E402
 
-TINY = "--hidden 16 --mlp 24 --layers 1 --heads 2 --vocab 300 --sequence 16 --batch 4 --micro-batch 3 --steps 12"
-TINY += " --eval-every 5 --save-every 4 --val-fraction 0.2 --device cpu"
 BOTH = [("adamw", []), ("galore", ["rank=4", "update_proj_gap=3"])]
 EVERY = sorted(
     name for name, kind in optimizers._classes(lowrank_optim).items() if not optimizers.is_weight_space(kind)
 )
 EVERY += ["AdamW", "Adafactor", "Muon"]
-
-
-def words(seed: int, count: int = 120) -> str:
-    draw = random.Random(seed)
-    vocabulary = ["".join(draw.choices("abcdefgh", k=draw.randint(1, 5))) for _ in range(40)]
-    return " ".join(draw.choices(vocabulary, k=count))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("text")
-    for number in range(50):
-        (root / f"{number:02}.txt").write_text(words(number, 20 + 5 * number))
-    return root
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Children find this package, installed or not, and use one thread; pytest gets its signal handlers back."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-
-
-def command(folder: Path, cache: Path, *more: str) -> list[str]:
-    return [*TINY.split(), "--text", str(folder), "--cache", str(cache), *more]
-
-
-def make_job(argv: list[str]) -> Job:
-    args = arguments.complete(arguments.parser().parse_args(argv))
-    prepared = corpus.prepare(arguments.request(args), args.cache)
-    return arguments.job(args, arguments.choices(args)[0], prepared)
-
-
-class StopAt(Interrupt):
-    """Asks for a stop as soon as `step` steps are done."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self.step, self.run = step, None
-
-    @property
-    def requested(self) -> bool:
-        return self.run is not None and self.run.step >= self.step
-
-
-def train(job: Job, path: Path, stop: int | None = None, resume: bool = False) -> loop.Run:
-    path.mkdir(exist_ok=True)
-    interrupt = Interrupt() if stop is None else StopAt(stop)
-    run = loop.Run(job, path, interrupt)
-    if resume:
-        run.load()
-    if isinstance(interrupt, StopAt):
-        interrupt.run = run
-    assert run.train() is (stop is None)
-    return run
-
-
-def assert_same(first: loop.Run, second: loop.Run) -> None:
-    """Weights, optimizer, losses and the log are equal to the bit."""
-    assert first.step == second.step
-    assert first.history == second.history
-    for (name, p), q in zip(first.model.named_parameters(), second.model.parameters(), strict=True):
-        assert torch.equal(p, q), name
-    states = [run.optimizer.state_dict()["state"] for run in (first, second)]
-    for index, state in states[0].items():
-        for key, value in state.items():
-            other = states[1][index][key]
-            assert torch.equal(value, other) if torch.is_tensor(value) else value == other, (index, key)
-    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in read(run.log.path)] for run in (first, second)]
-    assert rows[0] == rows[1]
-    assert [row["step"] for row in rows[0]] == list(range(1, first.step + 1))
 
 
 # ---------------------------------------------------------------- the whole program
@@ -181,7 +104,7 @@ def test_signal_saves_and_the_rest_is_the_same(folder, cache, tmp_path, number):
         time.sleep(0.02)
     if number == signal.SIGTERM:
         child.send_signal(number)
-    else:  # as a terminal does: to the parent and the child, which hears it from its parent once more
+    else:  # as a terminal does: to the parent and the child, which hears it from its parent again
         os.killpg(child.pid, number)
     _, errors = child.communicate(timeout=60)
     assert child.returncode == 128 + number, errors
@@ -216,20 +139,6 @@ def test_orphaned_run_saves_and_ends(folder, cache, tmp_path):
     assert checkpoint.load(tmp_path / "checkpoint.pt")["step"] == len(read(tmp_path / "log.jsonl"))
 
 
-@contextlib.contextmanager
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def loaded(job: Job, path: Path) -> loop.Run:
-    run = loop.Run(job, path, Interrupt())
-    run.load()
-    return run
-
-
 # ---------------------------------------------------------------- resume
 
 
@@ -247,6 +156,8 @@ def test_resume_is_bit_exact(folder, cache, tmp_path, dtype, name, keywords):
     assert [step for step, _ in undisturbed.history.validation] == [5, 10, 12]
 
 
+@pytest.mark.thin
+@pytest.mark.few(name=("GaLoreAdamW", "AdamW"))
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", EVERY)
 def test_every_optimizer_resumes_and_keeps_what_was_predicted(folder, cache, tmp_path, name, dtype):
@@ -277,6 +188,7 @@ def test_changed_arguments_do_not_resume(folder, cache, tmp_path):
         train(changed, tmp_path / "run", resume=True)
 
 
+@pytest.mark.slow
 def test_streamed_data_set_resumes_across_epochs(tmp_path, cache, monkeypatch):
     datasets = pytest.importorskip("datasets")
     source = tmp_path / "rows.jsonl"
@@ -487,11 +399,6 @@ def test_bad_arguments(folder, cache, tmp_path, capsys, monkeypatch, argv, messa
     assert not list(tmp_path.rglob("job.json"))
 
 
-def assert_matches(pattern: str, found: str) -> None:
-    with pytest.raises(ValueError, match=pattern):
-        raise ValueError(found)
-
-
 def test_folder_without_text(tmp_path, cache, capsys):
     (tmp_path / "binary.dat").write_bytes(b"\0\1\2")
     (tmp_path / "blank.txt").write_text("  \n")
@@ -525,7 +432,7 @@ def test_matrix_lr_scale_is_for_the_matrices_only(folder, cache, tmp_path):
         assert rate == (0.0025 if "proj" in name else 0.01), name
 
 
-def test_muon_takes_what_others_project(folder, cache, tmp_path):
+def test_muon_takes_the_matrices_that_other_methods_project(folder, cache, tmp_path):
     argv = command(folder, cache, "--optimizer", "muon", "--lr", "0.01", "--set", "matrix_lr_scale=0.25")
     run = train(make_job(argv), tmp_path)
     names = {id(p): name for name, p in run.model.named_parameters()}
@@ -603,7 +510,7 @@ def test_two_runs_may_prepare_the_corpus_at_once(folder, tmp_path, monkeypatch):
     seen = []
 
     def slow(*rest):
-        if not seen:  # while the first is at work the second does it all
+        if not seen:  # while the first is at work the second does all of it
             seen.append(True)
             corpus.prepare(request, args.cache)
         return encode(*rest)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.example import test_pretrain
-from tests.example.test_pretrain import EXAMPLES, assert_matches, command
+from tests.support.example import EXAMPLES, TINY, assert_matches, command
 
 import pretrain  # isort: skip
 from pretraining import arguments, model, optimizers, strategy  # isort: skip
@@ -19,7 +18,6 @@ from pretraining.text import Source  # isort: skip
 import lowrank_optim
 
 pytest.importorskip("yaml")
-folder, cache, process = test_pretrain.folder, test_pretrain.cache, test_pretrain.process
 
 CONFIGS = sorted((EXAMPLES / "configs").glob("*.yaml"))
 GIB = 2**30
@@ -73,7 +71,7 @@ def activations(job: Job) -> float:
 
 
 @pytest.mark.parametrize(("hidden", "mlp", "layers"), [(64, 160, 1), (64, 192, 3), (96, 160, 2)])
-def test_activations_are_no_more_than_reckoned(hidden, mlp, layers):
+def test_activations_are_no_more_than_estimated(hidden, mlp, layers):
     """Counted where autograd saves them."""
     base = job_from(["--hidden", f"{hidden}", "--mlp", f"{mlp}", "--layers", f"{layers}", "--dtype", "bf16"])
     network, saved = model.build(base), {}
@@ -172,5 +170,5 @@ def test_values_are_checked_like_typed_ones(tmp_path, folder, cache, capsys):
     path = tmp_path / "some.yaml"
     path.write_text("steps: 0")
     with pytest.raises(SystemExit):
-        pretrain.main(command(folder, cache, "--config", str(path))[len(test_pretrain.TINY.split()) :])
+        pretrain.main(command(folder, cache, "--config", str(path))[len(TINY.split()) :])
     assert "--steps: must be a whole number of at least 1, got '0'" in capsys.readouterr().err

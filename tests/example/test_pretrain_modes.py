@@ -15,17 +15,7 @@ import time
 import pytest
 import torch
 
-from tests.example import test_pretrain
-from tests.example.test_pretrain import (
-    EXAMPLES,
-    assert_matches,
-    assert_same,
-    command,
-    loaded,
-    make_job,
-    one_thread,
-    train,
-)
+from tests.support.example import EXAMPLES, assert_matches, assert_same, command, loaded, make_job, one_thread, train
 
 import pretrain  # isort: skip
 from pretraining import energy, loop, summary, worker  # isort: skip
@@ -34,7 +24,6 @@ from pretraining.interrupt import Interrupt  # isort: skip
 from pretraining.job import Job  # isort: skip
 from pretraining.log import Log, read  # isort: skip
 
-folder, cache, process = test_pretrain.folder, test_pretrain.cache, test_pretrain.process
 
 GALORE = ["--optimizer", "galore", "--set", "rank=4", "update_proj_gap=3"]
 BACKWARD = ["--step-in-backward", "--clip", "0"]
@@ -55,6 +44,7 @@ def assert_same_weights(first: loop.Run, second: loop.Run) -> None:
 # ---------------------------------------------------------------- step in backward
 
 
+@pytest.mark.few(name=("galore",), dtype=("bf16",))
 @pytest.mark.parametrize(
     ("name", "dtype", "micro_batch", "more"),
     [
@@ -77,6 +67,7 @@ def test_step_in_backward_is_the_normal_run(folder, cache, tmp_path, name, dtype
         assert row["gradient_norm"] == pytest.approx(usual["gradient_norm"], rel=1e-2 if dtype == "bf16" else 1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_accumulate_projected(folder, cache, tmp_path):
     """The same run to rounding, in which a window without a refresh leaves no gradient of a matrix behind."""
     argv = command(folder, cache, *GALORE, *WINDOWS, "--clip", "0")
@@ -125,6 +116,7 @@ def test_divergence_is_noticed(folder, cache, tmp_path, flags):
     assert loaded(job, tmp_path / "run").step == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -151,7 +143,7 @@ def test_predicted_gradients(folder, cache, tmp_path, flags, expected):
 
 
 @pytest.mark.parametrize(("amp", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_amp_computes_in_16_bits_beside_float32_weights(folder, cache, tmp_path, amp, dtype):
+def test_amp_computes_in_16_bits_next_to_float32_weights(folder, cache, tmp_path, amp, dtype):
     run = loop.Run(make_job(command(folder, cache, *GALORE, "--amp", amp)), tmp_path, Interrupt())
     seen = []
     run.model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
@@ -162,6 +154,7 @@ def test_amp_computes_in_16_bits_beside_float32_weights(folder, cache, tmp_path,
     assert run.model.lm_head.weight.dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--step-in-backward", "--micro-batch", "4"]], ids=["normal", "backward"])
 def test_an_overflow_leaves_the_step_out_and_lowers_the_scale(folder, cache, tmp_path, monkeypatch, capsys, flags):
     restless_scaler(monkeypatch, 2.0**60, 1000)
@@ -215,6 +208,7 @@ MODES = {
 }
 
 
+@pytest.mark.few(mode=("projected", "delayed"))
 @pytest.mark.parametrize("mode", MODES)
 def test_resume_is_bit_exact(folder, cache, tmp_path, monkeypatch, mode):
     restless_scaler(monkeypatch, 2.0**18)
@@ -229,7 +223,7 @@ def test_resume_is_bit_exact(folder, cache, tmp_path, monkeypatch, mode):
     assert (len(scales) > 1) == ("fp16" in mode)
 
 
-def test_what_changes_the_weights_cannot_change_on_resume(folder, cache, tmp_path):
+def test_options_that_change_weights_cannot_change_on_resume(folder, cache, tmp_path):
     job = make_job(command(folder, cache, *GALORE, *BACKWARD, *WINDOWS))
     train(job, tmp_path / "run", stop=3)
     changes = {"step_in_backward": False, "accumulate": "whole", "basis_from": "micro-batch", "clip_by": "delayed"}
@@ -246,7 +240,7 @@ def test_jobs_of_earlier_versions_are_read(folder, cache):
 
 
 @pytest.mark.slow
-def test_interrupted_program_goes_on_bit_for_bit(folder, cache, tmp_path):
+def test_interrupted_program_resumes_bit_for_bit(folder, cache, tmp_path):
     flags = [*GALORE, *BACKWARD, *WINDOWS, "--amp", "bf16", "--steps", "300", "--eval-every", "100"]
     argv, out = command(folder, cache, *flags), tmp_path / "run"
     line = [sys.executable, str(EXAMPLES / "pretrain.py"), *argv, "--out", str(out)]
@@ -341,7 +335,7 @@ def test_energy_has_one_point_per_refresh():
     assert energy.curves(rows) == {"q": {0: [(1, 0.5), (3, 0.6)], 12: [(1, 0.7), (4, 0.8)]}}
 
 
-def test_energy_is_drawn_beside_the_loss(folder, cache, tmp_path):
+def test_energy_is_plotted_next_to_the_loss(folder, cache, tmp_path):
     runs = {name: tmp_path / name for name in ("adamw", "galore")}
     results = []
     for name, path in runs.items():

@@ -17,60 +17,26 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from tests.example import test_pretrain
-from tests.example.test_pretrain import EXAMPLES, StopAt, assert_matches, command, make_job, train, words
+from tests.support.example import EXAMPLES, assert_matches, command, make_job, train
+from tests.support.text import words
 
 from pretraining import corpus, data, folders, launch, loop, sharded  # isort: skip
 from pretraining.errors import PretrainError, ToldElsewhereError  # isort: skip
 from pretraining.interrupt import Interrupt  # isort: skip
 from pretraining.log import read  # isort: skip
 from pretraining.team import Team  # isort: skip
+from tests.support.example_ranks import GALORE, SIZES, assert_close, go, spawn
 
 pytestmark = pytest.mark.slow  # its processes take long
 
-folder, cache, process = test_pretrain.folder, test_pretrain.cache, test_pretrain.process
 
-GALORE = ["--optimizer", "galore", "--set", "rank=4", "update_proj_gap=3"]
-# 4 and 2 sequences per forward pass of two processes, of one 4, 4 and 4.
-SIZES = ["--layers", "2", "--batch", "12", "--micro-batch", "4"]
 PARALLEL = ("ddp", "fsdp2")
 CONVERTED = {
     "relora": ["--set", "merge_every=4", "--warm-start", "5"],
     "loqt": ["--set", "update_proj_gap=4"],
     "lte": ["--set", "merge_every=2", "heads=2"],
 }
-
-
-def spawn(worker, world, *args):
-    folder = args[0]
-    (folder / "meet").unlink(missing_ok=True)
-    mp.spawn(_entry, (world, worker, args), nprocs=world)
-
-
-def _entry(rank, world, worker, args):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{args[0]}/meet", rank=rank, world_size=world)
-    team = Team(rank, world)
-    worker(team, *args)
-    team.leave()
-
-
-def go(job, path, team, stop=None, only=None):
-    """Train from the checkpoint in `path`, if there is one, to the end or until `stop` steps are done."""
-    if team.main:
-        path.mkdir(exist_ok=True)
-    dist.barrier()
-    interrupt = Interrupt() if stop is None or only not in (None, team.rank) else StopAt(stop)
-    run = loop.Run(dataclasses.replace(job, world=team.world), path, interrupt, team)
-    if run.path.exists():
-        run.load()
-    if isinstance(interrupt, StopAt):
-        interrupt.run = run
-    assert run.train() is (stop is None)
-    assert stop is None or run.step == stop
-    return run
 
 
 def weights(run):
@@ -150,7 +116,7 @@ def same_on_all(run):
 
 
 def failing_save(job, path, team):
-    """One of two disks is full: all are told, by the one that knows, and the earlier checkpoint stays."""
+    """One of two disks is full: all ranks get the error of that rank, and the earlier checkpoint stays."""
     run, save = go(job, path, team), sharded.dcp.save
     before = run.path
 
@@ -196,13 +162,6 @@ def alone(jobs, tmp_path_factory):
     return train(jobs[0], tmp_path_factory.mktemp("alone") / "run")
 
 
-def assert_close(history, other, limit=1e-5):
-    assert history.losses == pytest.approx(other.losses, abs=limit)
-    assert [step for step, _ in history.validation] == [step for step, _ in other.validation]
-    expected = [loss for _, loss in other.validation]
-    assert [loss for _, loss in history.validation] == pytest.approx(expected, abs=limit)
-
-
 @pytest.mark.parametrize("name", [*PARALLEL, "fsdp2 of one"])
 def test_losses_are_those_of_one_process(found, alone, name):
     """Every step's and every validation's; "fsdp2 of one" was begun by one process and went on with two."""
@@ -215,7 +174,7 @@ def test_first_weights_are_those_of_one_process(found, alone, name):
     assert found[name, "first weights"] == alone.initial_weights
 
 
-def test_one_process_goes_on_where_two_stopped(found, alone, jobs, tmp_path):
+def test_one_process_resumes_where_two_stopped(found, alone, jobs, tmp_path):
     run = loop.Run(jobs[0], found["path"] / "ddp" / "stopped", Interrupt())
     run.load()
     assert run.step == 5
@@ -329,7 +288,7 @@ def test_strategy_follows_the_launcher(folder, cache, monkeypatch):
     assert (job.strategy, job.world, job.share, job.micro_batches) == ("ddp", 2, 2, 1)
 
 
-def test_which_checkpoints_go_on(folder, cache):
+def test_which_checkpoints_can_be_resumed(folder, cache):
     one = make_job(command(folder, cache))
 
     def continues(first, second):

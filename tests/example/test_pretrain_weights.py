@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import lowrank_optim
-from tests.example import test_pretrain
-from tests.example.test_pretrain import StopAt, assert_matches, assert_same, command, make_job, train
+from tests.support.example import StopAt, assert_matches, assert_same, command, make_job, train
 
 import pretrain  # isort: skip
 from benchmarks import quality  # isort: skip
@@ -21,7 +20,6 @@ from pretraining.interrupt import Interrupt  # isort: skip
 from pretraining.job import Job  # isort: skip
 from pretraining.log import read  # isort: skip
 
-folder, cache, process = test_pretrain.folder, test_pretrain.cache, test_pretrain.process
 
 # Restarts within a dozen steps; for LTE its heads must divide a micro-batch.
 SETTINGS = {
@@ -50,6 +48,8 @@ def test_every_method_is_here():
 # ---------------------------------------------------------------- runs
 
 
+@pytest.mark.thin
+@pytest.mark.few(name=("ReLoRA",))
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @every_method
 def test_resume_is_bit_exact_across_restarts(folder, cache, tmp_path, name, dtype):
@@ -64,6 +64,7 @@ def test_resume_is_bit_exact_across_restarts(folder, cache, tmp_path, name, dtyp
     assert found["bytes"] | {"peak": 0} == again["bytes"] | {"peak": 0}
 
 
+@pytest.mark.few(name=("ReLoRA",))
 @every_method
 def test_resume_is_bit_exact_across_the_warm_start(folder, cache, tmp_path, name):
     job = make_job(argv_of(folder, cache, name, "--warm-start", "5"))
@@ -94,6 +95,8 @@ def test_warm_start_is_adamw_and_then_the_method(folder, cache, tmp_path):
     assert found[8:] == pytest.approx([a * b for a, b in zip(expected, ramp, strict=True)][8:])
 
 
+@pytest.mark.thin
+@pytest.mark.few(name=("ReLoRA",))
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @every_method
 def test_ends_merged(folder, cache, tmp_path, name, dtype, capfd):
@@ -114,6 +117,7 @@ def test_ends_merged(folder, cache, tmp_path, name, dtype, capfd):
     assert found["parameters"] == sum(p.numel() for p in plain.parameters())
 
 
+@pytest.mark.few(name=("ReLoRA",))
 @every_method
 def test_stopped_while_it_merges(folder, cache, tmp_path, name):
     job = make_job(argv_of(folder, cache, name, "--steps", "2"))
@@ -127,6 +131,7 @@ def test_stopped_while_it_merges(folder, cache, tmp_path, name):
     assert launch.finished(tmp_path) is not None
 
 
+@pytest.mark.few(name=("ReLoRA",))
 @every_method
 def test_bytes_are_those_predicted(folder, cache, tmp_path, name):
     job = make_job(argv_of(folder, cache, name, "--micro-batch", "4"))
@@ -178,6 +183,7 @@ def test_lr_rises_again_after_restarts():
     assert [schedule.restart_factor(step, None, 2, first=3) for step in range(6)] == [1, 1, 1, 0.5, 1, 1]
 
 
+@pytest.mark.few(name=("ReLoRA",))
 @every_method
 def test_ramps_follow_the_period_of_the_method(folder, cache, tmp_path, name):
     if name not in RESTARTING:

@@ -8,15 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.example import test_pretrain
-from tests.example.test_pretrain import command, make_job, train
-from tests.example.test_pretrain_ranks import GALORE, SIZES, assert_close, go, spawn
+from tests.support.example import command, make_job, train
+from tests.support.example_ranks import GALORE, SIZES, assert_close, go, spawn
 
 from pretraining import strategy  # isort: skip
 from pretraining.errors import PretrainError  # isort: skip
 
 deepspeed = pytest.importorskip("deepspeed")
-folder, cache, process = test_pretrain.folder, test_pretrain.cache, test_pretrain.process
 
 ADAMW = ["--optimizer", "adamw"]
 RELORA = ["--optimizer", "relora", "--set", "merge_every=4"]
@@ -91,7 +89,7 @@ def test_converted_layers_are_merged_at_the_end(found, alone):
         assert found["merged", ("relora", name)] == pytest.approx(found["relora", name].validation[-1][1], abs=1e-5)
 
 
-def test_what_is_refused(jobs):
+def test_options_without_deepspeed_support_are_refused(jobs):
     job = jobs["galore", "zero0"]
     for changes, message in (
         ({"amp": "bf16"}, "take --dtype bf16"),

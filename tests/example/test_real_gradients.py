@@ -8,6 +8,7 @@ for module in ("transformers", "tokenizers", "tqdm"):
     pytest.importorskip(module, reason="the nano model comes from the extra `examples`")
 
 
+@pytest.mark.slow
 def test_the_randomized_basis_captures_what_svd_does():
     from benchmarks.subspace import energies
 

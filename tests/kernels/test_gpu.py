@@ -1,4 +1,4 @@
-"""What only a GPU can show: its kernels are the CPU's to the last bit, and methods, graphs and resuming work there.
+"""Tests that need a GPU: its kernels are the CPU's to the last bit, and methods, graphs and resuming work there.
 
 `LOWRANK_OPTIM_TEST_DEVICE=cpu` runs the same tests, but for what CUDA alone has, so that none is run for the first time
 on a rented machine. `python -m benchmarks.gpu_check` runs them before it measures.
@@ -18,7 +18,7 @@ import lowrank_optim
 from lowrank_optim import backend_info
 from lowrank_optim.ops import schema
 from tests.cases import CASES, Net, every_case, gradients
-from tests.kernels.test_native import CALLS, DIRECTION, copied, tensors_of, ulps
+from tests.support.calls import CALLS, DIRECTION, copied, tensors_of, ulps
 
 DEVICE = torch.device(os.environ.get("LOWRANK_OPTIM_TEST_DEVICE", "cuda"))
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="no GPU")

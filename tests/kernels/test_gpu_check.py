@@ -23,6 +23,7 @@ def test_every_section_runs_on_the_cpu(tmp_path):
     assert all(row["ok"] for row in sections.values())
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so():
     command = [sys.executable, "-m", "benchmarks.gpu_check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": ""})

@@ -45,7 +45,7 @@ def test_a_block_of_columns_draws_its_own_elements(rows, columns, first, run):
         assert torch.equal(ops.random_bits16(count, KEY, STREAM, places), whole[start : start + count])
 
 
-def test_many_rows_are_drawn_some_at_a_time():
+def test_many_rows_are_drawn_in_blocks():
     rows, columns = 20_000, 5
     whole = ops.random_bits16(rows * columns, KEY, STREAM).view(rows, columns)[:, 1:3].flatten()
     assert torch.equal(ops.random_bits16(2 * rows, KEY, STREAM, Places(0, 1, 2, 3)), whole)
@@ -233,7 +233,7 @@ def test_subspace_iteration_captures_the_energy(shape, rounds, least):
 @pytest.mark.parametrize("shape", [(7, 5), (300, 400), (3, 90, 1200), (1, 9), (9, 1)])
 @pytest.mark.parametrize("turned", [False, True])
 def test_norms_of_columns_are_torchs(shape, turned):
-    """However the matrix lies in memory, and also where it is summed in several pieces."""
+    """For all strides of the matrix, and also where it is summed in several pieces."""
     x = torch.randn(*shape[:-2], shape[-1], shape[-2]).mT if turned else torch.randn(shape)
     for dim in (-2, -1, (-2, -1)):
         expected = torch.linalg.vector_norm(x.double(), dim=dim, keepdim=True)

@@ -27,7 +27,7 @@ def test_quantized_weights_are_not_chosen_again():
     assert linears(m, to="convert") == {"0.weight": [m[0], m[3]]}
 
 
-def test_messages_say_what_was_to_be_done():
+def test_messages_name_the_operation():
     with pytest.raises(ValueError, match="LayerNorm has no linear layers with float weights; nothing to convert"):
         linears(nn.LayerNorm(4), to="convert")
     m = model()

@@ -322,6 +322,7 @@ def test_evaluation_is_the_dense_weight(rows, heads):
     assert torch.equal(layer.weight, layer.dense())
 
 
+@pytest.mark.slow
 def test_it_compiles_without_a_break():
     layer = MultiHeadLinear(nn.Linear(40, 24), 5, heads=4)
     compiled, x = torch.compile(layer, fullgraph=True, backend="eager"), torch.randn(8, 40)
@@ -456,11 +457,11 @@ class Some(Tied):
 
     def __init__(self):
         super().__init__()
-        self.seldom = nn.Linear(16, 16)
+        self.rarely = nn.Linear(16, 16)
 
     def forward(self, x, reach=True):
         y = super().forward(x)
-        return y + self.seldom(x) if reach else y
+        return y + self.rarely(x) if reach else y
 
 
 def parts(rank, world, start, stop):
@@ -488,7 +489,7 @@ def scenario_equal(rank, world):
 
 
 def scenario_resumed(rank, world):
-    """Each rank goes on from what it saved."""
+    """Each rank resumes from its own file."""
     runs = []
     for cut in (5, None):
         torch.manual_seed(0)
@@ -605,6 +606,7 @@ def ranks(tmp_path_factory):
     return lambda name: [torch.load(folder / f"scenario_{name}.{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
+@pytest.mark.slow
 def test_one_head_per_rank_is_emulated_heads(ranks):
     torch.manual_seed(0)
     model = Tied().double()
@@ -625,11 +627,13 @@ def test_one_head_per_rank_is_emulated_heads(ranks):
             assert apart or torch.equal(x, both[0]["state"][name]), name
 
 
+@pytest.mark.slow
 def test_ranks_resume_bit_for_bit(ranks):
     for one in ranks("resumed"):
         assert one["equal"] == one["all"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", "trouble"])
 def test_ranks_end_with_the_same_bits(name, ranks):
     first, second = ranks(name)
@@ -637,12 +641,14 @@ def test_ranks_end_with_the_same_bits(name, ranks):
         assert torch.equal(x + 0, second["state"][key] + 0), key
 
 
+@pytest.mark.slow
 def test_trouble_on_one_rank_moves_no_merge(ranks):
     first, second = ranks("trouble")
     assert first["counts"] == second["counts"] == [9, 9, 9, 9]
     assert (first["skipped"], second["skipped"]) == (0, 1)
 
 
+@pytest.mark.slow
 def test_ranks_that_cannot_work_say_so(ranks):
     for one in ranks("parted"):
         differs, scaler, captured = one["raised"]

@@ -75,7 +75,7 @@ def test_round_trip(shape, dtype, kind):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(30, 40), (5461, 3), (3, 7, 5)])
-def test_nf4_values_stay_what_they_are(shape, dtype):
+def test_nf4_values_survive_another_quantization(shape, dtype):
     w = NF4Weight.quantize((0.02 * torch.randn(shape)).to(dtype))
     assert same(NF4Weight.quantize(w.unpack()), w)
     again = w.clone()
@@ -202,6 +202,7 @@ def test_other_ways_to_use_a_weight(kind):
     assert attention.out_proj.weight.grad.shape == (40, 40)
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_compiled_layer_is_the_layer(kind, trained):
@@ -330,7 +331,7 @@ def test_pack_is_unbiased(kind):
         w.pack_(x, KEY, ops.stream_of("weight", step))
         error = w.unpack(torch.float64) - x
         total, square = total + error, square + error.square()
-    assert (square > 0).float().mean() > 0.95, "nearly all elements lie between grid points"
+    assert (square > 0).float().mean() > 0.95, "nearly all elements are between grid points"
     mean = total / draws / steps(w).double() * draws**0.5  # in units that have standard deviation at most 1/2
     assert mean.abs().max() < 0.5 * 5
     assert abs(float(mean.mean())) < 0.5 * 5 / 600**0.5
@@ -348,7 +349,7 @@ def test_pack_in_pieces_is_pack_at_once(shape, kind):
     assert same(w, kind(*kind.encode(flat, noise), shape=x.shape, dtype=torch.float32))
 
 
-def test_what_no_update_touches_does_not_drift():
+def test_entries_without_updates_do_not_drift():
     w = Int8Weight.quantize(torch.randn(64, 64))
     start = w.unpack()
     for step in range(50):

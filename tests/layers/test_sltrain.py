@@ -175,7 +175,7 @@ def test_gradcheck(monkeypatch, piece):
 
 @pytest.mark.parametrize("frozen", [("B",), ("A",), ("values",), ("B", "A"), ("B", "A", "values"), ("bias",)])
 @pytest.mark.parametrize("of_x", [True, False])
-def test_what_is_frozen_gets_no_gradient(frozen, of_x):
+def test_frozen_weights_get_no_gradient(frozen, of_x):
     whole = layer()
     part = copy.deepcopy(whole)
     for name in frozen:
@@ -278,7 +278,9 @@ def test_the_cuts_follow_the_support(monkeypatch, how):
     gradient(made)
     if how == "copied":
         made = pickle.loads(pickle.dumps(copy.deepcopy(made)))
-        assert made._cuts is None, "versions of a tensor are counted anew in a copy, and could agree by chance"
+        assert made._cuts is None, (
+            "versions of a tensor are counted from the start in a copy, and could agree by chance"
+        )
     made.load_state_dict(other.state_dict(), assign=how == "assigned")
     if how == "moved":
         made.support = made.support.clone()
@@ -443,7 +445,7 @@ def test_only_the_product_is_refactored_and_all_is_reset():
     ("dtype", "state_dtype"),
     [(torch.float32, "float32"), (torch.bfloat16, "float32"), (torch.bfloat16, "int8"), (torch.float32, "int8")],
 )
-def test_saved_and_loaded_it_goes_on_bit_for_bit(stop, dtype, state_dtype):
+def test_a_loaded_run_resumes_bit_for_bit(stop, dtype, state_dtype):
     options = {"lr": 1e-2, "rank": 48, "state_dtype": state_dtype, "refactor_every": 3, "reset_every": 4}
 
     def made(seed=0):
@@ -465,7 +467,7 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(stop, dtype, state_dtype):
     assert equal(state_of(net, opt), state_of(again, resumed))
 
 
-def test_a_run_goes_on_with_the_support_that_was_saved():
+def test_a_run_resumes_with_the_support_that_was_saved():
     first, second = model(), model()
     opt, other = SLTrain(first, lr=1e-2, seed=1), SLTrain(second, lr=1e-2, seed=2)
     train(first, opt, 2)

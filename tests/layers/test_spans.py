@@ -1,4 +1,4 @@
-"""What is here of a product that is merged into a weight: the bits of the whole one, wherever it is cut."""
+"""The local part of a product that is merged into a weight has the bits of the whole product, wherever it is cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sparse spectral training: the layer's gradients, its draws and rounds, and the optimizer beside the paper's loop."""
+"""Sparse spectral training: the layer's gradients, its draws and rounds, and the optimizer against the paper's loop."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_autocast():
         spectral(x.bfloat16())
 
 
-def test_only_what_is_needed_is_saved_and_computed():
+def test_only_needed_tensors_are_saved_and_computed():
     spectral, x = layer(64, 48, rank=4), torch.randn(5, 7, 48, requires_grad=True)
     own = {p.untyped_storage().data_ptr() for p in spectral.parameters()}
 
@@ -437,7 +437,7 @@ def test_the_engine_is_the_papers_loop(shape, dtype, spectrum, iterations):
     assert zeros > 0 or spectrum not in ("to zero", "a third zero"), "sigma was held at 0"
 
 
-def test_what_changes_when():
+def test_draws_and_rounds_change_the_expected_tensors():
     model = Net()
     optimizer = SST(model, **OPTIONS)
     up, seen = model.up, []
@@ -507,6 +507,7 @@ def test_it_learns_and_all_directions_take_part():
 
 
 @pytest.mark.cpus
+@pytest.mark.thin
 @pytest.mark.parametrize("cut", [3, 4, 5, 7, 8, 9])
 @pytest.mark.parametrize(
     ("dtype", "rounding"),

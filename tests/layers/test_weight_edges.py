@@ -1,4 +1,4 @@
-"""What a user may do to a converted model, and what must then still hold."""
+"""Changes that a user may make to a converted model, and the promises that still hold after them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ OPTIONS = dict(rank=4, lr=0.01)
 # -- conversion --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(case=("relora", "loqt"))
 @every_case
 def test_the_plain_layers_are_let_go(case):
     model = net()
@@ -155,7 +156,7 @@ def test_whole_gradients_do_not_outlive_their_step():
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_who_unfreezes_the_model_gives_no_layer_a_subspace_out_of_turn(backward):
+def test_unfreezing_the_model_gives_no_layer_a_subspace_out_of_turn(backward):
     (model, ours), (twin, theirs) = loqt(base="dense"), loqt(base="dense")
     if backward:
         lowrank_optim.step_in_backward(model, ours)
@@ -169,7 +170,7 @@ def test_who_unfreezes_the_model_gives_no_layer_a_subspace_out_of_turn(backward)
         assert torch.equal(model.up.B, twin.up.B), step
 
 
-def test_a_frozen_layer_takes_no_subspace_and_goes_on_when_it_is_trained_again():
+def test_a_frozen_layer_takes_no_subspace_and_resumes_when_it_is_trained_again():
     model, optimizer = loqt(base="dense")
     model.up.requires_grad_(False)
     optimizer._aim()
@@ -266,6 +267,7 @@ def test_rank_one_and_a_restart_at_every_update(case, restart):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.few(case=("relora", "loqt"))
 @every_case
 def test_stacked_layers_with_clocks_of_their_own(case):
     models = [net(torch.float64), net(torch.float64)]
@@ -281,6 +283,7 @@ def test_stacked_layers_with_clocks_of_their_own(case):
         assert torch.allclose(x, y, atol=1e-9), name
 
 
+@pytest.mark.few(case=("relora", "loqt"))
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_converted_model_may_be_cast_in_the_middle_of_training(case, dtype):
@@ -294,6 +297,7 @@ def test_a_converted_model_may_be_cast_in_the_middle_of_training(case, dtype):
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
+@pytest.mark.few(case=("relora", "loqt"))
 @every_case
 def test_eval_mode_and_averages_leave_training_alone(case):
     model, twin = net(), net()
@@ -311,6 +315,7 @@ def test_eval_mode_and_averages_leave_training_alone(case):
     assert average(batch(0)).isfinite().all()
 
 
+@pytest.mark.few(case=("relora", "loqt"))
 @every_case
 def test_encoder_layers_train_and_evaluate(case):
     encoder = nn.TransformerEncoder(
@@ -331,6 +336,7 @@ def test_encoder_layers_train_and_evaluate(case):
         assert torch.allclose(encoder(x), trained, atol=1e-5)
 
 
+@pytest.mark.slow
 @every_case
 def test_a_compiled_model_trains_the_same(case):
     model, twin = net(), net()
@@ -345,6 +351,7 @@ def test_a_compiled_model_trains_the_same(case):
         assert torch.allclose(x, y, atol=1e-6), name
 
 
+@pytest.mark.few(case=("relora", "loqt"))
 @every_case
 def test_activation_checkpointing_trains_the_same(case):
     model, twin = net(), net()

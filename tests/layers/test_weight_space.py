@@ -1,4 +1,4 @@
-"""What every method promises that changes how weights are kept; over the table of weight_cases.py."""
+"""Promises of every method that changes how weights are stored, for every row of weight_cases.py."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 import lowrank_optim
 from lowrank_optim.layers.convert import converted
 from lowrank_optim.recipe.weights import COMPENSATION
-from tests.engine.test_checkpoint import through_dcp, through_file, through_helpers
 from tests.support.processes import spawn
+from tests.support.saving import through_dcp, through_file, through_helpers
 from tests.weight_cases import CONVERTED, WEIGHT_CASES, batch, every_case, every_variant, loss_of, net, train
 
 OVERWRITING = [case for case in WEIGHT_CASES if case.name in ("relora", "low_rank", "sltrain")]
@@ -48,6 +48,7 @@ def test_conversion_keeps_the_function(case):
     assert torch.allclose(model(tokens), before, atol=1e-12) == case.keeps
 
 
+@pytest.mark.few(options=({},))
 @every_variant
 def test_merge_gives_back_the_architecture_and_the_function(case, options):
     model, tokens = net(torch.float64), batch(0)
@@ -138,6 +139,7 @@ def test_random_numbers_depend_on_seed_and_name_alone(case):
 # -- the step ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(options=({},))
 @every_variant
 def test_learns_over_many_restarts(case, options):
     model = net()
@@ -153,6 +155,7 @@ def test_learns_over_many_restarts(case, options):
     assert optimizer.stats()["restarts"] >= 4 * len(CONVERTED)
 
 
+@pytest.mark.few(options=({},))
 @every_variant
 def test_the_first_update_after_a_restart_is_not_longer_than_lr(case, options):
     model, lr = net(), 0.013
@@ -170,6 +173,7 @@ def test_the_first_update_after_a_restart_is_not_longer_than_lr(case, options):
                     assert (getattr(layer, key) - x).abs().max() <= 1.05 * lr, name
 
 
+@pytest.mark.few(options=({},))
 @every_variant
 def test_step_in_backward_is_the_same_optimizer(case, options):
     plain, other = net(), net()
@@ -196,6 +200,7 @@ def test_gradients_accumulate_over_micro_batches(case):
         assert torch.allclose(x, y, atol=1e-8), name
 
 
+@pytest.mark.slow
 @every_case
 @pytest.mark.parametrize("foreach", [False, True])
 def test_foreach_and_compile_change_nothing_but_rounding(case, foreach):
@@ -266,6 +271,7 @@ def test_other_dtypes_train(case, dtype):
     assert model(batch(0)).dtype == dtype
 
 
+@pytest.mark.few(options=({},))
 @every_variant
 def test_autocast(case, options):
     model = net()
@@ -308,6 +314,8 @@ DTYPES = [
 ]
 
 
+@pytest.mark.thin
+@pytest.mark.few(options=({},))
 @every_variant
 @pytest.mark.parametrize("kept", DTYPES, ids=lambda kept: "-".join(str(v).replace("torch.", "") for v in kept.values()))
 def test_resumes_bit_for_bit_around_a_restart(case, options, kept, tmp_path):
@@ -337,6 +345,7 @@ def test_resumes_by_the_ways_of_torch(case, way, tmp_path):
     same(model, again)
 
 
+@pytest.mark.few(options=({},))
 @every_variant
 def test_copies_and_pickles(case, options):
     model = net()
@@ -370,6 +379,7 @@ def test_a_state_that_does_not_fit_changes_nothing(case):
 # -- what a user sees --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(options=({},))
 @every_variant
 def test_report_has_a_row_for_every_layer_and_parameter(case, options):
     model = net()
@@ -389,6 +399,7 @@ def test_report_has_a_row_for_every_layer_and_parameter(case, options):
     assert f"{len(CONVERTED)} of" in str(optimizer.report())
 
 
+@pytest.mark.few(options=({},))
 @every_variant
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_estimated_bytes_are_those_kept(case, options, dtype):
@@ -470,6 +481,7 @@ def _rank(rank, world, folder):
 
 
 @pytest.mark.cpus
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     spawn(_rank, 2, str(tmp_path))
     for case in WEIGHT_CASES:

@@ -13,6 +13,7 @@ from lowrank_optim import estimate_memory, ops, param_groups, state_bytes
 from lowrank_optim.engine import write
 from lowrank_optim.memory.peak import Peak
 from tests.cases import CASES, Net, every_case, train
+from tests.support.selection import FEW
 
 COUNTERS = 4 + 8  # step (float32) and skipped (int64); a projected matrix has two more, refreshes and refreshed_at
 
@@ -69,6 +70,7 @@ def test_the_papers_models(hidden, mlp, layers, rank, galore, rest):
     assert (both.optimizer - one.optimizer - COUNTERS * len(others)) / 4 == pytest.approx(rest, rel=1e-3)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_the_estimate_of_a_model_is_what_training_keeps(case):
     for dtype in (torch.float32, torch.bfloat16):
@@ -113,6 +115,7 @@ def most_gradients(model, optimizer, micro_batches):
     return most
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("during", [True, False])
@@ -143,7 +146,7 @@ def test_stacked_matrices_wait_for_each_other_during_backward(monkeypatch):
         assert planned.gradients == waiting * 64 * 48 * 4
 
 
-def test_what_gradients_cannot_be_estimated():
+def test_options_of_gradients_that_cannot_be_estimated():
     with pytest.raises(ValueError, match=r"step_in_backward takes optimizers of lowrank_optim, got AdamW"):
         estimate_memory([(8, 8)], torch.optim.AdamW, step_in_backward=True)
     for steps in (0, 1.5, True):
@@ -166,6 +169,8 @@ def step_peak(case, params, refresh, steps=2, **options):
     return peak.most
 
 
+@pytest.mark.thin
+@pytest.mark.few(case=FEW)
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("basis", ["svd", "rsvd"])
@@ -195,6 +200,7 @@ def test_a_steps_extra_memory_is_what_was_estimated(case, dtype, basis, monkeypa
 
 
 @pytest.mark.cpus
+@pytest.mark.few(case=FEW)
 @every_case
 @pytest.mark.parametrize("onednn", [False, True])
 def test_estimates_hold_whichever_library_multiplies(case, onednn, monkeypatch):
@@ -210,8 +216,9 @@ def test_estimates_hold_whichever_library_multiplies(case, onednn, monkeypatch):
         assert 0.4 * planned.step_workspace < steady <= planned.step_workspace + 4096
 
 
+@pytest.mark.few(case=FEW)
 @every_case
-def test_what_lists_hold_was_estimated(case):
+def test_memory_of_lists_is_what_was_estimated(case):
     """R, D and what is derived, of as many small matrices as stay in cache."""
     shape, rank, count = (48, 40), 36, 50
     options = case.fitting({"rank": rank, "orthonormal": True})
@@ -224,6 +231,8 @@ def test_what_lists_hold_was_estimated(case):
         assert 0.4 * planned < measured
 
 
+@pytest.mark.thin
+@pytest.mark.few(case=FEW)
 @every_case
 @pytest.mark.parametrize(
     ("shape", "rank", "options"),
@@ -246,6 +255,7 @@ def test_estimates_hold_with_every_option(case, shape, rank, options):
         assert step_peak(case, params, refresh, **options) <= allowed + 4096
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_a_step_of_a_large_stack_stays_within_chunks(case, monkeypatch):
     experts = nn.Parameter(torch.randn(40, 32, 64, dtype=torch.bfloat16))
@@ -256,6 +266,7 @@ def test_a_step_of_a_large_stack_stays_within_chunks(case, monkeypatch):
     assert most <= estimate_memory([experts.shape], case.make, dtype=experts.dtype, **options).step_workspace + 4096
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_stacks_stay_within_the_chunk(case, monkeypatch):
     monkeypatch.setattr("lowrank_optim.engine.limits.CHUNK_BYTES", 2 * 64 * 48 * 4)

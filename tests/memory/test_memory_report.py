@@ -11,6 +11,7 @@ from lowrank_optim import GaLoreAdafactor, GaLoreAdamW, memory_report, param_gro
 from lowrank_optim.memory.peak import Peak, measure
 from lowrank_optim.reports.report import human
 from tests.cases import Net, every_case, train
+from tests.support.selection import FEW
 
 
 class Layers(nn.Module):
@@ -51,8 +52,9 @@ class Run:
         return memory_report(self.model, self.optimizer, step=self.step if measured else None)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
-def test_what_is_measured_is_what_was_predicted(case):
+def test_measured_bytes_are_the_predicted_ones(case):
     for dtype, options in ((torch.float32, {}), (torch.bfloat16, {"state_dtype": "int8", "bf16_update": "kahan"})):
         model = Net().to(dtype)
         optimizer = case.build(param_groups(model, min_dim=4, verbose=False), **options)
@@ -67,6 +69,7 @@ def test_what_is_measured_is_what_was_predicted(case):
         assert ("compensation" in found.states) == (dtype == torch.bfloat16)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_the_update_is_within_what_was_predicted(case):
     run = Run(case.make, **{**case.kwargs, **case.fitting({"rank": 8, "stagger": False})})
@@ -193,7 +196,7 @@ def test_the_meter_sees_backward_and_frees():
         assert peak.most == 120, "what is written in place is not new"
 
 
-def test_the_peak_of_the_update_is_told_from_that_of_the_step():
+def test_the_peak_of_the_update_is_distinguished_from_that_of_the_step():
     p = nn.Parameter(torch.zeros(1000))
 
     class Wasteful(torch.optim.SGD):

@@ -16,7 +16,7 @@ from lowrank_optim import ddp_project, estimate_memory, param_groups, state_byte
 from lowrank_optim.memory import planned
 from lowrank_optim.ops import linalg
 from tests.cases import CASES, Net, every_case
-from tests.distributed.test_fsdp2 import Counted
+from tests.support.collectives import Counted
 from tests.support.processes import message, spawn
 from tests.weight_cases import net
 
@@ -82,7 +82,7 @@ def measured(make, mesh, dtype, options):
 
 
 def collectives(case, mesh, side):
-    """How many one matrix takes, beside that of norms: in a step without a refresh, and more in a later one."""
+    """How many one matrix takes, besides that of norms: in a step without a refresh, and more in a later one."""
     p = nn.Parameter(distribute_tensor(torch.randn(24, 10), mesh, [Shard(0)]))
     try:
         optimizer = case.make([("w", p)], **options_of(case, side))
@@ -144,6 +144,7 @@ def found(request):
     return {"world": request.param, **spawn(worker, request.param)}
 
 
+@pytest.mark.slow
 @every_case
 @pytest.mark.parametrize("side", SIDES)
 def test_shards_hold_and_send_what_was_estimated(case, side, found):
@@ -162,6 +163,7 @@ def test_shards_hold_and_send_what_was_estimated(case, side, found):
             assert one.weights == one.gradients == lines * dtype.itemsize
 
 
+@pytest.mark.slow
 @every_case
 @pytest.mark.parametrize("side", SIDES)
 def test_one_matrix_takes_as_many_collectives_as_were_planned(case, side, found):
@@ -174,6 +176,7 @@ def test_one_matrix_takes_as_many_collectives_as_were_planned(case, side, found)
         assert (one.messages, one.refresh_messages) == got
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_so_do_other_options(name, found):
     make, options = OTHERS[name]
@@ -183,6 +186,7 @@ def test_so_do_other_options(name, found):
         assert (one.optimizer, one.sent_per_step, one.sent_per_refresh) == found[name, dtype]
 
 
+@pytest.mark.slow
 def test_refreshes_on_cpu_send_less(found):
     held, per_step, per_refresh = found["cpu"]
     sharing = {"world_size": found["world"], "strategy": "fsdp2"}
@@ -191,11 +195,13 @@ def test_refreshes_on_cpu_send_less(found):
     assert 0 < per_refresh < one.sent_per_refresh
 
 
+@pytest.mark.slow
 def test_a_model_that_is_sharded_says_so_itself(found):
     """Without a strategy; with one it would be shared twice."""
     assert "is a DTensor" in found["twice"]
 
 
+@pytest.mark.slow
 def test_the_hook_sends_what_was_estimated(found):
     with torch.device("meta"):
         groups = param_groups(Net(), min_dim=4, verbose=False)
@@ -231,7 +237,7 @@ def test_deepspeed_shares_everything_but_border_rows(strategy):
     assert cut.sent_per_step == within * 8 * 4
 
 
-def test_what_deepspeed_would_refuse_is_refused():
+def test_configurations_that_deepspeed_refuses_are_refused():
     options = {"rank": 2, "world_size": 2, "proj_type": "left"}
     with pytest.raises(NotImplementedError, match="all of them together are as large as the gradient"):
         estimate_memory({"a": (30, 8)}, lowrank_optim.DCTAdamW, strategy="zero3", **options)
@@ -285,7 +291,7 @@ def test_methods_are_refused_where_they_cannot_work():
     assert one.sent_per_step == one.gradients
 
 
-def test_exact_singular_vectors_cost_what_nobody_knows():
+def test_the_cost_of_exact_singular_vectors_is_unknown():
     one = estimate_memory({"a": (30, 8)}, GALORE.make, rank=2, basis="svd", world_size=2, strategy="fsdp2")
     assert one.sent_per_refresh is None
     assert "sent per refresh" not in str(one)

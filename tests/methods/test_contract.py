@@ -1,4 +1,4 @@
-"""What every optimizer promises (design section 5), for every row of the table."""
+"""Promises of every optimizer, for every row of cases.py."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import nn
 import lowrank_optim
 from lowrank_optim import ops
 from tests.cases import CASES, Net, every_case, gradients, ranked, train
+from tests.support.selection import FEW
 
 
 def weights(model):
@@ -31,6 +32,7 @@ def pair(case, shape=(12, 20), **options):
     return p, q, case.build([p, q], **{"rank": 3, **options})
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_it_trains_every_kind_of_parameter(case):
     model = Net()
@@ -42,6 +44,7 @@ def test_it_trains_every_kind_of_parameter(case):
         assert p.isfinite().all()
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_closure_runs_with_gradients(case):
     p, q, optimizer = pair(case)
@@ -60,6 +63,8 @@ def test_closure_runs_with_gradients(case):
     assert optimizer.step() is None
 
 
+@pytest.mark.thin
+@pytest.mark.few(case=FEW)
 @every_case
 @pytest.mark.parametrize("stagger", [True, False])
 def test_stacked_matrices_equal_a_loop(case, stagger):
@@ -78,12 +83,14 @@ def test_stacked_matrices_equal_a_loop(case, stagger):
     assert (finals[0] - finals[1]).abs().max() < 1e-11
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_stacks_are_cut_to_the_limit(case, monkeypatch):
     monkeypatch.setattr("lowrank_optim.engine.limits.CHUNK_BYTES", 3 * 4 * 14 * 14)
     test_stacked_matrices_equal_a_loop(case, True)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_one_parameter_at_a_time_equals_one_step(case):
     """Order and company must not matter."""
@@ -102,6 +109,7 @@ def test_one_parameter_at_a_time_equals_one_step(case):
     assert torch.equal(weights(models[0]), weights(models[1]))
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_large_plain_parameters_are_cut_into_slices(case, monkeypatch):
     finals = []
@@ -152,6 +160,7 @@ def test_parameters_without_gradient_stand_still(case):
     assert optimizer.state[q]["step"] == 3
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_frozen_then_unfrozen(case):
     model = Net()
@@ -166,6 +175,7 @@ def test_frozen_then_unfrozen(case):
     assert optimizer.state[model.square.weight]["step"] == 3
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_add_param_group_later(case):
     first, late = nn.Parameter(torch.randn(12, 20)), nn.Parameter(torch.randn(9, 9))
@@ -191,6 +201,7 @@ def test_groups_override_every_number(case):
     assert torch.equal(p, before)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_groups_written_for_the_original_package(case):
     """Its groups name a rank where they want projection; the others are plain, embeddings included."""
@@ -206,6 +217,7 @@ def test_groups_written_for_the_original_package(case):
     train(model, optimizer, 3)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_learning_rate_schedulers(case):
     p, _, optimizer = pair(case)
@@ -234,6 +246,8 @@ def test_lr_as_a_tensor(case):
     assert torch.equal(*results)
 
 
+@pytest.mark.thin
+@pytest.mark.few(case=FEW)
 @every_case
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 def test_copies_continue_alike(case, how):
@@ -247,6 +261,7 @@ def test_copies_continue_alike(case, how):
     assert str(optimizer.report()) == str(optimizer2.report())
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_step_hooks_and_grad_scaler(case):
     p, q, optimizer = pair(case)
@@ -271,6 +286,8 @@ def test_step_hooks_and_grad_scaler(case):
     assert not optimizer.report().summary.endswith("skipped")
 
 
+@pytest.mark.thin
+@pytest.mark.few(case=FEW)
 @every_case
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf"), 1e30], ids=str)
 def test_a_bad_gradient_cannot_hurt(case, poison):
@@ -310,6 +327,7 @@ def test_nonfinite_raise_updates_nothing(case):
     assert torch.equal(before, weights(model))
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_the_first_step_on_zero_gradients_is_inert(case):
     """DCP and DeepSpeed both make one; a basis taken from it would be kept for a whole refresh interval."""
@@ -398,6 +416,7 @@ def test_a_stack_of_experts_equals_separate_matrices(case, monkeypatch):
     assert (stack - torch.stack(single)).abs().max() < 1e-11
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 @pytest.mark.parametrize("layout", ["transposed weight", "transposed gradient", "channels_last"])
 def test_strides_do_not_matter(case, layout):
@@ -427,6 +446,7 @@ def test_strides_do_not_matter(case, layout):
     assert torch.allclose(results[0][1], results[1][1], atol=1e-6)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_convolutions_are_out_by_rest(case):
     conv = nn.Parameter(0.2 * torch.randn(16, 4, 3, 3))
@@ -439,6 +459,7 @@ def test_convolutions_are_out_by_rest(case):
     assert torch.equal(conv.view(16, 36), flat)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_the_global_generators_are_left_alone(case):
     model = Net().bfloat16()
@@ -468,6 +489,7 @@ def test_random_numbers_follow_seed_and_name(case):
     assert torch.equal(basis("layers.0.up.weight", 1), basis("module.layers.0._orig_mod.up.weight", 1)), "wrappers"
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_bf16_weights_follow_fp32(case):
     """Updates a hundred times smaller than a bfloat16 weight's last bit vanish when rounded to nearest.
@@ -506,6 +528,7 @@ def test_decay_below_the_last_bit_adds_up(case):
     assert float(whole.mean()) == pytest.approx((1 - 1e-4) ** 20, abs=1e-4)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_bf16_state_tracks_fp32_state(case):
     finals = []
@@ -536,6 +559,7 @@ def test_a_second_moment_in_bfloat16_decays():
     assert float(v.float().mean() / first) == pytest.approx(0.999**1000, rel=0.05)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_meta_parameters_get_state_when_they_have_memory(case):
     with torch.device("meta"):
@@ -556,6 +580,7 @@ def test_meta_parameters_get_state_when_they_have_memory(case):
     assert not late.state[meta]["step"].is_meta
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_tied_weights_are_updated_once(case):
     model = Net()
@@ -577,8 +602,9 @@ def test_the_kept_basis_is_compact():
     assert file.tell() < 4 * 3 * 4 * 256 + 5000, "a basis that is a view would save all of U"
 
 
+@pytest.mark.few(case=FEW)
 @every_case
-def test_a_large_stack_is_cut_into_some_experts_at_a_time(case, monkeypatch):
+def test_a_large_stack_is_cut_into_groups_of_experts(case, monkeypatch):
     finals = []
     for limit in (1 << 26, 2 * 4 * 10 * 20):
         monkeypatch.setattr("lowrank_optim.engine.limits.CHUNK_BYTES", limit)
@@ -594,6 +620,7 @@ def test_a_large_stack_is_cut_into_some_experts_at_a_time(case, monkeypatch):
     assert torch.equal(finals[1], finals[3]), "sketches and rounding noise must not depend on the cut"
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_stacks_with_several_leading_dimensions(case):
     p = nn.Parameter(0.2 * torch.randn(2, 3, 10, 20, dtype=torch.float64))
@@ -621,6 +648,7 @@ def test_float64_gradients_of_any_size(case, size):
         assert p.abs().max() > 1e-6
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_the_report_changes_nothing(case):
     """Also not for a frozen parameter, which has no state yet."""
@@ -642,6 +670,7 @@ def test_the_report_changes_nothing(case):
     assert optimizer.state[model.square.weight]["step"] == 2
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_kahan_after_the_model_was_cast(case):
     p = nn.Parameter(torch.ones(16, 24))
@@ -653,6 +682,7 @@ def test_kahan_after_the_model_was_cast(case):
     optimizer.load_state_dict(optimizer.state_dict())
 
 
+@pytest.mark.few(case=FEW)
 @ranked
 def test_numbers_of_numpy(case):
     import numpy as np
@@ -662,6 +692,7 @@ def test_numbers_of_numpy(case):
     assert case.build([nn.Parameter(torch.randn(20, 20))], rank=np.float32(0.25)).report()[0].rank == 5
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_a_compiled_step_falls_back(case):
     p, q, optimizer = pair(case)

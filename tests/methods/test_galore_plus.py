@@ -11,9 +11,21 @@ from torch import nn
 
 import lowrank_optim
 from lowrank_optim import GaLoreAdamW, GaLorePlusAdamW, ops, param_groups
-from tests.cases import gradients
-from tests.methods.test_reference import TOLERANCE
+from tests.cases import TOLERANCE, gradients
 from tests.reference import galore_plus
+from tests.reference.galore import exact
+from tests.support.laws import (
+    ADAM,
+    COMMON,
+    RANK,
+    M,
+    N,
+    close,
+    normal,
+    problem,
+    steps_of,
+    torch_path_end,
+)
 
 ADAMW = dict(lr=0.0037, betas=(0.83, 0.97), eps=3e-7, weight_decay=0.1)
 OPTIONS = {**ADAMW, "update_proj_gap": 7, "scale": 0.7, "density": 0.1, "residual_scale": 0.6}
@@ -306,3 +318,79 @@ def test_memory_is_predicted():
     model = Model()
     optimizer = headed(model, 6)
     assert estimate.optimizer == lowrank_optim.state_bytes(optimizer)
+
+
+# -- laws of the paper -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cpus
+def test_with_one_head_and_nothing_else_is_galore(run):
+    weight, grads = problem()
+    options = dict(heads=1, density=0.0, residual_scale=1.0)
+    close(
+        run.galore_plus(weight, grads, {0, 3, 6}, **COMMON, **options),
+        run.galore(weight, grads, {0, 3, 6}, **COMMON),
+    )
+
+
+@pytest.mark.cpus
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_with_every_entry_is_adamw(run, heads):
+    weight, grads = problem()
+    options = dict(heads=heads, density=1.0, residual_scale=1.0)
+    close(
+        run.galore_plus(weight, grads, {0, 3, 6}, **{**COMMON, "scale": 1.0}, **options),
+        torch_path_end(torch.optim.AdamW, weight, grads, **ADAM),
+    )
+
+
+@pytest.mark.cpus
+def test_on_the_sparse_set_is_adamw_and_elsewhere_galore(run):
+    """One head, so the low-rank part is GaLore's; the set is that of the largest first residuals and stays."""
+    weight, grads = problem()
+    options = dict(heads=1, density=0.25, residual_scale=1.0)
+    free = {**COMMON, "weight_decay": 0.0, "scale": 1.0}
+    actual = run.galore_plus(weight, grads, {0, 3, 6}, **free, **options)
+    adam = torch_path_end(torch.optim.AdamW, weight, grads, **{**ADAM, "weight_decay": 0.0})
+    galore = run.galore(weight, grads, {0, 3, 6}, **free)
+    p = exact(grads[0], RANK, "left", None)[0]
+    lost = (grads[0] - p @ (p.T @ grads[0])).abs()
+    sparse = lost >= lost.flatten().sort(descending=True).values[M * N // 4 - 1]
+    assert sparse.sum() == M * N // 4
+    close(actual, torch.where(sparse, adam, galore))
+
+
+@pytest.mark.cpus
+def test_takes_as_many_heads_as_the_rank_needs(loop):
+    weight, grads = problem(steps=1)
+    seen = []
+
+    def fit_block(block, rank):
+        seen.append(block)
+        return exact(block, rank, "left", None)[0]
+
+    options = dict(density=0.0, residual_scale=1.0, fit_block=fit_block)
+    loop.galore_plus(weight, grads, {0}, **COMMON, heads=4, **options)  # heads of width 2, rank 3
+    first = sorted(normal((4,), 0, "head").argsort()[:2].tolist())
+    close(seen[0], torch.cat([grads[0][:, 2 * head : 2 * head + 2] for head in first], 1), atol=0)
+
+
+@pytest.mark.cpus
+def test_is_linear_in_its_residual_scale(run):
+    weight, grads = problem()
+    options = dict(COMMON, heads=1, density=0.25)
+    none, half, whole = (
+        run.galore_plus(weight, grads, {0, 3, 6}, **options, residual_scale=x) for x in (0.0, 0.5, 1.0)
+    )
+    assert (whole - none).norm() > 1e-3
+    close(half, (none + whole) / 2)
+
+
+# -- the engine --------------------------------------------------------------------------------------------------------
+
+
+def test_no_entries_in_a_stack():
+    p = nn.Parameter(torch.randn(2, 64, 64))
+    optimizer = lowrank_optim.GaLorePlusAdamW([p], rank=4, density=0.0, state_dtype="int8")
+    steps_of(optimizer, p, [torch.randn(2, 64, 64)])
+    assert not any(key.startswith("entries") for key in optimizer.state[p])

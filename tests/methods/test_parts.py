@@ -52,7 +52,7 @@ def test_add_up_scales_both_terms_and_reads_g_only(basis):
 
 @pytest.mark.parametrize("basis", [*BASES, Identity(), Rows("norm")], ids=repr)
 @pytest.mark.parametrize("batch", [False, True])
-def test_add_up_into_some_columns(basis, batch):
+def test_add_up_into_selected_columns(basis, batch):
     """Of memory that holds anything, where its content is not asked for."""
     g = torch.randn(8, 40)
     st = basis.fit(WHOLE, g, None, 3, draw, 0.0)

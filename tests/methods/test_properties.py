@@ -1,10 +1,11 @@
-"""Whatever the shape, rank, dtype and option: finite weights, state as planned, bit-exact resume."""
+"""For any shape, rank, dtype and option: finite weights, state as planned, bit-exact resume."""
 
 from __future__ import annotations
 
 import copy
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,8 +39,7 @@ options = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
-@given(
+given_any_matrix = given(
     case=st.sampled_from(CASES),
     shape=shapes,
     rank=ranks,
@@ -47,7 +47,23 @@ options = st.fixed_dictionaries(
     kwargs=options,
     zero=st.sampled_from(["", "rows", "all at first", "expert"]),
 )
+
+
+@settings(max_examples=40, deadline=None)
+@given_any_matrix
 def test_any_matrix(case, shape, rank, dtype, kwargs, zero):
+    check_matrix(case, shape, rank, dtype, kwargs, zero)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None)
+@given_any_matrix
+def test_any_of_many_matrices(case, shape, rank, dtype, kwargs, zero):
+    check_matrix(case, shape, rank, dtype, kwargs, zero)
+
+
+def check_matrix(case, shape, rank, dtype, kwargs, zero):
+    """Train a matrix for some steps and continue a copy of it; hold both against the plan and the estimate."""
     anchor, p = nn.Parameter(torch.randn(9, 9)), nn.Parameter(torch.randn(shape, dtype=dtype))
     kwargs = {**case.kwargs, **case.fitting({**kwargs, "orthonormal": True, "limit": 1.01}), "lr": 1e-3}
     optimizer = case.make([{"params": [anchor], "rank": 2}, {"params": [p], "rank": rank}], **kwargs)

@@ -12,11 +12,13 @@ from lowrank_optim import LowRankOptimizer
 from lowrank_optim.parts import EMA, SVD, Constant, Drop, Every, Float32, Identity, NoMomentum, NoScaling
 from lowrank_optim.recipe.recipe import Recipe
 from tests.cases import Net, every_case, gradients, train
+from tests.support.selection import FEW
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_without_projection_it_is_the_rule_in_full_space(case):
-    """Vectors, embeddings, head and every matrix of a group without rank, beside one projected matrix."""
+    """Vectors, embeddings, head and every matrix of a group without rank, next to one projected matrix."""
     make, options, overrides = case.full
     ours, theirs = Net().double(), Net().double()
     theirs.load_state_dict(ours.state_dict())

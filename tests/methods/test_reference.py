@@ -9,13 +9,10 @@ import torch
 
 from lowrank_optim import ops
 from lowrank_optim.recipe.plan import resolve_side
-from tests.cases import CASES, SHAPES, every_case, gradients, ranked
+from tests.cases import CASES, SHAPES, TOLERANCE, every_case, gradients, ranked
 from tests.reference import galore
 
 STEPS = 20
-# float64 shows that the algorithms are the same; float32 that the engine loses nothing but rounding. Fira without a
-# limit takes some weights beyond 8, where one unit in the last place is 1e-6 already: two of them are allowed.
-TOLERANCE = {torch.float32: dict(rtol=2**-22, atol=1e-6), torch.float64: dict(rtol=0, atol=1e-12)}
 every_dtype = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["fp32", "fp64"])
 
 
@@ -31,7 +28,7 @@ def well_posed(case, proj_type):
 
 
 def engine(case, weight, grads, **overrides):
-    """A second, vector parameter lets a matrix that cannot be projected stand beside one that can."""
+    """A second, vector parameter lets a matrix that cannot be projected stand next to one that can."""
     p, other = torch.nn.Parameter(weight.clone()), torch.nn.Parameter(torch.zeros(8, 8, dtype=weight.dtype))
     optimizer = case.build([("w", p), ("other", other)], seed=5, **overrides)
     for grad in grads:

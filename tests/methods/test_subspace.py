@@ -168,7 +168,7 @@ def test_whitened_columns_span_the_same():
     assert torch.allclose(turned, z, atol=1e-3), "memory layout"
 
 
-def test_random_sketches_draw_some_rows_at_a_time(monkeypatch):
+def test_random_sketches_draw_rows_in_blocks(monkeypatch):
     g, drawn = torch.randn(2, 60, 300), []
 
     def rows(some):

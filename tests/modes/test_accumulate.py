@@ -142,7 +142,7 @@ def test_a_gradient_within_the_subspace_comes_back_whole():
 
 
 def test_a_model_with_every_kind_of_parameter():
-    """Plain parameters accumulate bit for bit as ever, the others as explicit matrices say; no generator moves."""
+    """Plain parameters accumulate bit for bit as before, the others as explicit matrices say; no generator moves."""
     models = [Net().double() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     state = torch.random.get_rng_state()
@@ -266,7 +266,7 @@ def test_a_backward_within_autocast_projects_in_full_precision():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["up.weight", "norm.bias"])
-def test_what_is_not_finite_arrives(bad, where):
+def test_nonfinite_numbers_are_passed_on(bad, where):
     model = Net()
     optimizer = lowrank_optim.GaLoreAdamW(model.named_parameters(), rank=4)
     p = dict(model.named_parameters())[where]
@@ -536,7 +536,7 @@ def test_sparse_gradients_are_refused_only_where_they_would_be_compressed():
         table.weight.grad = None
 
 
-def test_what_cannot_be_compressed_is_refused():
+def test_parameters_that_cannot_be_compressed_are_refused():
     p = parameter((8, 20))
     with pytest.raises(ValueError, match="a parameter was given twice: v"):
         CompressedAccumulation([("w", p), ("v", p)], RANK)

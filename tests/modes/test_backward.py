@@ -1,4 +1,4 @@
-"""What step_in_backward promises beside the matrix of test_training_loop.py, and what it refuses."""
+"""Promises of step_in_backward besides the matrix of test_training_loop.py, and its refusals."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from lowrank_optim.accumulate import CompressedAccumulation
 from lowrank_optim.layers.quantized import quantize_weights
 from tests.cases import CASES, Net, every_case
 from tests.reference import galore
+from tests.support.selection import FEW
 
 GALORE = next(case for case in CASES if case.name == "galore_adamw")
 FIRA = next(case for case in CASES if case.name == "fira")
@@ -86,6 +87,7 @@ def test_every_method_steps_to_the_bit(case):
     assert_equal(mine, plain)
 
 
+@pytest.mark.few(case=FEW)
 @every_case
 def test_every_method_accumulates(case):
     """In float64, where rounding is far from everything."""
@@ -96,6 +98,8 @@ def test_every_method_accumulates(case):
     assert no_gradients(mine[0])
 
 
+@pytest.mark.thin
+@pytest.mark.few(case=FEW)
 @every_case
 @pytest.mark.parametrize("k", [1, 3])
 def test_stacked_matrices_are_updated_together(case, k, monkeypatch):
@@ -117,6 +121,8 @@ def test_stacked_matrices_are_updated_together(case, k, monkeypatch):
     assert 0 < results[1] < results[0]
 
 
+@pytest.mark.thin
+@pytest.mark.few(case=FEW)
 @every_case
 @pytest.mark.parametrize("k", [1, 3])
 def test_experts_without_tokens(case, k, monkeypatch):
@@ -201,6 +207,8 @@ def push_all(model, number):
     return sum((p * torch.randn(p.shape, generator=generator).to(p.dtype)).sum() for p in model.parameters())
 
 
+@pytest.mark.thin
+@pytest.mark.few(case=FEW)
 @every_case
 @pytest.mark.parametrize("k", [None, 1, 2])
 def test_an_enclosing_autocast_changes_nothing(case, k):
@@ -238,6 +246,7 @@ def test_one_gradient_lives_at_a_time(case):
     assert all(int(optimizer.state[p]["step"]) == 3 for p in model.parameters())
 
 
+@pytest.mark.few(case=FEW)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("accumulate", ["projected", "whole"])
@@ -273,7 +282,7 @@ def test_the_report_without_accumulation():
 
 
 def test_the_report_counts_gradients_that_wait_to_be_stacked(monkeypatch):
-    """The most that is alive while backward runs, beside what the report says."""
+    """The most that is alive while backward runs, in addition to the bytes of the report."""
     monkeypatch.setattr("lowrank_optim.engine.limits.CHUNK_BYTES", 5000)
     model, optimizer = made(foreach=True)
     sizes = {p: p.nbytes for p in model.parameters()}
@@ -334,7 +343,7 @@ class Branches(nn.Module):
 
 
 @pytest.mark.parametrize("case", [GALORE, FIRA], ids=lambda case: case.name)
-def test_parameters_that_some_micro_batches_do_not_use(case):
+def test_parameters_unused_in_a_micro_batch(case):
     runs = []
     for attach in (False, True):
         torch.manual_seed(2)
@@ -682,6 +691,7 @@ def test_activation_checkpointing_with_shared_weights():
         deep(True, True, shared=True)
 
 
+@pytest.mark.slow
 def test_a_compiled_model():
     plain, mine = made(), made()
     step_in_backward(*mine, 2, accumulate="whole")
@@ -720,7 +730,7 @@ def test_eight_bit_weights(k):
         assert torch.equal(getattr(p, "codes", p), getattr(q, "codes", q))
 
 
-def test_unscaling_what_is_left():
+def test_unscaling_a_window_that_ends_early():
     """scaler.unscale_ divides the whole gradients of a window that ends early; the step must not do so again."""
     plain, mine = made(FIRA), made(FIRA)
     scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0) for _ in range(2)]

@@ -125,6 +125,7 @@ def close(found):
         assert got < (1e-6 if "float32" in key else 1e-12), f"{key}: {got}"
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(results):
     close(results["parity"])
 
@@ -166,6 +167,7 @@ def traffic(rank, world):
     return {"sizes": sizes, "rows": list(optimizer.report()), "text": str(optimizer.report())}
 
 
+@pytest.mark.slow
 def test_only_coordinates_are_sent_between_refreshes(results):
     found, net = results["traffic"], Net()
     rows = {row.name: row for row in found["rows"]}
@@ -196,7 +198,8 @@ def gradient(rank, world):
     return found
 
 
-def test_nobody_sees_what_is_this_ranks_own(results):
+@pytest.mark.slow
+def test_only_averaged_gradients_are_visible(results):
     first, second = results["gradient"]
     net = dict(Net().named_parameters())
     assert first == set(net)
@@ -230,6 +233,7 @@ def narrow(rank, world):
     return found
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_are_those_of_one_process_but_for_roundings(results):
     """R is summed in float32, in another order: a weight in a thousand is then rounded the other way."""
     for name, (odd, largest) in results["narrow"].items():
@@ -258,8 +262,9 @@ def resumed(rank, world):
     return {**found, "dropped": apart(before, model.module)}
 
 
+@pytest.mark.slow
 def test_resume(results):
-    """DDP puts buckets into another order after its first step, and matmuls of a gradient that lies elsewhere may round
+    """DDP puts buckets into another order after its first step, and matmuls of a gradient at another address may round
     in another way: so it is with views, hook or not."""
     found = results["resumed"]
     assert found["one bucket"] == found["dropped"] == 0
@@ -288,6 +293,7 @@ def odd_gradients(rank, world):
     return found
 
 
+@pytest.mark.slow
 def test_odd_gradients(results):
     found = results["odd_gradients"]
     assert set(found["phantom"]) == {0.0}, "the first step on zeros exists and does nothing"
@@ -316,6 +322,7 @@ def clipped(rank, world):
     return found
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped(results):
     """Ones have rank one, so R is as long as G. The bias is served by AdamW, whose step does not tell."""
     lengths = [1.5 * n**0.5 for n in (24 * 10, 9 * 22, 12 * 12, 13)]
@@ -365,6 +372,7 @@ def passes(rank, world):
     return found
 
 
+@pytest.mark.slow
 def test_backward_passes_add_up(results):
     found = results["passes"]
     assert found["apart"] < 1e-12
@@ -433,6 +441,7 @@ def refused(rank, world):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "said"),
     [
@@ -464,6 +473,7 @@ def test_refusals(what, said, results):
     assert re.search(said, results["refused"][what]), results["refused"][what]
 
 
+@pytest.mark.slow
 def test_every_method_is_projected_or_refused(results):
     taken = {case.name for case in CASES if not results["refused"][case.name]}
     assert taken == set(THIN)

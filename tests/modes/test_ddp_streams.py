@@ -62,7 +62,7 @@ def losses(model, optimizer, backward_passes=1):
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # R is sent in float32, beside what is in bfloat16
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # R is sent in float32, next to values in bfloat16
 def test_sums_that_come_late_are_waited_for(alone, monkeypatch, dtype, passes):
     found = []
     for late in (False, True):

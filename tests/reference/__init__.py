@@ -1,1 +1,1 @@
-"""Each paper as a plain loop over one matrix: no engine, no batching, nothing turned. What the engine must equal."""
+"""Each paper as a plain loop over one matrix: no engine, no batching, nothing transposed. The engine must equal it."""

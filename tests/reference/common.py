@@ -1,4 +1,4 @@
-"""What the loops share. They see every matrix with the projected side first, so side "right" is turned at the door."""
+"""Functions that the loops share. They see every matrix with the projected side first, so "right" is transposed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the loops of weight-space methods share: AdamW by hand, and products with balanced factors."""
+"""Functions that the loops of weight-space methods share: AdamW by hand, and products with balanced factors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .galore import signs
 
 
 class AdamW:
-    """Of one matrix. Each entry has a clock of its own, so any of them can begin anew."""
+    """Of one matrix. Each entry has a clock of its own, so any of them can restart."""
 
     def __init__(self, like, lr, betas, eps, weight_decay):
         self.lr, (self.beta1, self.beta2), self.eps, self.decay = lr, betas, eps, weight_decay

@@ -1,4 +1,4 @@
-"""Flora (Hao et al. 2024) for one matrix: the momentum lives in a random sketch that is drawn anew now and then.
+"""Flora (Hao et al. 2024) for one matrix: the momentum lives in a random sketch that is drawn again now and then.
 
 The step uses the present gradient (Adafactor: the present normalised gradient) as it is, and only the past through the
 sketch. The AdamW base is ours: its second moment is full. Transfer to a new sketch happens before the step.

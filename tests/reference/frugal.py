@@ -1,6 +1,6 @@
 """FRUGAL (Zmushko et al. 2024) for one matrix: Adam on a few rows, the sign of the gradient on all the others.
 
-Rows are drawn anew at every refresh, or are those with the largest gradient, and the moments start again.
+New rows are drawn at every refresh, or are those with the largest gradient, and the moments start again.
 """
 
 from __future__ import annotations

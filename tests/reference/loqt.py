@@ -2,7 +2,7 @@
 
 The other factor P is rounded too, and consists of the leading singular vectors of a whole gradient, on the shorter
 side. Compensation is the version that minimizes the distance to the weight; the printed one oscillates. The batch of a
-new subspace trains the factor, and moments begin anew there; the published program does neither.
+new subspace trains the factor, and moments restart there; the published program does neither.
 """
 
 from __future__ import annotations

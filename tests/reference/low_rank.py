@@ -1,5 +1,5 @@
 """Low-rank training with restarts (Glentis et al. 2025) for one matrix: AdamW on two factors, which share the singular
-values of their product evenly again from time to time, and whose moments begin anew from time to time."""
+values of their product evenly again from time to time, and whose moments restart from time to time."""
 
 from __future__ import annotations
 

@@ -18,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_optim import convert, ddp_project
 from tests.cases import CASES, Case, gradients
-from tests.distributed.test_zero import Weights, groups_of, initialized, spawn
-from tests.distributed.test_zero import weights as gathered
 from tests.support.processes import same_everywhere
+from tests.support.zero import Weights, groups_of, initialized, spawn
+from tests.support.zero import weights as gathered
 from tests.weight_cases import WEIGHT_CASES, WeightCase
 
 STEPS = 20  # refreshes before steps 0, 7 and 14 for most methods, or restarts after each third step
@@ -82,8 +82,8 @@ class Converting:
     """A method of weight_cases.py, on a small network with data: ranks have half of what each head sees.
 
     In bfloat16 they have the same half, as gradients of halves would be rounded to other means than those of both.
-    And eps is well above the rounding of gradients in float32: Adam divides gradients by their own size, and begins
-    anew after each restart, so rounding errors of gradients that have hardly a size would be whole steps of weights.
+    And eps is well above the rounding of gradients in float32: Adam divides gradients by their own size, and
+    restarts with each restart, so rounding errors of gradients that have hardly a size would be whole steps of weights.
     """
 
     def __init__(self, case: WeightCase) -> None:

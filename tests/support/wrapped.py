@@ -63,3 +63,14 @@ def weights(model):
 
 def apart(one, other):
     return max((one[key] - other[key]).abs().max().item() for key in one)
+
+
+def equal(one, other):
+    """Equal bits, of two full states."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
