@@ -24,14 +24,8 @@ OTHER := $(VENV)-deepspeed-$(DEEPSPEED)
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
-# Where the words of docs/words.txt are looked for. Widen it as folders follow the language standard of CONTRIBUTING.md.
-WORDED := ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md csrc/README.md docs/design docs/glossary.md
-WORDED += $(addprefix lowrank_optim/,layers accumulate.py build.py groups.py schedules.py)
-# All of distributed/ but for shards.py, which imports a function called `beside`.
-WORDED += $(filter-out %/shards.py,$(wildcard lowrank_optim/distributed/*.py))
-WORDED += $(addprefix lowrank_optim/,full_state.py modes reports weight_space.py wrappers)
-# All of memory/ but planned.py, which answers for `Algebra.told`.
-WORDED += $(filter-out %/planned.py,$(wildcard lowrank_optim/memory/*.py))
+# Where the words of docs/words.txt are looked for.
+WORDED := ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md csrc docs/design docs/glossary.md lowrank_optim tests
 
 # Installed once, and again only when what is to be installed changes.
 $(STAMP): pyproject.toml constraints.txt

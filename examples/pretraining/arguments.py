@@ -170,7 +170,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         args.optimizer = None  # its default means nothing then
     if args.amp != "none" and args.dtype != "fp32":
         raise PretrainError(
-            f"--amp {args.amp} computes in 16 bits beside float32 weights, --dtype {args.dtype} has no such weights; "
+            f"--amp {args.amp} computes in 16 bits next to float32 weights, --dtype {args.dtype} has no such weights; "
             "leave one of them out"
         )
     _complete_backward(args)

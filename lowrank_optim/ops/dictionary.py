@@ -41,7 +41,7 @@ def scores(kind: str, g: Tensor, power: int, fast: bool) -> Tensor:
         return cosines.power_sums(dictionary(kind, g.shape[0], g.dtype, g.device).mT @ g, power, -1)
     if not cosines.transforms(g.shape[0]):
         return cosines.scores(kind == "dct3", g, power)
-    (x, across), sums = _as_it_lies(g), g.new_empty(g.shape[0], dtype=torch.float64)
+    (x, across), sums = _as_stored(g), g.new_empty(g.shape[0], dtype=torch.float64)
     kernel("cosine_scores_")(sums, x, kind == "dct3", power, across)
     return sums
 
@@ -62,7 +62,7 @@ def coefficients(kind: str, g: Tensor, index: Tensor) -> Tensor:
     cut = [Columns(0, g.shape[1], g.shape[1])] if g.dtype.itemsize > 2 else list(blocks(g.shape))
     parts = []
     for columns in cut:
-        x, across = _as_it_lies(widened(columns.of(g)))
+        x, across = _as_stored(widened(columns.of(g)))
         parts.append(x.new_empty(len(index), columns.stop - columns.first))
         kernel("cosine_rows_")(parts[-1], x, index, kind == "dct3", across)
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -83,7 +83,7 @@ def add_combination_(
         for matrix in zip(w, d, index, strict=True):
             add_combination_(kind, *matrix, alpha, beta, columns)
         return
-    x, across = _as_it_lies(w)
+    x, across = _as_stored(w)
     kernel("add_cosines_")(
         x, d.contiguous(), index, alpha, beta, kind == "dct3", across, 0 if columns is None else columns.first
     )
@@ -91,7 +91,7 @@ def add_combination_(
         w.copy_(x.mT if across else x)
 
 
-def _as_it_lies(x: Tensor) -> tuple[Tensor, bool]:
+def _as_stored(x: Tensor) -> tuple[Tensor, bool]:
     """Return (x, False) with a contiguous x, or (x^T, True) where only the transpose is contiguous."""
     across = not x.is_contiguous() and x.mT.is_contiguous()
     return (x.mT if across else x.contiguous()), across

@@ -305,7 +305,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
 }
 
 # These have no CUDA kernel. The libraries of the device form such products, or the whole operator, in less time;
-# torch's own sums and pointwise operators reach the speed of its memory; or the tensors are small, or seldom worked on.
+# torch's own sums and pointwise operators reach the speed of its memory; or the tensors are small, or rarely worked on.
 CPU_ONLY = {
     "gram_", "add_sampled_product_", "squares_", "take_scaled_", "scale_factored_", "factored_energy_",
     "step_factored_", "projected_adam_rows_", "move_rows_", "cosine_scores_", "cosine_rows_", "add_cosines_",

@@ -287,7 +287,7 @@ def test_interrupted_program_resumes_bit_for_bit(folder, cache, tmp_path):
         ([*BACKWARD, "--set", "nonfinite=raise"], r"cannot step in backward: nonfinite=\"raise\" promises"),
         ([*BACKWARD, "--optimizer", "adamw"], r"for optimizers of lowrank_optim, and AdamW is torch's; leave one"),
         ([*BACKWARD, "--compare", "galore,muon"], r"for optimizers of lowrank_optim, and Muon is torch's"),
-        (["--amp", "fp16", "--dtype", "bf16"], r"--amp fp16 computes in 16 bits beside float32 weights, --dtype bf16"),
+        (["--amp", "fp16", "--dtype", "bf16"], r"--amp fp16 computes in 16 bits next to float32 weights, --dtype bf16"),
         (["--amp", "fp8"], r"--amp: invalid choice: 'fp8'"),
     ],
 )
