@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = next(parent for parent in Path(__file__).resolve().parents if (parent / "pyproject.toml").exists())
-NAMED = "CONTRIBUTING.md", "CHANGELOG.md", "csrc/README.md", "docs/glossary.md"
+NAMED = "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "csrc/README.md", "docs/glossary.md"
 PAGES = [*(ROOT / "docs" / "design").glob("*.md"), *(ROOT / name for name in NAMED)]
 _FILE = re.compile(r"[\w./-]+\.(?:py|md|h|cpp|cu|txt)")
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

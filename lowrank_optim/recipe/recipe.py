@@ -21,8 +21,9 @@ or before. The engine (`engine/update.py`) runs these lines for every method and
 
 All parts obey these rules:
 
-- **Parts are frozen and derived.** A part is a frozen dataclass of numbers. The engine makes it from a param group at
-  each step and stores it nowhere. Numbers live in `param_groups`, tensors in `state[p]`.
+- **Parts are frozen and derived.** A part is a frozen dataclass of numbers. The engine makes it from the options of a
+  param group, again whenever an option is edited, and stores it in no state, group or checkpoint. It must not depend on
+  lr, which schedulers change at each step. Numbers live in `param_groups`, tensors in `state[p]`.
 - **The last two dimensions are the matrix.** Leading dimensions are a batch: a stack of experts `(b, m, n)`, or several
   equal matrices that are updated together. The same code runs on all of them.
 - **`st` is the open state**: the tensors that a part asked for in `spec`, by name, in float32 (float64 for float64
