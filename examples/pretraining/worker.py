@@ -70,7 +70,7 @@ def _gradients(run: Run, whole: int) -> int:
     """The most that live at once: all, or in backward what micro-batches leave behind and what waits for its update."""
     if run.updater.handle is None:
         return whole
-    return most_gradients(run.optimizer, run.job.micro_batches, run.job.accumulate)
+    return most_gradients(run.optimizer.table, run.job.micro_batches, run.job.accumulate)
 
 
 def result(run: Run, predicted: dict[str, int]) -> dict[str, Any]:
