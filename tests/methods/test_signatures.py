@@ -77,26 +77,13 @@ def test_the_classes_are_found():
 
 
 @every_class
-def test_common_arguments_come_in_the_same_order_and_way(make):
-    own = common_of(make)
-    assert list(own) == [name for name in COMMON if name in own]
-    assert all(parameter.kind == COMMON[name].kind for name, parameter in own.items())
-
-
-@every_class
-def test_common_arguments_have_the_same_defaults(make):
-    found = {name: x.default for name, x in common_of(make).items() if x.default != COMMON[name].default}
-    assert found == {name: value for (owner, name), (value, _) in DEFAULTS.items() if owner == make.__name__}
-
-
-@every_class
-def test_common_arguments_have_the_same_annotations(make):
-    found = {name for name, x in common_of(make).items() if x.annotation != COMMON[name].annotation}
-    assert found == {name for owner, name in ANNOTATIONS if owner == make.__name__}
-
-
-@every_class
-def test_an_optimizer_takes_parameters_or_a_model_first_and_torchs_flags(make):
-    names = list(inspect.signature(make).parameters)
+def test_common_arguments_are_those_of_galore_adamw(make):
+    names, own = list(inspect.signature(make).parameters), common_of(make)
     assert names[0] in ("params", "model")
     assert [x for x in ("maximize", "foreach", "capturable", "differentiable", "fused") if x not in names] == []
+    assert list(own) == [name for name in COMMON if name in own], "the same order"
+    assert all(parameter.kind == COMMON[name].kind for name, parameter in own.items())
+    defaults = {name: x.default for name, x in own.items() if x.default != COMMON[name].default}
+    assert defaults == {name: value for (owner, name), (value, _) in DEFAULTS.items() if owner == make.__name__}
+    annotations = {name for name, x in own.items() if x.annotation != COMMON[name].annotation}
+    assert annotations == {name for owner, name in ANNOTATIONS if owner == make.__name__}
