@@ -54,6 +54,14 @@ def module(model: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
+def of_model(model: torch.nn.Module, plans: Mapping[Tensor, Plan]) -> None:
+    """Refuse a model that does not have all parameters of an optimizer, whose plans these are."""
+    inside = set(model.parameters())
+    outside = [plan.name for p, plan in plans.items() if p not in inside]
+    if outside:
+        raise ValueError(f"{few(outside)} of the optimizer is no parameter of this model. Was the model copied?")
+
+
 def parameter(name: str, p: Tensor) -> None:
     """Refuse a tensor that no rule here can update."""
     if p.is_complex() or not p.is_floating_point():

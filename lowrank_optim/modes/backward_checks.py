@@ -25,7 +25,7 @@ def everything(model: nn.Module, optimizer: LowRankOptimizer, options: dict[str,
     _options_with_effect(options)
     if optimizer.mode is not None:
         raise ValueError(already(optimizer.mode.name))
-    _own_parameters(model, optimizer)
+    checks.of_model(model, optimizer.table.plans)
     table = optimizer.table
     for p, layout in table.layouts.items():
         if layout.sharded:
@@ -73,14 +73,6 @@ def _options_with_effect(options: Mapping[str, Any]) -> None:
             "basis_from='micro-batch' with accumulate='whole': gradients are not projected before the window is "
             "complete, so bases are fitted to all of it anyway. Leave out one of the two options"
         )
-
-
-def _own_parameters(model: nn.Module, optimizer: LowRankOptimizer) -> None:
-    """Refuse a model that does not have all parameters of the optimizer."""
-    inside = set(model.parameters())
-    outside = [plan.name for p, plan in optimizer.table.plans.items() if p not in inside]
-    if outside:
-        raise ValueError(f"{checks.few(outside)} of the optimizer is no parameter of this model. Was the model copied?")
 
 
 def _one_process(ddp: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import checks, hyperparameters
@@ -26,7 +25,7 @@ def everything(model: object, optimizer: object, options: dict[str, object]) -> 
         raise ValueError(f"clip={options['clip']!r} without clip_norm clips nothing. Pass clip_norm, or leave clip out")
     _one_way(optimizer)
     _plain_wrapper(model)
-    _own_parameters(model, optimizer)
+    checks.of_model(model, optimizer.table.plans)
     something_thin(optimizer)
 
 
@@ -58,14 +57,6 @@ def not_joined(model: DistributedDataParallel) -> None:
     """Refuse `model.join()`: ranks without data send zeros and take no steps, so they cannot know what is due."""
     if model._join_config.enable:
         raise NotImplementedError(f"ddp_project does not work within model.join(). {_WHOLE}")
-
-
-def _own_parameters(model: nn.Module, optimizer: LowRankOptimizer) -> None:
-    """Refuse a model that does not have all parameters of the optimizer."""
-    inside = set(model.parameters())
-    outside = [plan.name for p, plan in optimizer.table.plans.items() if p not in inside]
-    if outside:
-        raise ValueError(f"{checks.few(outside)} of the optimizer is no parameter of this model. Was the model copied?")
 
 
 def something_thin(optimizer: LowRankOptimizer) -> None:

@@ -606,5 +606,5 @@ def test_whole_blocks_by_rows_are_the_blocks_as_they_are(kind, exact):
 
 
 def test_rows_are_for_quantized_bases():
-    with pytest.raises(ValueError, match="by_rows=True is for quantized bases, and base='dense' is not one"):
+    with pytest.raises(ValueError, match="by_rows=True is for quantized bases, and base='dense' is not quantized"):
         LowRankLinear(nn.Linear(24, 37), 4, by_rows=True)
