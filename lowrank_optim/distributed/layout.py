@@ -3,7 +3,7 @@
 Everything above this folder works on the local part, which is a plain tensor. A state tensor that has the cut side of
 its matrix is cut in the same way. It is kept as a DTensor, so that checkpoints know its layout. All other state is the
 same on every rank. `Layout` describes an ordinary tensor, `Replicated` and `Cut` describe DTensors, and `fragments.py`
-adds the layouts of ranges in flat tensors.
+adds the layouts of ranges in flat tensors. `placement.py` finds the layout of a DTensor.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from ..ops.philox import Places
 from ..recipe.algebra import WHOLE, Algebra
 from ..recipe.plan import Plan
 from ..recipe.store import Shape, Side, Spec, Store
-from . import checks as shard_checks
 from .dtensors import from_local, like, local, moved
 from .dtensors import whole as whole_tensor
 from .lockstep import Peers, ranks, total
-from .pieces import Piece, peers_of, pieces
+from .pieces import Piece
 from .shards import Meter, Shards, Traffic
 
-_BATCH = -3  # the key of a cut batch dimension, next to -2 and -1 for the sides of the turned matrix
+BATCH = -3  # the key of a cut batch dimension, next to -2 and -1 for the sides of the turned matrix
 
 
 class Layout:
@@ -234,7 +233,7 @@ class Cut(Replicated):
 
     def first(self, plan: Plan) -> int:
         # Only the first batch dimension can be cut; each of its entries stands for prod(batch[1:]) matrices.
-        return self.pieces[_BATCH].start * math.prod(plan.batch[1:]) if _BATCH in self.pieces else 0
+        return self.pieces[BATCH].start * math.prod(plan.batch[1:]) if BATCH in self.pieces else 0
 
     def most(self, plan: Plan) -> int:
         # The longest piece of each dimension, and not the local one: all ranks must divide work into equal chunks.
@@ -247,7 +246,7 @@ class Cut(Replicated):
         natural = {self.natural[side]: length for side, length in here.items()}
         shape = tuple(natural.get(i, size) for i, size in enumerate(plan.shape))
         matrix = tuple(here.get(i - len(plan.matrix), size) for i, size in enumerate(plan.matrix))
-        batch = (here.get(_BATCH, plan.batch[0]), *plan.batch[1:]) if plan.batch else ()
+        batch = (here.get(BATCH, plan.batch[0]), *plan.batch[1:]) if plan.batch else ()
         return replace(plan, shape=shape, matrix=matrix, batch=batch)
 
     def matrix(self, plan: Plan) -> Shape:
@@ -260,7 +259,7 @@ class Cut(Replicated):
         return shape[::-1] if plan.side == "right" else shape
 
     def here_all(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        if _BATCH not in self.pieces:
+        if BATCH not in self.pieces:
             return super().here_all(state)
         # Counters (batch,) are whole plain tensors on every rank; here only the local matrices (local batch,) count.
         mine = self._matrices()
@@ -268,10 +267,10 @@ class Cut(Replicated):
 
     @property
     def counts_apart(self) -> bool:
-        return _BATCH in self.pieces
+        return BATCH in self.pieces
 
     def tell_all_(self, state: dict[str, Tensor]) -> None:
-        mine, peers = self._matrices(), self.pieces[_BATCH].peers
+        mine, peers = self._matrices(), self.pieces[BATCH].peers
         # Every rank sends its own entries within zeros (batch,), so their sum has the current entries of all ranks.
         for x in state.values():
             if x.dim() and not hasattr(x, "device_mesh"):
@@ -286,8 +285,8 @@ class Cut(Replicated):
         # A side of the matrix may be at any dimension of a state tensor, so each cut side says where it is.
         cut = {side.which: len(batch) + i for i, side in enumerate(shape) if isinstance(side, Side)}
         here = list(batch + tuple(map(int, self._shape_here(shape))))
-        if _BATCH in self.pieces:
-            cut[_BATCH], here[0] = 0, self.pieces[_BATCH].length
+        if BATCH in self.pieces:
+            cut[BATCH], here[0] = 0, self.pieces[BATCH].length
         x = torch.zeros(here, dtype=dtype, device=device)
         return self._distributed(x, batch + tuple(map(int, shape)), cut) if cut else x
 
@@ -310,7 +309,7 @@ class Cut(Replicated):
 
     def algebra(self, layouts: Sequence[Layout]) -> Algebra:
         # Layouts of one chunk have the same pieces (see `key`), so those of `self` stand for all.
-        sides = {side: piece for side, piece in self.pieces.items() if side != _BATCH}
+        sides = {side: piece for side, piece in self.pieces.items() if side != BATCH}
         # With only the batch cut, each local matrix is whole.
         return self._shards(sides, [cast(Cut, layout).meter for layout in layouts]) if sides else WHOLE
 
@@ -336,7 +335,7 @@ class Cut(Replicated):
 
     def _matrices(self) -> slice:
         """Return the range of local matrices in the first dimension of the batch."""
-        piece = self.pieces[_BATCH]
+        piece = self.pieces[BATCH]
         return slice(piece.start, piece.start + piece.length)
 
     def _piece(self, side: int) -> Piece | None:
@@ -370,74 +369,6 @@ class Cut(Replicated):
 HERE = Layout()
 
 
-def layout_of(p: Tensor, plan: Plan) -> Layout:
-    """Return the layout of a parameter; raise a NotImplementedError for a DTensor with an unsupported layout."""
-    if not hasattr(p, "device_mesh"):
-        return HERE
-    # A DTensor with replicas only needs no collectives: every rank has the same whole gradient.
-    dtensor = cast(Any, p)
-    placements, mesh = tuple(dtensor.placements), dtensor.device_mesh
-    if all(placement.is_replicate() for placement in placements):
-        return Replicated()
-    shard_checks.layout(plan.name, placements)
-    cut = pieces(plan.shape, mesh, placements)
-    # `pieces` assumes that torch cuts into equal parts, the last ones shorter. The local tensor shows whether it did.
-    if any(local(p).shape[natural] != piece.length for natural, piece in cut.items()):
-        raise NotImplementedError(
-            f"{plan.name} is sharded with the placements {placements}, but not into equal parts. Shard it with "
-            "fully_shard, parallelize_module or distribute_tensor"
-        )
-    # From dimensions of the parameter to sides of the turned matrix: -2, -1, or -3 for the batch.
-    natural = {dimension(plan, i): i for i in cut}
-    sides = {side: cut[i] for side, i in natural.items()}
-    shard_checks.cut_stack(plan.name, bool(plan.batch), len(sides.keys() & {-2, -1}))
-    everyone = peers_of(mesh, placements)
-    return Cut(mesh, placements, sides, natural, len(plan.batch), everyone, _both(mesh, placements, natural))
-
-
-def _both(mesh: Any, placements: Sequence[Any], natural: Mapping[int, int]) -> Peers | None:
-    """Return the ranks that have parts of the same matrix if both of its sides are cut; else None."""
-    sides = {dim for side, dim in natural.items() if side != _BATCH}
-    # None marks mesh dimensions that cut the batch or nothing: their ranks have other matrices, or the same part.
-    inside = [None if placement.is_replicate() or placement.dim not in sides else placement for placement in placements]
-    return peers_of(mesh, inside) if len(sides) == 2 else None
-
-
-def algebra_of_rows(layout: Layout, turned: bool) -> Algebra:
-    """Return the algebra of a matrix that is cut by rows, if at all.
-
-    Args:
-        layout: of the matrix.
-        turned: whether the algebra is for the transposed matrix, whose columns are then cut.
-    """
-    if not isinstance(layout, Cut):
-        return WHOLE
-    (piece,) = layout.pieces.values()
-    return layout._shards({-1 if turned else -2: piece}, [layout.meter])
-
-
 def others() -> bool:
     """Whether this process is a rank other than 0."""
     return ranks()[0] > 0
-
-
-def dimension(plan: Plan, natural: int) -> int:
-    """Return the key in `Cut.pieces` (-3, -2 or -1) for dimension `natural` of a parameter.
-
-    Raises:
-        NotImplementedError: the dimension is neither the first one of a batch nor a side of the matrix.
-    """
-    if len(plan.matrix) == 1:
-        return -1
-    rows = len(plan.batch)
-    if natural < rows:
-        shard_checks.batch(plan.name, natural)
-        return _BATCH
-    if natural > rows and len(plan.shape) > rows + 2:
-        raise NotImplementedError(
-            f"{plan.name} {plan.shape} is read as a matrix {plan.matrix}, and sharded along dimension {natural}, which "
-            "is not a side of that matrix. Shard dimension 0 (the default of fully_shard)"
-        )
-    # A turned matrix has its columns first, so a row of the parameter is then the last side.
-    is_row = natural == rows
-    return -2 if is_row != (plan.side == "right") else -1

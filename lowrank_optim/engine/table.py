@@ -19,8 +19,9 @@ from ..distributed import checks as shard_checks
 from ..distributed.common import Common
 from ..distributed.deepspeed import Range, verify
 from ..distributed.fragments import Fragment
-from ..distributed.layout import Cut, Layout, layout_of
+from ..distributed.layout import Cut, Layout
 from ..distributed.lockstep import Peers
+from ..distributed.placement import layout_of
 from ..recipe.method import Method
 from ..recipe.plan import Plan, decide, shape_of
 from ..recipe.recipe import Recipe

@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..distributed.fragments import complete_edges
-from ..distributed.layout import HERE, Cut, Layout, dimension
+from ..distributed.layout import HERE, Cut, Layout
 from ..distributed.lockstep import Peers
 from ..distributed.pieces import Piece
+from ..distributed.placement import dimension
 from ..distributed.shards import Meter, Shards, Traffic
 from ..engine.grouping import Recipes
 from ..engine.member import Member

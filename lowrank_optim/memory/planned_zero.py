@@ -9,8 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..distributed.cutting import Seat, cut
 from ..distributed.deepspeed import Range
-from ..distributed.fragments import Fragment, Seat, Stretch, TouchedRows, cut
+from ..distributed.fragments import Fragment, Stretch, TouchedRows
 from ..distributed.layout import Layout
 from ..distributed.overlapping import Overlapping
 from ..distributed.pieces import Piece

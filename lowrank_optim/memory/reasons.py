@@ -23,7 +23,7 @@ from ..recipe.plan import Plan, names_say, resolve_rank
 from ..recipe.weights import working_dtype
 from ..reports.report import human
 from ..weight_space import WeightSpaceOptimizer
-from .estimate import BASES, expected_state
+from .needs import BASES, expected_state
 from .peak import StepPeak
 
 _WORTH = 0.05  # fraction of the kept bytes; a smaller saving is not worth a sentence

@@ -18,7 +18,8 @@ from ..recipe.weights import working_dtype
 from ..reports.report import human, state_bytes
 from ..reports.storages import stored
 from ..weight_space import WeightSpaceOptimizer
-from .estimate import COUNTERS, _bytes_after_step, _meta, expected, expected_state, state_kinds
+from .estimate import _bytes_after_step, _meta, expected
+from .needs import COUNTERS, expected_state, state_kinds
 from .peak import StepPeak, measure
 from .reasons import Facts, Figure, reasons
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import ops
-from ..distributed.layout import algebra_of_rows
 from ..distributed.lockstep import ranks
+from ..distributed.placement import algebra_of_rows
 from ..engine.member import Member
 from ..engine.stepper import Rescale, Stepper
 from ..engine.table import ParameterTable

@@ -12,8 +12,8 @@ from typing import Any, cast
 from torch import Tensor
 
 from ..distributed import checks as shard_checks
+from ..distributed.cutting import fragments, peers_in
 from ..distributed.deepspeed import later, ranges
-from ..distributed.fragments import fragments, peers_in
 from ..distributed.layout import HERE, Cut
 from ..engine.table import GROUP, Home, ParameterTable, Spread
 from ..recipe.plan import Plan, bare_name, shape_of
