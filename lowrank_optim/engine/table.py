@@ -101,7 +101,7 @@ class ParameterTable:
         self.sharded = False
         self.version = 0
         self._seen: dict[int, dict[str, Any]] = {}  # options of each group when they were last checked
-        self._adopted: dict[int, list[Tensor]] = {}  # tensors of each group when it was last searched for new ones
+        self._searched: dict[int, list[Tensor]] = {}  # tensors of each group when it was last searched for new ones
         self._commons: dict[tuple[Tensor, ...], Common] = {}
 
     # -- groups are added ----------------------------------------------------------------------------------------------
@@ -205,14 +205,17 @@ class ParameterTable:
     # -- groups change ---------------------------------------------------------------------------------------------
 
     def strangers(self) -> bool:
-        """Whether a group holds other tensors than at the last call, for example those of a wrapper."""
+        """Whether a group holds other tensors than when it was last searched, for example those of a wrapper."""
         # By identity: `==` would compare the elements of tensors.
-        found = False
         for group in self.groups:
-            params, before = group["params"], self._adopted.get(group[GROUP], ())
+            params, before = group["params"], self._searched.get(group[GROUP], ())
             if len(params) != len(before) or not all(map(operator.is_, params, before)):
-                self._adopted[group[GROUP]], found = list(params), True
-        return found
+                return True
+        return False
+
+    def note_searched(self) -> None:
+        """Remember that all tensors of the groups are known now."""
+        self._searched = {group[GROUP]: list(group["params"]) for group in self.groups}
 
     def recheck(self) -> None:
         """Check edits of a group as its first options were checked, once per edit and before anything is updated."""

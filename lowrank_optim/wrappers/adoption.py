@@ -46,6 +46,7 @@ def adopt(table: ParameterTable, early: bool = False) -> None:
         else:
             for flat in new:
                 _adopt_flat(table, flat, group, given)
+    table.note_searched()  # only now: a wrapper that is refused here is refused at every step
 
 
 def take_apart(table: ParameterTable, full: Mapping[str, Any]) -> None:

@@ -114,3 +114,16 @@ def test_an_optimizer_has_one_mode_at_a_time():
     assert copy.deepcopy(optimizer).mode is None
     handle.remove()
     assert optimizer.mode is None
+
+
+def test_tensors_that_are_refused_are_refused_at_every_step():
+    """A wrapper has put copies in place of parameters, which a captured step cannot serve."""
+    p = nn.Parameter(torch.randn(24, 32))
+    optimizer = lowrank_optim.GaLoreAdamW([p], lr=0.01, rank=4, capturable=True)
+    copy_of_p = nn.Parameter(p.detach().clone())
+    optimizer.param_groups[0]["params"] = [copy_of_p]
+    copy_of_p.grad = torch.randn(24, 32)
+    for _ in range(3):
+        with pytest.raises(NotImplementedError, match="capturable=True"):
+            optimizer.step()
+    assert torch.equal(copy_of_p, p)
