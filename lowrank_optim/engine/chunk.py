@@ -52,7 +52,7 @@ class Chunk:
         layout, algebra: of the matrices.
         most: elements of one parameter, on the rank that has the most of it.
         packed: whether the weights store themselves in fewer bits and do their own rounding.
-        due: False if no matrix is known to be due for a refresh, so that nobody has to look.
+        due: False if it is known that no matrix is due for a refresh, so that no search is needed.
         homes: the tensors that `params` were taken from, which may be other memory.
     """
 
