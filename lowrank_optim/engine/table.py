@@ -125,6 +125,9 @@ class ParameterTable:
             del self.given[number]
             raise
         self.enter(plans, layouts)
+        # Other ranks may share the new parameters, so the groups of ranks that decide together may change. (Fragments
+        # that are adopted later are decided about per set of flat tensors, and ranks agree on each set once.)
+        self._commons = {}
         self._seen[number] = hyperparameters.snapshot(group)
         self.states.update(states)
 
@@ -199,8 +202,6 @@ class ParameterTable:
         self.layouts.update(layouts)
         self.sharded = self.sharded or any(layout.sharded for layout in layouts.values())
         self.version += 1
-        # Other ranks may share the new parameters, so the groups of ranks that decide together may change.
-        self._commons = {}
 
     # -- groups change ---------------------------------------------------------------------------------------------
 
