@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 import lowrank_optim
-from lowrank_optim import distributed
 from lowrank_optim.layers.convert import converted
+from lowrank_optim.wrappers import masters
 from tests.support.processes import message
 from tests.weight_cases import WEIGHT_CASES, batch, loss_of, net
 
@@ -69,17 +69,17 @@ class Sent:
     """The numbers that restarts have sent while it is entered, message by message."""
 
     def __enter__(self):
-        self.sizes, self.before = [], distributed.masters.total
+        self.sizes, self.before = [], masters.total
 
         def total(x, *rest):
             self.sizes.append(x.numel())
             return self.before(x, *rest)
 
-        distributed.masters.total = total
+        masters.total = total
         return self
 
     def __exit__(self, *_):
-        distributed.masters.total = self.before
+        masters.total = self.before
 
 
 # -- what two processes do ---------------------------------------------------------------------------------------------
