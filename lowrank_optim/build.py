@@ -10,7 +10,7 @@ def main() -> None:
     """Build the native kernels, and print which backend is in use and why; exit with a message if it fails."""
     try:
         native.build_now()
-    except compile.BuildError as error:
+    except (compile.BuildError, OSError) as error:
         sys.exit(f"native kernels could not be built: {error}")
     print(backend_info())
 
