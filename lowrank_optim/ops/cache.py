@@ -1,8 +1,8 @@
 """The folder of compiled libraries, from which nothing runs before its owner, its mode and its content are checked.
 
 A library that is loaded may do all that the user may, and the names in the cache follow from public sources. So a
-library from another user is refused (`UntrustedError`), and a library with other bytes than its manifest says is built again
-(`DamagedError`).
+library from another user is refused (`UntrustedError`). A library with other bytes than its manifest says is built
+again (`DamagedError`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import shutil
 import stat
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ from pathlib import Path
 from .compile import BuildError, Manifest, Target, build, compiler_of, library_in, write_durably
 
 _LOG = logging.getLogger("lowrank_optim")
-_DAY = 24 * 3600
 
 
 class UntrustedError(BuildError):
@@ -82,7 +80,10 @@ def _check(path: Path, status: os.stat_result, rules: Rules, kind: int) -> None:
 
 
 def _check_parents(folder: Path) -> None:
-    """Raise `UntrustedError` where another user can rename a folder above `folder`, which has no symbolic links in it."""
+    """Raise `UntrustedError` where another user can rename a folder above `folder`.
+
+    No folder above it is a symbolic link, see `cache`.
+    """
     # In a container the machine's root can appear as another user. The owner of / can change every program anyway.
     rules = private()
     owners = rules.owners | {os.stat("/").st_uid}
@@ -187,33 +188,33 @@ def find_cached(target: Target) -> tuple[Path, Manifest]:
     """
     root, fingerprint = cache(), target.fingerprint()
     try:
-        folders = [_folder(target)]
+        folders = [_folder(target, fingerprint)]
     except BuildError:
         folders = sorted(root.glob(f"{target.backend}-{fingerprint}-*"))
     reasons = []
     for folder in folders if os.path.lexists(root) else []:
         try:
-            if manifest := _checked(folder, target):
+            if manifest := _checked(folder, target, fingerprint):
                 return folder, manifest
         except DamagedError as error:
             reasons.append(str(error))
     raise BuildError("; ".join(reasons) or f"nothing that fits was built before in {root}")
 
 
-def _folder(target: Target) -> Path:
+def _folder(target: Target, fingerprint: str) -> Path:
     """Return the folder of a library in the cache; its name has the sources and the compiler."""
     compiler = hashlib.sha256(compiler_of(target).encode()).hexdigest()[:8]
-    return cache() / f"{target.backend}-{target.fingerprint()}-{compiler}"
+    return cache() / f"{target.backend}-{fingerprint}-{compiler}"
 
 
-def _checked(folder: Path, target: Target) -> Manifest | None:
+def _checked(folder: Path, target: Target, fingerprint: str) -> Manifest | None:
     """Return the manifest of a library in the cache after all checks, or None where there is no library."""
     rules = private()
     _check_root(folder.parent)
     manifest = manifest_in(folder, target, rules)
     if manifest is None:
         return None
-    if manifest.fingerprint != target.fingerprint():
+    if manifest.fingerprint != fingerprint:
         raise DamagedError(f"{folder} is damaged: its manifest is that of other sources or flags")
     check_library(folder, target, manifest, rules)
     return manifest
@@ -233,12 +234,14 @@ def build_cached(target: Target, retry: bool = False) -> tuple[Path, bool]:
     Raises:
         BuildError: the library could not be built, or another user can write in the cache.
     """
-    folder, why = _folder(target), "once for this machine"
-    failure = folder.with_suffix(".failed")
-    with _locked(cache(), target):
-        _remove_leftovers(cache(), target)
+    fingerprint, why = target.fingerprint(), "once for this machine"
+    folder = _folder(target, fingerprint)
+    # The root is resolved once: a symbolic link above it, if another user owns the link, can change at any time.
+    root, failure = folder.parent, folder.with_suffix(".failed")
+    with _locked(root, target):
+        _remove_leftovers(root, target)
         try:
-            if _checked(folder, target):
+            if _checked(folder, target, fingerprint):
                 return folder, False
         except DamagedError as error:
             why = f"because {error}"
@@ -246,7 +249,7 @@ def build_cached(target: Target, retry: bool = False) -> tuple[Path, bool]:
             text = _read(failure, private()).decode(errors="replace")
             raise BuildError(f"an earlier build failed; `python -m lowrank_optim.build` tries again: {text}")
         _LOG.warning("building native kernels for %s, %s; takes some seconds", target.backend, why)
-        with tempfile.TemporaryDirectory(dir=cache(), prefix=_prefix(target), ignore_cleanup_errors=True) as place:
+        with tempfile.TemporaryDirectory(dir=root, prefix=_prefix(target), ignore_cleanup_errors=True) as place:
             done = Path(place) / "done"
             try:
                 build(target, done)
@@ -256,7 +259,7 @@ def build_cached(target: Target, retry: bool = False) -> tuple[Path, bool]:
             _make_private_and_durable(done)
             shutil.rmtree(folder, ignore_errors=True)
             done.rename(folder)
-            _synchronize(cache())
+            _synchronize(root)
         failure.unlink(missing_ok=True)
     return folder, True
 
@@ -266,18 +269,12 @@ def _prefix(target: Target) -> str:
 
 
 def _remove_leftovers(root: Path, target: Target) -> None:
-    """Remove the folders of builders that were killed.
-
-    The lock of the target is held, so no other process builds it now. A folder of another target is removed after a
-    day.
-    """
-    for place in root.glob("building-*"):
-        with contextlib.suppress(OSError):
-            if place.name.startswith(_prefix(target)) or time.time() - place.lstat().st_mtime > _DAY:
-                if place.is_dir() and not place.is_symlink():
-                    shutil.rmtree(place, ignore_errors=True)
-                else:
-                    place.unlink()
+    """Remove the files of builders that were killed. The lock of the target is held, so no builder of it runs."""
+    for place in root.glob(f"{_prefix(target)}*"):
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            place.unlink(missing_ok=True)
 
 
 def _make_private_and_durable(folder: Path) -> None:

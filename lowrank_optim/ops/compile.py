@@ -104,9 +104,10 @@ def library_in(folder: Path, target: Target) -> Path:
 def write_durably(path: Path, text: str) -> None:
     """Write a file that is there as a whole or not at all, also after a crash; only its owner can read it.
 
-    The file gets its name last, which replaces a symbolic link of that name and does not follow it.
+    The file gets its name last, which replaces a symbolic link of that name and does not follow it. A cache removes
+    what a killed process leaves, by the prefix.
     """
-    file, name = tempfile.mkstemp(dir=path.parent, prefix="building-")  # its mode is 0600
+    file, name = tempfile.mkstemp(dir=path.parent, prefix=f"building-{path.name}-")  # its mode is 0600
     try:
         with os.fdopen(file, "w", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(text)
