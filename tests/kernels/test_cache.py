@@ -54,7 +54,7 @@ def place(tmp_path, monkeypatch):
 
 
 def built(place: Path) -> dict[str, Path]:
-    """Build, and return the paths that somebody could plant."""
+    """Build, and return the paths that another user could plant."""
     folder, now = cache.build_cached(CPU)
     assert now
     assert folder.parent == place
@@ -69,7 +69,7 @@ def built(place: Path) -> dict[str, Path]:
 
 
 def assert_refused(place: Path, reason: str, lock: bool = False) -> None:
-    """Neither a library that is found nor a builder touches what is there; plain torch runs and says why."""
+    """Assert that no file is replaced, and that plain torch runs and says why."""
     before = {path: path.lstat() for path in place.parent.rglob("*")}
     for call in (cache.build_cached,) if lock else (cache.find_cached, cache.build_cached):
         with pytest.raises(cache.UntrustedError, match=reason):
@@ -325,7 +325,6 @@ def test_without_a_compiler_the_first_whole_library_is_taken(place, tmp_path, mo
 
 
 ALL_DAMAGE = """
-import os, sys
 from lowrank_optim.ops import cache, native
 from tests.kernels import test_cache
 folder = cache.find_cached(test_cache.CPU)[0]
@@ -347,9 +346,8 @@ def test_no_damage_kills_the_process(place, tmp_path, monkeypatch):
     """With a library that loads, so a cut file would be a bus error."""
     shutil.copyfile(backend_info()["cpu"].path, tmp_path / "product")
     built(place)
-    settings = {"CXX": str(tmp_path / "none"), "LOWRANK_OPTIM_CACHE": str(place), "LOWRANK_OPTIM_NATIVE": "off"}
-    assert "survived, reference" in run(ALL_DAMAGE, **settings)
-    assert "survived, native" in run(ALL_DAMAGE, **{**settings, "LOWRANK_OPTIM_NATIVE": "auto"})
+    settings = {"CXX": str(tmp_path / "none"), "LOWRANK_OPTIM_CACHE": str(place)}
+    assert "survived, native" in run(ALL_DAMAGE, **settings)
 
 
 def build_command(**changes: str) -> subprocess.CompletedProcess[str]:
