@@ -65,7 +65,9 @@ class BuildPy(build_py):
         with tempfile.TemporaryDirectory() as scratch:
             for path in _compile(Path(scratch)):
                 (package / "_native").mkdir(exist_ok=True)
-                shutil.copy2(path, package / "_native")
+                # The manifest is its owner's only, but every user of an installation reads it.
+                copy = Path(shutil.copy2(path, package / "_native"))
+                copy.chmod(0o755 if path.suffix == ".so" else 0o644)
 
 
 class BdistWheel(bdist_wheel):

@@ -3,14 +3,14 @@
 import sys
 
 from . import backend_info
-from .ops import compile, native  # noqa: A004
+from .ops import native
 
 
 def main() -> None:
     """Build the native kernels, and print which backend is in use and why; exit with a message if it fails."""
     try:
         native.build_now()
-    except compile.BuildError as error:
+    except (RuntimeError, OSError) as error:
         sys.exit(f"native kernels could not be built: {error}")
     print(backend_info())
 

@@ -7,7 +7,6 @@ else of torch.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ _DEVICE = ("-O3", "-std=c++17", "-fmad=false", "--threads", "0", "-Xcompiler", "
 _TORCH = (
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )  # 2.10, the first version whose stable ABI has all functions that csrc/ uses
+_FORMAT = 2  # of the manifest
 _DEFINES = {"cpu": (), "cuda": ("-DLRO_CUDA",), "emulated": ("-DLRO_EMULATED",)}
 _STANDARD = {"cpu": "-std=c++17", "cuda": "-std=c++17", "emulated": "-std=c++20"}  # C++20 has barriers
 
@@ -59,7 +59,8 @@ class Target:
 
         Schemas are included, because a library registers kernels for them.
         """
-        digest = hashlib.sha256(repr((self, _HOST, _DEVICE, _TORCH, platform.machine(), platform.system())).encode())
+        machine = platform.machine(), platform.system()
+        digest = hashlib.sha256(repr((_FORMAT, self, _HOST, _DEVICE, _TORCH, *machine)).encode())
         ops = _PACKAGE / "ops"
         schemas = [ops / "schema.py", ops / "signatures.py", *sorted((ops / "reference").glob("*.py"))]
         for path in [*schemas, *sorted(sources().rglob("*.*"))]:
@@ -76,11 +77,15 @@ class Manifest:
         fingerprint: the hash of its sources and flags, see `Target.fingerprint`.
         compiler: the versions of its compilers.
         archs: its CUDA architectures.
+        sha256: the hash of the library, in hexadecimal digits.
+        size: the bytes of the library.
     """
 
     fingerprint: str
     compiler: str
     archs: tuple[str, ...]
+    sha256: str
+    size: int
 
 
 def sources() -> Path:
@@ -96,81 +101,27 @@ def library_in(folder: Path, target: Target) -> Path:
     return folder / f"lowrank_optim_{target.backend}.so"
 
 
-def manifest_in(folder: Path, target: Target) -> Manifest | None:
-    """Return the manifest in a folder, or None where there is no complete library."""
-    try:
-        fields = json.loads((folder / f"{target.backend}.json").read_text())
-        return Manifest(**{**fields, "archs": tuple(fields["archs"])}) if library_in(folder, target).exists() else None
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+def write_durably(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or not at all, also after a crash; only its owner can read it.
 
-
-# -- the cache ---------------------------------------------------------------------------------------------------------
-
-
-def cache() -> Path:
-    """Return the folder of libraries that were built on this machine."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("LOWRANK_OPTIM_CACHE") or Path(root) / "lowrank_optim")
-
-
-def find_cached(target: Target) -> Path | None:
-    """Return a cached folder with this library, or None.
-
-    Where there is a compiler, only a library that it has built is used. Without one, a library of any compiler is.
+    The file gets its name last, which replaces a symbolic link of that name and does not follow it. A cache removes
+    what a killed process leaves, by the prefix.
     """
-    fingerprint = target.fingerprint()
-    with contextlib.suppress(BuildError):
-        folder = cache() / f"{target.backend}-{fingerprint}-{_short(compiler_of(target))}"
-        return folder if manifest_in(folder, target) else None
-    for folder in sorted(cache().glob(f"{target.backend}-{fingerprint}-*")):
-        if manifest_in(folder, target):
-            return folder
-    return None
-
-
-def build_cached(target: Target, retry: bool = False) -> tuple[Path, bool]:
-    """Return the folder of this library, and whether it was built now.
-
-    One process builds, and all others wait for its lock. The lock ends with its process, also if that is killed. A
-    failed build is not repeated unless `retry`.
-    """
-    folder = cache() / f"{target.backend}-{target.fingerprint()}-{_short(compiler_of(target))}"
-    failure = folder.with_suffix(".failed")
-    with _locked(cache(), target):
-        if manifest_in(folder, target):
-            return folder, False
-        if failure.exists() and not retry:
-            raise BuildError(
-                f"an earlier build failed; `python -m lowrank_optim.build` tries again: {failure.read_text()}"
-            )
-        with tempfile.TemporaryDirectory(dir=cache(), prefix="building-") as place:
-            try:
-                build(target, Path(place) / "done")
-            except BuildError as error:
-                failure.write_text(str(error))
-                raise
-            shutil.rmtree(folder, ignore_errors=True)
-            (Path(place) / "done").rename(folder)
-        failure.unlink(missing_ok=True)
-    return folder, True
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, target: Target) -> Iterator[None]:
-    """Hold the lock of a target in a folder, which is created."""
-    import fcntl  # does not exist on Windows, where nothing is built
-
+    file, name = tempfile.mkstemp(dir=path.parent, prefix=f"building-{path.name}-")  # its mode is 0600
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / f"{target.backend}.lock").open("w")
-    except OSError as error:
-        raise BuildError(
-            f"{folder} cannot be written ({error}); set LOWRANK_OPTIM_CACHE to a folder that can"
-        ) from None
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        with os.fdopen(file, "w", encoding="utf-8", errors="backslashreplace") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 # -- compiling ---------------------------------------------------------------------------------------------------------
@@ -183,7 +134,8 @@ def build(target: Target, folder: Path) -> Path:
     library = library_in(folder, target)
     kernels = sorted((root / ("cpu" if target.backend == "cpu" else "cuda")).glob("*.c[pu]*"))
     host = [cxx, *_HOST, _STANDARD[target.backend], *_DEFINES[target.backend], *target.extra]
-    with tempfile.TemporaryDirectory() as scratch:
+    # Scratch files are in the folder, because a cache removes what a killed builder leaves there.
+    with tempfile.TemporaryDirectory(dir=folder, prefix="scratch-") as scratch:
         # registration.cpp is compiled first, because torch's headers make it take longest.
         objects = [Path(scratch) / f"{path.stem}.o" for path in [root / "registration.cpp", *kernels]]
         commands = [[*host, *_TORCH, "-isystem", str(include), "-c", str(root / "registration.cpp")]]
@@ -192,8 +144,10 @@ def build(target: Target, folder: Path) -> Path:
             jobs = zip(commands, objects, strict=True)
             list(pool.map(lambda job: _run([*job[0], "-o", str(job[1])]), jobs))
         _link(target, cxx, [str(path) for path in objects], Path(scratch), library)
-    manifest = Manifest(target.fingerprint(), compiler_of(target), target.archs)
-    (folder / f"{target.backend}.json").write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+    content = library.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    manifest = Manifest(target.fingerprint(), compiler_of(target), target.archs, digest, len(content))
+    write_durably(folder / f"{target.backend}.json", json.dumps(asdict(manifest), indent=1) + "\n")
     return library
 
 
@@ -229,7 +183,11 @@ def _link(target: Target, cxx: str, objects: list[str], scratch: Path, library: 
 
 def _run(command: list[str]) -> str:
     """Run a command and return its output, or raise `BuildError` with the end of its messages."""
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        # Messages of compilers are in the encoding of the user's locale, which need not be that of Python.
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise BuildError(f"{command[0]} does not run: {error}") from None
     if done.returncode:
         raise BuildError(f"{' '.join(command)}\n{(done.stderr or done.stdout)[-4000:]}")
     return done.stdout
@@ -239,10 +197,6 @@ def compiler_of(target: Target) -> str:
     """Return the versions of the compilers of this target, in one line."""
     lines = _run([_cxx(), "--version"]).splitlines()[:1]
     return "; ".join(lines + (_run([_nvcc(), "--version"]).splitlines()[-1:] if target.backend == "cuda" else []))
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _cxx() -> str:

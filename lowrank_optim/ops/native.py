@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from . import cache
 from . import compile as build
 from .schema import NAMESPACE
 
@@ -90,14 +91,18 @@ def load() -> None:
 def build_now() -> None:
     """Build the libraries for this machine and load them.
 
-    A build that has failed before is tried again.
+    A build that has failed before is tried again, and a damaged library is replaced.
 
     Raises:
-        BuildError: a library could not be built.
+        BuildError: a library could not be built, or was built and cannot be loaded.
     """
     for target in [_cpu_target(), *([_cuda_target()] if _has_cuda() or build.asked_archs() else [])]:
-        build.build_cached(target, retry=True)
+        cache.build_cached(target, retry=True)
     load()
+    for device in ("cpu", "cuda") if _has_cuda() else ("cpu",):
+        found = _FOUND[device]
+        if found.kernels != "native" and os.environ.get("LOWRANK_OPTIM_NATIVE") != "off":
+            raise build.BuildError(f"there are no native kernels for {device}: {found.how}")
 
 
 def _load(device: str, mode: str) -> Backend:
@@ -106,20 +111,23 @@ def _load(device: str, mode: str) -> Backend:
         return Backend(device, "reference", "LOWRANK_OPTIM_NATIVE=off")
     if device == "cuda" and not _has_cuda():
         return Backend(device, "reference", "torch sees no CUDA device")
-    reasons = []
+    reasons: list[str] = []
     for step in (_prebuilt, _cached) if mode == "prebuilt" else (_prebuilt, _cached, _built):
         try:
             how, path = step(_cpu_target() if device == "cpu" else _cuda_target())
             _register(path, device)
             return Backend(device, "native", how, path)
         except (build.BuildError, OSError, RuntimeError) as error:
+            if isinstance(error, cache.UntrustedError) and str(error) not in reasons:
+                _LOG.warning("%s", error)
             reasons.append(str(error))
     return Backend(device, "reference", "; ".join(dict.fromkeys(reasons)))
 
 
 def _prebuilt(target: build.Target) -> tuple[str, Path]:
     """Return how the library of the installation was built, and its path; raise `BuildError` where it does not fit."""
-    manifest = build.manifest_in(build.PREBUILT, target)
+    rules = cache.installed()
+    manifest = cache.manifest_in(build.PREBUILT, target, rules)
     if manifest is None:
         raise build.BuildError("nothing was built at installation")
     same = build.Target(target.backend, manifest.archs, target.extra)
@@ -127,6 +135,7 @@ def _prebuilt(target: build.Target) -> tuple[str, Path]:
         raise build.BuildError(f"the prebuilt library is stale: {build.sources()} or its flags have changed since")
     if any(arch not in _covered(manifest.archs) for arch in target.archs):
         raise build.BuildError(f"the prebuilt library is for {', '.join(manifest.archs)}")
+    cache.check_library(build.PREBUILT, target, manifest, rules)
     return f"prebuilt with {manifest.compiler}", build.library_in(build.PREBUILT, target)
 
 
@@ -145,18 +154,14 @@ def _covered(archs: tuple[str, ...]) -> list[str]:
 
 def _cached(target: build.Target) -> tuple[str, Path]:
     """Return how the cached library was built, and its path; raise `BuildError` where there is none that fits."""
-    folder = build.find_cached(target)
-    manifest = build.manifest_in(folder, target) if folder else None
-    if folder is None or manifest is None:
-        raise build.BuildError(f"nothing that fits was built before in {build.cache()}")
+    folder, manifest = cache.find_cached(target)
     return f"built before with {manifest.compiler}", build.library_in(folder, target)
 
 
 def _built(target: build.Target) -> tuple[str, Path]:
     """Build the library into the cache, or wait for another process to do it; return how it was built, and its path."""
     start, compiler = time.perf_counter(), build.compiler_of(target)
-    _LOG.warning("building native kernels for %s, once for this machine; takes some seconds", target.backend)
-    folder, now = build.build_cached(target)
+    folder, now = cache.build_cached(target)
     how = f"in {time.perf_counter() - start:.1f} s " if now else ""
     return f"built {how}with {compiler}", build.library_in(folder, target)
 

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lowrank_optim import GaLoreAdamW, backend_info, ops
+from lowrank_optim.ops import cache, native, quantize, reference, schema
 from lowrank_optim.ops import compile as build
-from lowrank_optim.ops import native, quantize, reference, schema
 from tests.support.calls import (
     CALLS,
     DIRECTION,
@@ -314,7 +314,7 @@ EMULATED = build.Target("emulated", extra=build.asked_flags())
 def emulated():
     """torch.ops.lowrank_optim_emulated: the CUDA kernels, run by threads of the host."""
     schema.define("lowrank_optim_emulated")
-    folder, _ = build.build_cached(EMULATED, retry=True)
+    folder, _ = cache.build_cached(EMULATED, retry=True)
     torch.ops.load_library(str(build.library_in(folder, EMULATED)))
     return torch.ops.lowrank_optim_emulated
 
@@ -454,16 +454,18 @@ def test_a_failed_build_is_reported_and_not_retried_at_each_start(tmp_path, monk
     monkeypatch.setenv("LOWRANK_OPTIM_CACHE", str(tmp_path))
     target = build.Target("cpu", extra=("-no-such-flag",))
     with pytest.raises(build.BuildError, match="no-such-flag"):
-        build.build_cached(target)
+        cache.build_cached(target)
     with pytest.raises(build.BuildError, match="an earlier build failed; `python -m"):
-        build.build_cached(target)
+        cache.build_cached(target)
 
 
 def test_a_stale_library_is_not_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "PREBUILT", tmp_path)
     target = build.Target("cpu")
     build.library_in(tmp_path, target).write_bytes(b"")
-    (tmp_path / "cpu.json").write_text('{"fingerprint": "older", "compiler": "g++", "archs": []}')
+    (tmp_path / "cpu.json").write_text(
+        '{"fingerprint": "older", "compiler": "g++", "archs": [], "sha256": "", "size": 0}'
+    )
     with pytest.raises(build.BuildError, match="the prebuilt library is stale"):
         native._prebuilt(target)
 
