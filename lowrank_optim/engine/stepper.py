@@ -88,7 +88,7 @@ class Stepper:
             return False
         # Ranks decide together: a rank whose shards are zero must not leave the others waiting in a collective.
         nonzero = any(bool(member.layout.here(member.grad).any()) for member in members)
-        return not (self.table.common().anywhere(nonzero) if self.table.sharded else nonzero)
+        return not self.table.anywhere(nonzero)
 
     @torch._disable_dynamo
     def update(self, members: list[Member], rescale: Rescale | None = None) -> None:
@@ -104,7 +104,7 @@ class Stepper:
         with full_precision(member.p for member in members):
             # On a CPU a gradient is still in cache from its norm when its update reads it. Over ranks one message has
             # the norms of all gradients, so they come first.
-            cached = one_by_one(members) and not (self.table.sharded and self.table.common().groups)
+            cached = one_by_one(members) and not self.table.decides_with_others()
             for batch in in_cache(members) if cached else [members]:
                 finite = self.finite(batch, rescale)
                 if not finite:
@@ -168,7 +168,7 @@ class Stepper:
         )
         # The norm of a shard says nothing about the whole gradient. One all-reduce gives the norms of all of them, so
         # every rank skips the same parameters.
-        if self.table.sharded and self.table.common().groups:
+        if self.table.decides_with_others():
             pairs = ((member.p, norm) for member, norm in zip(members, norms, strict=True))
             whole = self.table.common().norms(pairs)
             norms = [whole.get(member.p, norm) for member, norm in zip(members, norms, strict=True)]

@@ -329,6 +329,14 @@ class ParameterTable:
         while self.unverified:
             verify(*self.unverified.pop())
 
+    def anywhere(self, flag: bool) -> bool:
+        """Return whether a flag is set on any rank; a process alone asks nobody."""
+        return self.common().anywhere(flag) if self.sharded else flag
+
+    def decides_with_others(self) -> bool:
+        """Return whether any tensor of this step is sharded, so that its norm is known to all ranks together only."""
+        return self.sharded and bool(self.common().groups)
+
     def common(self) -> Common:
         """Return the decisions that ranks take together, for all parameters or for the flat tensors of this step."""
         # DeepSpeed's stage 3 puts a few flat tensors into the groups at a time, and ranks then decide on these alone.

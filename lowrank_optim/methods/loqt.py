@@ -253,7 +253,7 @@ class _StepperOfBases(Stepper):
         finite, layout = self.finite([member], rescale), self.table.layouts[member.p]
         g = layout.here(member.grad)
         nonzero = bool(finite) and bool(g.any())
-        if not finite or not (self.table.common().anywhere(nonzero) if self.table.sharded else nonzero):
+        if not finite or not self.table.anywhere(nonzero):
             return
         gradient = loqt.new_subspace(layer, g, algebra_of_rows(layout, turned=layer.right_singular))
         group = self.table.groups[0]

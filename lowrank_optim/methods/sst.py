@@ -92,7 +92,7 @@ class SST(WeightSpaceOptimizer):
     def updated(self, layers: Sequence[ReparameterizedLinear]) -> None:
         """Bring the layers back to singular values >= 0 and unit vectors, all in one message where they are sharded."""
         works = [partial(self._retract, cast(SpectralLinear, layer)) for layer in layers]
-        if self.table.sharded and self.table.common().groups:
+        if self.table.decides_with_others():
             together(works)
         else:
             for work in works:
